@@ -1,0 +1,92 @@
+"""What a run does with the topology: `DynSparseTrainingArguments`."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .topology import PRUNE_SCORES, REGROW_RULES, SCHEDULES, pruning_ratio_at
+from .topology.scores import resolve_score
+
+
+@dataclass
+class DynSparseTrainingArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with the paper's optimiser defaults (arXiv:2108.06277, section 3) and the
+    arguments of topology updates. What the model *is* (sparsity, block size) stands in its configuration.
+
+    Raises:
+        ValueError: for an unknown score, rule or schedule, or a number out of range.
+    """
+
+    num_topology_updates: int = field(
+        default=80,
+        metadata={
+            "help": "Topology updates in the whole run, evenly spaced; 0 keeps the pattern fixed (static). Best at "
+            "sparsity 0.9: 160 for single weights, 80 for 16x16 blocks. At most the number of steps minus 1."
+        },
+    )
+    topology_update_every: int | None = field(
+        default=None, metadata={"help": "Update every so many optimiser steps instead of a number of times per run."}
+    )
+    topology_first_step: int | None = field(default=None, metadata={"help": "No topology update before this step."})
+    topology_last_step: int | None = field(default=None, metadata={"help": "No topology update after this step."})
+    pruning_ratio: float = field(
+        default=0.5,
+        metadata={"help": "Share of active blocks that the first update replaces; 0.75 is better at sparsity 0.99."},
+    )
+    pruning_schedule: str = field(
+        default="cosine",
+        metadata={"help": "How the pruning ratio decays over the updates.", "choices": list(SCHEDULES)},
+    )
+    prune_score: str = field(
+        default="l1", metadata={"help": "Active blocks with the lowest score are pruned.", "choices": list(PRUNE_SCORES)}
+    )
+    regrow_rule: str = field(
+        default="random",
+        metadata={
+            "help": "Where new blocks grow: anywhere, at the largest dense gradient (RigL), or at positions never active.",
+            "choices": list(REGROW_RULES),
+        },
+    )
+    readmit: bool = field(
+        default=False, metadata={"help": "A block pruned in an update may return in the same update (RigL's rule)."}
+    )
+    group_lasso: float = field(
+        default=0.0, metadata={"help": "Strength of the decoupled group lasso on blocks; 0 turns it off."}
+    )
+
+    # The paper's optimiser (arXiv:2108.06277, section 3); 10,000 of 757,000 steps are warm-up.
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay; not for biases and norms."})
+    warmup_steps: float = field(
+        default=0.0132, metadata={"help": "Linear warm-up: a number of steps, or below 1 a share of the run."}
+    )
+    # Broadcasting buffers would hide ranks that disagree about the topology; they are compared instead.
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "See `torch` DDP; keep it off."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See `torch` DDP."})
+
+    def __post_init__(self) -> None:
+        resolve_score(self.prune_score, "prune_score", PRUNE_SCORES)
+        resolve_score(self.regrow_rule, "regrow_rule", REGROW_RULES)
+        pruning_ratio_at(0, 1, self.pruning_ratio, self.pruning_schedule)
+        if self.num_topology_updates < 0:
+            raise ValueError(f"`num_topology_updates` must not be negative. Got {self.num_topology_updates}.")
+        if self.group_lasso < 0:
+            raise ValueError(f"`group_lasso` must not be negative. Got {self.group_lasso}.")
+        super().__post_init__()
+
+    def topology_settings(self) -> dict[str, str | int | float | bool | None]:
+        """The keyword arguments of `TopologyCallback`."""
+        return {
+            "num_updates": None if self.topology_update_every else self.num_topology_updates,
+            "update_every": self.topology_update_every,
+            "first_step": self.topology_first_step,
+            "last_step": self.topology_last_step,
+            "pruning_ratio": self.pruning_ratio,
+            "prune_score": self.prune_score,
+            "regrow_rule": self.regrow_rule,
+            "schedule": self.pruning_schedule,
+            "readmit": self.readmit,
+            "group_lasso": self.group_lasso,
+            "seed": self.seed,
+        }

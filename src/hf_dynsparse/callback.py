@@ -1,0 +1,216 @@
+"""Training callbacks: topology updates for any `Trainer`, throughput, and epochs for a masking collator."""
+
+import logging
+import math
+import time
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .nn import sparse_layers, topology_summary
+from .optim import group_lasso_
+from .topology import TopologyUpdater, ever_active, track_exploration_
+from .topology.exploration import is_tracked, untrack_exploration_
+
+
+logger = logging.getLogger(__name__)
+
+
+class TopologyCallback(TrainerCallback, ExportableState):
+    """
+    Updates the topology of the sparse layers while they train, with any [`~transformers.Trainer`].
+
+    An update happens in `on_step_end`: after the optimiser step, before that step is logged and saved, so that a checkpoint
+    holds the new topology and a resumed run does not repeat it.
+
+    Args:
+        num_updates, update_every, first_step, last_step, pruning_ratio, prune_score, regrow_rule, schedule, readmit, seed:
+            see [`TopologyUpdater`].
+        group_lasso (`float`): strength of the decoupled group lasso, applied after every optimiser step.
+
+    Attributes:
+        metrics (`dict[str, float]`): `sparsity`, `coverage`, `block_age`, and after the first update `pruning_ratio`,
+            `newborn_share` and `topology_updates`.
+        ever_active (`dict[str, torch.Tensor]`): after training, per layer, the Boolean map `(block_rows, block_columns)` of
+            the positions that were active at any time.
+    """
+
+    def __init__(
+        self,
+        num_updates: int | None = 80,
+        *,
+        update_every: int | None = None,
+        first_step: int | None = None,
+        last_step: int | None = None,
+        pruning_ratio: float = 0.5,
+        prune_score: str = "l1",
+        regrow_rule: str = "random",
+        schedule: str = "cosine",
+        readmit: bool = False,
+        group_lasso: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.settings: dict[str, Any] = {
+            "num_updates": num_updates,
+            "update_every": update_every,
+            "first_step": first_step,
+            "last_step": last_step,
+            "pruning_ratio": pruning_ratio,
+            "prune_score": prune_score,
+            "regrow_rule": regrow_rule,
+            "schedule": schedule,
+            "readmit": readmit,
+            "seed": seed,
+        }
+        self.group_lasso = group_lasso
+        self.metrics: dict[str, float] = {}
+        self.ever_active: dict[str, torch.Tensor] = {}
+        self._updater: TopologyUpdater | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps in `trainer_state.json`; block histories travel in buffers of the model."""
+        return {
+            "args": {**self.settings, "group_lasso": self.group_lasso},
+            "attributes": {"metrics": dict(self.metrics)},
+        }
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The buffers must exist before a checkpoint is loaded into the model.
+        track_model_(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: nn.Module = kwargs["model"]
+        for name, layer in sparse_layers(model).items():
+            layer.layout.validate(f"`{name}`")
+            if state.global_step == 0:
+                # Initial weights may have been loaded since `on_init_end`.
+                track_exploration_(layer)
+        self._updater = TopologyUpdater(model, kwargs["optimizer"], state.max_steps, **self.settings)
+        name = type(self).__name__
+        if state.global_step == 0:
+            self.metrics = {}
+        elif name in state.stateful_callbacks:
+            self._restore(state.stateful_callbacks[name])
+        else:
+            logger.warning("The checkpoint was not written by a run with topology updates; coverage starts here.")
+        state.stateful_callbacks.setdefault(name, self.state())
+        self._updater.check_ranks_agree()
+        self._updater.prepare(state.global_step + 1)
+        self.metrics["sparsity"] = topology_summary(model).sparsity
+        self.metrics["coverage"] = self._updater.coverage()
+        logger.info(
+            "Topology: %d sparse layers at sparsity %.4f, %d updates%s, prune by %s, regrow by %s.",
+            len(self._updater.layers),
+            self.metrics["sparsity"],
+            self._updater.num_updates,
+            f" from step {self._updater.update_steps[0]} to {self._updater.update_steps[-1]}"
+            if self._updater.num_updates
+            else "",
+            self.settings["prune_score"],
+            self.settings["regrow_rule"],
+        )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.group_lasso or self._updater is None or getattr(kwargs["optimizer"], "step_was_skipped", False):
+            return
+        rates = {
+            parameter: group["lr"] for group in kwargs["optimizer"].param_groups for parameter in group["params"]
+        }
+        for layer in self._updater.layers.values():
+            group_lasso_(layer.values, float(rates[layer.values]), self.group_lasso)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._updater is None:
+            return
+        report = self._updater.step(state.global_step)
+        if report is not None:
+            self.metrics.update(
+                pruning_ratio=report.pruning_ratio,
+                newborn_share=report.newborn_share,
+                coverage=report.coverage,
+                block_age=report.block_age,
+                topology_updates=report.update + 1,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A finished model is a plain model: what training recorded is kept here, not in its file.
+        for name, layer in sparse_layers(kwargs["model"]).items():
+            self.ever_active[name] = ever_active(layer).view(layer.grid).cpu()
+            untrack_exploration_(layer)
+        self._updater = None
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        here = self.state()["args"]
+        changed = {name: (value, here[name]) for name, value in saved["args"].items() if here.get(name) != value}
+        if changed:
+            raise ValueError(
+                "A resumed run must update the topology as the interrupted one did. Got "
+                + ", ".join(f"{name}: {new!r} (checkpoint: {old!r})" for name, (old, new) in changed.items())
+                + ". Give the checkpoint's values, or start a new run in another output folder."
+            )
+        self.metrics = dict(saved["attributes"]["metrics"])
+
+
+def track_model_(model: nn.Module) -> None:
+    """Begin to record the exploration of every sparse layer that does not yet."""
+    for layer in sparse_layers(model).values():
+        if not is_tracked(layer):
+            track_exploration_(layer)
+
+
+class ThroughputCallback(TrainerCallback):
+    """Seconds spent in optimiser steps, data loading, evaluation and saving left out; `tokens` is counted by the trainer."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self._began = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean over this process's steps so far; 0 before the first."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+class EpochAware(Protocol):
+    """A collator whose draw depends on the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the draw of this epoch from now on."""
+        ...
+
+
+class EpochCallback(TrainerCallback):
+    """Tells a collator the epoch, so that masks change between epochs and a resumed epoch repeats its own."""
+
+    def __init__(self, collator: EpochAware) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # After a whole epoch the state may hold 0.9999….
+        self.collator.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))

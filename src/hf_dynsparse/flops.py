@@ -1,0 +1,49 @@
+"""Floating-point operations per sequence, by the paper's count (arXiv:2108.06277, appendix on FLOPs)."""
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import BertConfig, PreTrainedModel
+
+from .models.bert.configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes
+from .nn import DENSE_PARTS, BlockSparseLinear
+
+
+def flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, seq_len: int) -> int:
+    """
+    Training FLOPs of one sequence without embeddings and heads: forward, input gradient and weight gradient,
+    `3 * (2 * T * nnz + 4 * T² * hidden * layers)`.
+
+    Args:
+        config_or_model (`BertConfig` or `PreTrainedModel`): a DynSparse or stock BERT configuration, or a model with a
+            configuration that names `hidden_size` and `num_hidden_layers`; a model's layers are counted as they are.
+        seq_len (`int`): tokens per sequence, `T`.
+
+    Example:
+        ```python
+        >>> flops_per_sequence(DynSparseBertConfig.preset("mini", sparsity=0.0), seq_len=128)
+        2617245696
+        ```
+    """
+    return 3 * inference_flops_per_sequence(config_or_model, seq_len)
+
+
+def inference_flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, seq_len: int) -> int:
+    """FLOPs of one forward pass over one sequence: a third of `flops_per_sequence`."""
+    if isinstance(config_or_model, PreTrainedModel):
+        config, nnz = config_or_model.config, _active_entries(config_or_model)
+    else:
+        config = config_or_model
+        is_sparse = isinstance(config, DynSparseBertConfig)
+        nnz = config.num_active_entries() if is_sparse else sum(o * i for o, i in encoder_shapes(config).values())
+    # The second term is QK^T and AV.
+    return 2 * seq_len * nnz + 4 * seq_len**2 * config.hidden_size * config.num_hidden_layers
+
+
+def _active_entries(model: nn.Module) -> int:
+    return sum(
+        module.values.numel() if isinstance(module, BlockSparseLinear) else module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, BlockSparseLinear)
+        or (isinstance(module, nn.Linear) and not any(fnmatchcase(name, pattern) for pattern in DENSE_PARTS))
+    )

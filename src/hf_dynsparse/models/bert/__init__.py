@@ -1,0 +1,1 @@
+"""DynSparse BERT: configuration and models."""

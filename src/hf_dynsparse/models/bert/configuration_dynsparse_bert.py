@@ -1,0 +1,124 @@
+"""What a DynSparse BERT is: the stock configuration plus sparsity, block size and distribution."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import BertConfig
+
+from ...distributions import DISTRIBUTIONS, active_blocks
+from ...layout import as_block_shape, check_sparsity
+
+
+# layers, hidden, heads, intermediate (Turc et al., arXiv:1908.08962; the family of arXiv:2108.06277, section 4)
+PRESETS: dict[str, tuple[int, int, int, int]] = {
+    "tiny": (2, 128, 2, 512),
+    "mini": (4, 256, 4, 1024),
+    "small": (4, 512, 8, 2048),
+    "medium": (8, 512, 8, 2048),
+    "base": (12, 768, 12, 3072),
+    "large": (24, 1024, 16, 4096),
+}
+
+# Dropout only for models larger than BERT-Small (arXiv:2108.06277, section 3).
+_PRESETS_WITHOUT_DROPOUT = ("tiny", "mini", "small")
+
+
+def encoder_shapes(config: BertConfig) -> dict[str, tuple[int, int]]:
+    """`(out_features, in_features)` of every linear layer of a BERT encoder, by its name inside the encoder."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    one_layer = {
+        "attention.self.query": (hidden, hidden),
+        "attention.self.key": (hidden, hidden),
+        "attention.self.value": (hidden, hidden),
+        "attention.output.dense": (hidden, hidden),
+        "intermediate.dense": (intermediate, hidden),
+        "output.dense": (hidden, intermediate),
+    }
+    return {
+        f"layer.{number}.{name}": shape
+        for number in range(config.num_hidden_layers)
+        for name, shape in one_layer.items()
+    }
+
+
+@strict
+class DynSparseBertConfig(BertConfig):
+    r"""
+    Configuration of a BERT whose encoder stores active blocks only (arXiv:2108.06277). All arguments of
+    [`~transformers.BertConfig`] are accepted too.
+
+    Args:
+        sparsity (`float`, defaults to 0.9):
+            Share of inactive positions of every linear layer of the encoder, in [0, 1). 0 gives dense layers.
+        block_size (`int` or `[rows, columns]`, defaults to 16):
+            Side of a square block; 1 is unstructured. Must divide both sides of every encoder matrix.
+        distribution (`str`, defaults to `"uniform"`):
+            How the density is spread over the layers: `"uniform"` (the paper) or `"erk"`.
+        sparse_prediction (`bool`, defaults to `True`):
+            Whether the masked-language-modelling head computes logits at masked positions only while training.
+
+    Raises:
+        StrictDataclassError: from construction, for a value of the wrong type or out of range.
+
+    Example:
+        ```python
+        >>> DynSparseBertConfig.preset("medium", sparsity=0.9, block_size=16).hidden_size
+        512
+        ```
+    """
+
+    model_type = "dynsparse_bert"
+
+    sparsity: float | int = 0.9
+    block_size: int | list[int] | tuple[int, int] = 16
+    distribution: str = "uniform"
+    sparse_prediction: bool = True
+
+    def validate_sparsity(self) -> None:
+        """Check sparsity, distribution and block size against the shapes of the encoder."""
+        check_sparsity(self.sparsity)
+        as_block_shape(self.block_size)
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"`distribution` must be one of {', '.join(DISTRIBUTIONS)}. Got {self.distribution!r}.")
+        if self.sparsity > 0:
+            self.nnzb_per_layer()
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "DynSparseBertConfig":
+        """
+        A member of the family tiny, mini, small, medium, base, large; dropout 0.1 above small, else 0.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}. Got {name!r}.")
+        layers, hidden, heads, intermediate = PRESETS[name]
+        dropout = 0.0 if name in _PRESETS_WITHOUT_DROPOUT else 0.1
+        arguments = {
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "intermediate_size": intermediate,
+            "hidden_dropout_prob": dropout,
+            "attention_probs_dropout_prob": dropout,
+        }
+        return cls(**{**arguments, **overrides})
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """`(rows, columns)` of one block."""
+        return as_block_shape(self.block_size)
+
+    def nnzb_per_layer(self) -> dict[str, int]:
+        """Number of active blocks of each encoder layer, by its name inside the encoder; empty for a dense model."""
+        if not self.sparsity:
+            return {}
+        return active_blocks(encoder_shapes(self), self.sparsity, self.block_shape, self.distribution)
+
+    def num_active_entries(self) -> int:
+        """Active entries `nnz` of all encoder matrices."""
+        rows, columns = self.block_shape
+        if not self.sparsity:
+            return sum(out * inp for out, inp in encoder_shapes(self).values())
+        return sum(self.nnzb_per_layer().values()) * rows * columns

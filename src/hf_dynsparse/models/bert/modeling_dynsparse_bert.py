@@ -1,0 +1,293 @@
+"""BERT with a block-sparse encoder: the stock forward passes over an encoder that is never allocated dense."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    BertPreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.models.bert.modeling_bert import (
+    BertEmbeddings,
+    BertEncoder,
+    BertForPreTrainingOutput,
+    BertOnlyMLMHead,
+    BertPooler,
+    BertPreTrainingHeads,
+)
+
+from ...layout import random_block_index
+from ...nn import BlockSparseLinear, sparse_layers
+from .configuration_dynsparse_bert import DynSparseBertConfig
+
+
+class DynSparseBertPreTrainedModel(BertPreTrainedModel):
+    """Initialisation, saving and export shared by all DynSparse BERT models."""
+
+    config: DynSparseBertConfig
+    # Inherited losses are means over a batch, although their forward takes any argument: the Trainer must be told.
+    accepts_loss_kwargs = False
+    # Training adds these to record exploration; a loaded model has no use for them.
+    _keys_to_ignore_on_load_unexpected = [r"\.ever_active$", r"\.active_since$"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, BlockSparseLinear):
+            # Only these initialisers leave alone what a checkpoint has already filled.
+            std = self.config.initializer_range
+            init.copy_(module.block_index, random_block_index(module.num_blocks, module.nnzb))
+            init.trunc_normal_(module.values, mean=0.0, std=std, a=-2 * std, b=2 * std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers: values and block indices travel as they are. A densified model says so in its config."""
+        if not sparse_layers(self):
+            self.config.sparsity = 0.0
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @torch.no_grad()
+    def to_dense(self) -> BertPreTrainedModel:
+        """A copy as the stock transformers class, e.g. [`~transformers.BertForMaskedLM`], with the same outputs."""
+        ours = {*DynSparseBertConfig.__annotations__, "model_type", "architectures", "transformers_version"}
+        settings = {key: value for key, value in self.config.to_dict().items() if key not in ours}
+        stock = type(self).__mro__[2]
+        # Built on meta and filled: the dense weights exist once.
+        with torch.device("meta"):
+            dense: BertPreTrainedModel = stock(BertConfig(**settings))
+        state = dict(self.state_dict())
+        for name, layer in sparse_layers(self).items():
+            for key in [key for key in state if key.startswith(f"{name}.") and not key.endswith(".bias")]:
+                del state[key]
+            state[f"{name}.weight"] = layer.to_dense()
+        state = {key: tensor.clone() for key, tensor in state.items()}
+        dense.load_state_dict(state, assign=True)
+        embeddings, source = dense.base_model.embeddings, self.base_model.embeddings
+        for name in ("position_ids", "token_type_ids"):
+            embeddings.register_buffer(name, getattr(source, name).clone(), persistent=False)
+        dense.tie_weights()
+        return dense.train(self.training)
+
+
+class DynSparseBertModel(DynSparseBertPreTrainedModel, BertModel):
+    """
+    The encoder, outputting raw hidden states; see [`~transformers.BertModel`] for inputs and outputs.
+
+    Args:
+        config (`DynSparseBertConfig`): the model's configuration.
+        add_pooling_layer (`bool`, defaults to `True`): whether to add the dense pooler.
+    """
+
+    def __init__(self, config: DynSparseBertConfig, add_pooling_layer: bool = True) -> None:
+        BertPreTrainedModel.__init__(self, config)
+        self.gradient_checkpointing = False
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = _build_encoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+
+class DynSparseBertForMaskedLM(DynSparseBertPreTrainedModel, BertForMaskedLM):
+    """
+    Masked language modelling; see [`~transformers.BertForMaskedLM`].
+
+    While training with `config.sparse_prediction`, `logits` hold the masked positions only: shape
+    `(masked_positions, vocab_size)`, in reading order. Otherwise `(batch_size, sequence_length, vocab_size)`.
+    """
+
+    # This forward divides by `num_items_in_batch` itself.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: DynSparseBertConfig) -> None:
+        BertPreTrainedModel.__init__(self, config)
+        _trace_masked_positions(config)
+        self.bert = DynSparseBertModel(config, add_pooling_layer=False)
+        self.cls = BertOnlyMLMHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput | tuple[torch.Tensor, ...]:
+        """
+        `labels` of shape `(batch_size, sequence_length)`: token ids at masked positions, -100 elsewhere. The loss is their
+        mean, or their sum over `num_items_in_batch` if given: the masked positions of all micro-batches and ranks, so
+        that splitting a batch changes nothing.
+        """
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        hidden_states = outputs.last_hidden_state
+        if labels is not None and self.training and self.config.sparse_prediction:
+            hidden_states, labels = _masked_positions(hidden_states, labels)
+        logits = self.cls(hidden_states)
+        output = MaskedLMOutput(
+            loss=None if labels is None else _token_loss(logits, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+class DynSparseBertForPreTraining(DynSparseBertPreTrainedModel, BertForPreTraining):
+    """
+    Masked language modelling and next sentence prediction; see [`~transformers.BertForPreTraining`].
+
+    While training with `config.sparse_prediction`, `prediction_logits` hold the masked positions only.
+    """
+
+    def __init__(self, config: DynSparseBertConfig) -> None:
+        BertPreTrainedModel.__init__(self, config)
+        _trace_masked_positions(config)
+        self.bert = DynSparseBertModel(config)
+        self.cls = BertPreTrainingHeads(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        next_sentence_label: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BertForPreTrainingOutput | tuple[torch.Tensor, ...]:
+        """
+        `labels` of shape `(batch_size, sequence_length)` as in masked language modelling, `next_sentence_label` of shape
+        `(batch_size,)`: 0 if the second segment continues the first, 1 if it is a random one.
+        """
+        if labels is None or next_sentence_label is None or not (self.training and self.config.sparse_prediction):
+            return super().forward(
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                position_ids,
+                inputs_embeds,
+                labels,
+                next_sentence_label,
+                return_dict=return_dict,
+                **kwargs,
+            )
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        hidden_states, labels = _masked_positions(outputs.last_hidden_state, labels)
+        prediction_logits, relationship_logits = self.cls(hidden_states, outputs.pooler_output)
+        masked_loss = nn.functional.cross_entropy(prediction_logits, labels)
+        sentence_loss = nn.functional.cross_entropy(relationship_logits, next_sentence_label.view(-1))
+        output = BertForPreTrainingOutput(
+            loss=masked_loss + sentence_loss,
+            prediction_logits=prediction_logits,
+            seq_relationship_logits=relationship_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+class DynSparseBertForSequenceClassification(DynSparseBertPreTrainedModel, BertForSequenceClassification):
+    """Classification or regression of a sequence; see [`~transformers.BertForSequenceClassification`]."""
+
+    def __init__(self, config: DynSparseBertConfig) -> None:
+        BertPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.bert = DynSparseBertModel(config)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class DynSparseBertForTokenClassification(DynSparseBertPreTrainedModel, BertForTokenClassification):
+    """Classification of each token; see [`~transformers.BertForTokenClassification`]."""
+
+    def __init__(self, config: DynSparseBertConfig) -> None:
+        BertPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.bert = DynSparseBertModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class DynSparseBertForQuestionAnswering(DynSparseBertPreTrainedModel, BertForQuestionAnswering):
+    """Extractive question answering; see [`~transformers.BertForQuestionAnswering`]."""
+
+    def __init__(self, config: DynSparseBertConfig) -> None:
+        BertPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.bert = DynSparseBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class DynSparseBertForMultipleChoice(DynSparseBertPreTrainedModel, BertForMultipleChoice):
+    """Choice among several continuations; see [`~transformers.BertForMultipleChoice`]."""
+
+    def __init__(self, config: DynSparseBertConfig) -> None:
+        BertPreTrainedModel.__init__(self, config)
+        self.bert = DynSparseBertModel(config)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+
+def _build_encoder(config: DynSparseBertConfig) -> BertEncoder:
+    device = torch.get_default_device()
+    # Dense shapes on meta cost nothing: the dense encoder is never allocated.
+    with torch.device("meta"):
+        encoder = BertEncoder(config)
+        for name, nnzb in config.nnzb_per_layer().items():
+            dense = encoder.get_submodule(name)
+            encoder.set_submodule(name, BlockSparseLinear.from_dense(dense, config.block_shape, nnzb=nnzb))
+    return encoder if device.type == "meta" else encoder.to_empty(device=device)
+
+
+def _trace_masked_positions(config: DynSparseBertConfig) -> None:
+    """Let `torch.compile` trace a number of positions that depends on the data: it breaks the graph there by default."""
+    if config.sparse_prediction:
+        torch._dynamo.config.capture_dynamic_output_shape_ops = True
+
+
+def _classifier_dropout(config: DynSparseBertConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+def _masked_positions(hidden_states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states `(masked, hidden_size)` and labels `(masked,)` at the positions to predict, in reading order."""
+    labels = labels.reshape(-1)
+    masked = (labels != -100).nonzero().squeeze(1)
+    return hidden_states.reshape(-1, hidden_states.shape[-1])[masked], labels[masked]
+
+
+def _token_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Cross-entropy over the positions whose label is not -100: mean, or sum divided by `num_items_in_batch`."""
+    logits, labels = logits.view(-1, logits.shape[-1]), labels.view(-1)
+    if num_items_in_batch is None:
+        return nn.functional.cross_entropy(logits, labels)
+    return nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch

@@ -1,0 +1,307 @@
+"""`BlockSparseLinear`, and putting it into a model or taking it out."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from .distributions import active_blocks
+from .layout import BlockLayout, as_block_shape, block_grid, check_sparsity, count_active_blocks, random_block_index
+from .ops import block_sparse_linear, choose_backend, take_blocks, to_dense
+
+
+logger = logging.getLogger(__name__)
+
+# Heads and poolers stay dense (arXiv:2108.06277, section 3).
+DENSE_PARTS = ("*cls*", "*pooler*", "*classifier*", "*lm_head*", "*score*", "*qa_outputs*", "*head*")
+
+
+class BlockSparseLinear(nn.Module):
+    """
+    A linear layer that stores, trains and saves only its active blocks.
+
+    Args:
+        in_features, out_features (`int`): as in `torch.nn.Linear`.
+        block_size (`int` or `tuple[int, int]`): side of a square block, or `(rows, columns)`. 1 is unstructured.
+        sparsity (`float`): share of inactive positions, in [0, 1).
+        bias (`bool`): whether to add a dense bias.
+        nnzb (`int`, *optional*): exact number of active blocks; overrides `sparsity`.
+
+    Attributes:
+        values (`nn.Parameter` of shape `(nnzb, rows, columns)`): one slot per active block.
+        block_index (buffer of shape `(nnzb,)`, `torch.int32`): flat id `row * block_columns + column` of each slot.
+        bias (`nn.Parameter` of shape `(out_features,)` or `None`).
+
+    Raises:
+        ValueError: if the block does not divide the layer, or the sparsity is out of range.
+    """
+
+    values: nn.Parameter
+    block_index: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block_size: int | tuple[int, int] = 16,
+        sparsity: float = 0.9,
+        bias: bool = True,
+        *,
+        nnzb: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.block_shape = as_block_shape(block_size)
+        self.grid = block_grid((out_features, in_features), self.block_shape)
+        if nnzb is None:
+            nnzb = count_active_blocks(self.num_blocks, 1.0 - check_sparsity(sparsity))
+        if not 1 <= nnzb <= self.num_blocks:
+            raise ValueError(f"`nnzb` must lie in [1, {self.num_blocks}]. Got {nnzb}.")
+        self.values = nn.Parameter(torch.empty(nnzb, *self.block_shape, device=device, dtype=dtype))
+        self.register_buffer("block_index", torch.empty(nnzb, dtype=torch.int32, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        if self.values.device.type != "meta":
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
+        """
+        Draw a uniformly random topology, and values from a normal distribution of standard deviation `std` cut at two of
+        them, not rescaled by density (arXiv:2108.06277, section 3).
+        """
+        self.block_index.copy_(random_block_index(self.num_blocks, self.nnzb, generator))
+        nn.init.trunc_normal_(self.values, std=std, a=-2 * std, b=2 * std, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`."""
+        return self.out_features, self.in_features
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of positions a block can take."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def nnzb(self) -> int:
+        """Number of active blocks."""
+        return self.values.shape[0]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of inactive positions, as reached."""
+        return 1.0 - self.nnzb / self.num_blocks
+
+    @property
+    def layout(self) -> BlockLayout:
+        """The topology and the orders derived from it."""
+        return BlockLayout(self.block_index, self.shape, self.block_shape)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input` of shape `(..., in_features)` to `(..., out_features)`."""
+        return block_sparse_linear(input, self.values, self.block_index, self.bias, self.out_features)
+
+    def to_dense(self) -> torch.Tensor:
+        """The dense weight of shape `(out_features, in_features)`, differentiable in `values`."""
+        return to_dense(self.values, self.block_index, self.shape)
+
+    def to_sparse_bsr(self) -> torch.Tensor:
+        """A copy of the weight as `torch.sparse_bsr_tensor` of shape `(out_features, in_features)`."""
+        layout = self.layout
+        order = layout.row_order
+        return torch.sparse_bsr_tensor(
+            layout.row_offsets, layout.columns[order], self.values.detach()[order], self.shape, check_invariants=True
+        )
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A dense `nn.Linear` with the same outputs; inactive positions become trainable zeros."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.to_dense())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.clone())
+        return linear.train(self.training)
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        block_size: int | tuple[int, int] = 16,
+        sparsity: float = 0.9,
+        *,
+        nnzb: int | None = None,
+    ) -> "BlockSparseLinear":
+        """
+        Keep the blocks of `linear` with the largest L1 norm, ties to the lower id. A layer on the meta device gives one
+        there: only its shapes are known.
+        """
+        weight = linear.weight
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            block_size,
+            sparsity,
+            linear.bias is not None,
+            nnzb=nnzb,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        if weight.device.type == "meta":
+            return layer
+        layer.to_empty(device=weight.device)
+        every_block = torch.arange(layer.num_blocks, device=weight.device)
+        blocks = take_blocks(weight.contiguous(), every_block, layer.block_shape)
+        norm = blocks.abs().sum((1, 2), dtype=torch.float64)
+        kept = norm.sort(descending=True, stable=True).indices[: layer.nnzb].sort().values
+        layer.block_index.copy_(kept)
+        layer.values.copy_(blocks[kept])
+        if layer.bias is not None:
+            layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        rows, columns = self.block_shape
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block={rows}x{columns}, nnzb={self.nnzb}, sparsity={self.sparsity:.4f}"
+        )
+
+
+def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
+    """The sparse layers of `model` by name, in module order; a `torch.compile` wrapper leaves no trace in the names."""
+    return {
+        name.replace("_orig_mod.", ""): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, BlockSparseLinear)
+    }
+
+
+def sparsify_(
+    model: nn.Module,
+    block_size: int | tuple[int, int] = 16,
+    sparsity: float = 0.9,
+    *,
+    distribution: str = "uniform",
+    targets: Iterable[str] = ("*",),
+    ignore: Iterable[str] = DENSE_PARTS,
+) -> nn.Module:
+    """
+    Replace, in place, the dense linear layers of any model by sparse ones that keep their largest blocks (L1 norm).
+
+    Args:
+        model (`nn.Module`): changed in place and returned.
+        targets, ignore (`Iterable[str]`): shell-style patterns of module names; a layer is replaced if it matches a
+            target and no ignore. By default every `nn.Linear` outside heads and poolers. A weight that is tied to an
+            embedding is never replaced.
+        distribution (`str`): how the density is spread over the layers, `"uniform"` or `"erk"`.
+
+    Raises:
+        ValueError: if no layer matches, or a block does not divide one of them; the model is then untouched.
+    """
+    targets, ignore = tuple(targets), tuple(ignore)
+    tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.weight not in tied
+        and any(fnmatchcase(name, pattern) for pattern in targets)
+        and not any(fnmatchcase(name, pattern) for pattern in ignore)
+    }
+    if not linears:
+        present = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        raise ValueError(
+            f"`sparsify_` must find at least one linear layer. Got none for targets={list(targets)} and "
+            f"ignore={list(ignore)}. Linear layers of this model: {', '.join(present[:8]) or 'none'}. Change the patterns."
+        )
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    nnzb = active_blocks(shapes, sparsity, as_block_shape(block_size), distribution)
+    for name, linear in linears.items():
+        model.set_submodule(name, BlockSparseLinear.from_dense(linear, block_size, nnzb=nnzb[name]))
+    return model
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """
+    Replace, in place, every sparse layer by a dense one with the same outputs. Optimiser state must be made anew.
+
+    Raises:
+        ValueError: if the model has no sparse layer.
+    """
+    layers = sparse_layers(model)
+    if not layers:
+        raise ValueError("`densify_` must find at least one `BlockSparseLinear`. Got none: the model is dense already.")
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.to_linear())
+    return model
+
+
+@dataclass(frozen=True)
+class LayerTopology:
+    """One row of a `TopologySummary`."""
+
+    name: str
+    shape: tuple[int, int]
+    block_shape: tuple[int, int]
+    nnzb: int
+    density: float
+    backend: str
+
+
+@dataclass(frozen=True)
+class TopologySummary:
+    """What is sparse in a model; `print` shows it as a table."""
+
+    layers: tuple[LayerTopology, ...]
+
+    @property
+    def nnz(self) -> int:
+        """Active entries of all sparse layers."""
+        return sum(layer.nnzb * layer.block_shape[0] * layer.block_shape[1] for layer in self.layers)
+
+    @property
+    def positions(self) -> int:
+        """Entries the same layers would have if dense."""
+        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of inactive positions over all sparse layers; 0 for a dense model."""
+        return 1.0 - self.nnz / self.positions if self.layers else 0.0
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers], default=5)
+        lines = [f"{'layer':{width}}  {'shape':>11}  {'block':>7}  {'nnzb':>9}  density  backend"]
+        for layer in self.layers:
+            shape, block = "x".join(map(str, layer.shape)), "x".join(map(str, layer.block_shape))
+            lines.append(
+                f"{layer.name:{width}}  {shape:>11}  {block:>7}  {layer.nnzb:>9,}  {layer.density:7.4f}  {layer.backend}"
+            )
+        lines.append(f"{len(self.layers)} sparse layers, {self.nnz:,} of {self.positions:,} entries active")
+        return "\n".join(lines)
+
+
+def topology_summary(model: nn.Module) -> TopologySummary:
+    """Shape, block, active blocks, density and backend of every sparse layer."""
+    return TopologySummary(
+        tuple(
+            LayerTopology(
+                name,
+                layer.shape,
+                layer.block_shape,
+                layer.nnzb,
+                layer.nnzb / layer.num_blocks,
+                choose_backend(layer.values.device, layer.values.dtype, layer.block_shape).name,
+            )
+            for name, layer in sparse_layers(model).items()
+        )
+    )

@@ -1,0 +1,8 @@
+"""Products with a block-sparse matrix: a shipped reference, the backends tested against it, and the choice among them."""
+
+from .backends import BACKENDS, Backend, choose_backend, use_backend
+from .operators import block_sparse_linear
+from .reference import take_blocks, to_dense
+
+
+__all__ = ["BACKENDS", "Backend", "block_sparse_linear", "choose_backend", "take_blocks", "to_dense", "use_backend"]

@@ -1,0 +1,58 @@
+"""The slow, obvious products: build the dense matrix, multiply. Every other backend is tested against this file."""
+
+import torch
+
+Shape = tuple[int, int]
+
+
+def to_dense(values: torch.Tensor, block_index: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """
+    The dense matrix, zero where no block is active; differentiable in `values`.
+
+    Args:
+        values (`torch.Tensor` of shape `(nnzb, rows, columns)`): the active blocks.
+        block_index (`torch.Tensor` of shape `(nnzb,)`): flat block ids.
+        shape (`tuple[int, int]`): `(out_features, in_features)`.
+
+    Returns:
+        `torch.Tensor` of shape `(out_features, in_features)`.
+    """
+    _, rows, columns = values.shape
+    block_rows, block_columns = shape[0] // rows, shape[1] // columns
+    blocks = values.new_zeros(block_rows * block_columns, rows, columns).index_put((block_index.long(),), values)
+    return blocks.view(block_rows, block_columns, rows, columns).transpose(1, 2).reshape(shape)
+
+
+def take_blocks(dense: torch.Tensor, block_index: torch.Tensor, block_shape: Shape) -> torch.Tensor:
+    """The blocks of `dense` `(out_features, in_features)` named by `block_index`: shape `(nnzb, rows, columns)`."""
+    rows, columns = block_shape
+    block_columns = dense.shape[1] // columns
+    index = block_index.long()
+    split = dense.view(dense.shape[0] // rows, rows, block_columns, columns)
+    return split[index // block_columns, :, index % block_columns]
+
+
+def why_not(device: torch.device, dtype: torch.dtype, block_shape: Shape) -> str | None:
+    """Always fits."""
+    return None
+
+
+def dds(
+    input: torch.Tensor,
+    values: torch.Tensor,
+    block_index: torch.Tensor,
+    bias: torch.Tensor | None,
+    shape: Shape,
+    transposed: bool,
+) -> torch.Tensor:
+    """`input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `hf_dynsparse.ops.operators.dds`."""
+    weight = to_dense(values, block_index, shape)
+    output = input @ (weight if transposed else weight.T)
+    return output if bias is None else output + bias
+
+
+def sdd(
+    grad: torch.Tensor, input: torch.Tensor, block_index: torch.Tensor, shape: Shape, block_shape: Shape
+) -> torch.Tensor:
+    """The active blocks of `grad.T @ input`; see `hf_dynsparse.ops.operators.sdd`."""
+    return take_blocks(grad.T @ input, block_index, block_shape)

@@ -1,0 +1,233 @@
+"""The topology of a whole model over a run: `TopologyUpdater`, for any training loop."""
+
+import logging
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..nn import BlockSparseLinear, sparse_layers
+from ..optim import check_optimizer_state
+from .dense_gradient import DenseGradientProbe
+from .exploration import block_ages, dof_coverage, is_tracked, track_exploration_
+from .schedules import pruning_ratio_at, update_steps
+from .scores import PRUNE_SCORES, REGROW_RULES, resolve_score
+from .update import LayerUpdate, prune_regrow_
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TopologyReport:
+    """
+    One topology update of a model.
+
+    Args:
+        update (`int`): its number, from 0.
+        pruning_ratio (`float`): `pr(t)`.
+        removed (`int`): blocks replaced, over all layers.
+        newborn_share (`float`): share of them that the update just before had activated (arXiv:2108.06277, section 4).
+        coverage (`float`): DOF coverage after the update.
+        block_age (`float`): mean age of the active blocks, in updates survived.
+        layers (`dict[str, LayerUpdate]`): the same by layer name.
+    """
+
+    update: int
+    pruning_ratio: float
+    removed: int
+    newborn_share: float
+    coverage: float
+    block_age: float
+    layers: dict[str, LayerUpdate]
+
+
+class TopologyUpdater:
+    """
+    Prunes and regrows the sparse layers of `model` at fixed steps of a run (arXiv:2108.06277, section 3).
+
+    Random draws depend on `(seed, number of the update, layer name)` alone: ranks agree without communication and a resumed
+    run repeats them. Every rank's topology is compared after each update.
+
+    Args:
+        model (`nn.Module`): a model with `BlockSparseLinear` layers.
+        optimizer (`torch.optim.Optimizer`): moments of new blocks are cleared in it.
+        total_steps (`int`): optimiser steps of the run.
+        num_updates (`int`, *optional*), update_every (`int`, *optional*): give one; see `update_steps`.
+        first_step, last_step (`int`, *optional*): no update before or after.
+        pruning_ratio (`float`): share of active blocks that the first update replaces.
+        prune_score, regrow_rule (`str`): see `SCORES`.
+        schedule (`str`): how the pruning ratio decays; see `SCHEDULES`.
+        readmit (`bool`): whether a block pruned in an update may return in the same one (RigL).
+        seed (`int`): the same on every rank.
+
+    Raises:
+        ValueError: for arguments out of range, or a model without sparse layers.
+
+    Example:
+        ```python
+        updater = TopologyUpdater(model, optimizer, total_steps=1000, num_updates=80)
+        for step, batch in enumerate(batches, start=1):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            updater.step(step)
+        ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        num_updates: int | None = None,
+        pruning_ratio: float = 0.5,
+        prune_score: str = "l1",
+        regrow_rule: str = "random",
+        schedule: str = "cosine",
+        readmit: bool = False,
+        seed: int = 0,
+        *,
+        update_every: int | None = None,
+        first_step: int | None = None,
+        last_step: int | None = None,
+    ) -> None:
+        self.layers: dict[str, BlockSparseLinear] = sparse_layers(model)
+        if not self.layers:
+            raise ValueError(
+                "`TopologyUpdater` needs a model with `BlockSparseLinear` layers. Got none: build a DynSparse model with "
+                "sparsity > 0, or call `sparsify_(model, ...)` first."
+            )
+        needs = resolve_score(prune_score, "prune_score", PRUNE_SCORES).needs
+        needs |= resolve_score(regrow_rule, "regrow_rule", REGROW_RULES).needs
+        self.update_steps = update_steps(total_steps, num_updates, update_every, first_step, last_step)
+        pruning_ratio_at(0, max(1, len(self.update_steps)), pruning_ratio, schedule)
+        self.optimizer = optimizer
+        self.pruning_ratio, self.schedule, self.seed = pruning_ratio, schedule, seed
+        self.prune_score, self.regrow_rule, self.readmit = prune_score, regrow_rule, readmit
+        self.needs_gradient = "gradient" in needs
+        self._probe: DenseGradientProbe | None = None
+        for layer in self.layers.values():
+            if not is_tracked(layer):
+                track_exploration_(layer)
+        self.prepare(1)
+
+    @property
+    def num_updates(self) -> int:
+        """Topology updates of the whole run."""
+        return len(self.update_steps)
+
+    def prepare(self, next_step: int) -> None:
+        """
+        Get ready for the forward and backward passes of optimiser step `next_step`: if it is to be followed by an update
+        whose scores need the dense gradient, begin to collect it. `step` does this for the step after; call it by hand
+        when a run resumes.
+        """
+        if self._probe is not None:
+            self._probe.remove()
+            self._probe = None
+        if self.needs_gradient and next_step in self.update_steps:
+            self._probe = DenseGradientProbe(self.layers.values())
+
+    def step(self, global_step: int) -> TopologyReport | None:
+        """
+        Call once after each optimiser step, with the number of steps done. Updates the topology if it is time.
+
+        Returns:
+            `TopologyReport` if there was an update, else `None`; `None` too if a gradient or score was not finite: such an
+            update is skipped with a warning.
+
+        Raises:
+            TypeError: for optimiser state that cannot be told apart by block.
+            RuntimeError: if the ranks of a distributed run disagree about the topology.
+        """
+        report = self._update(self.update_steps.index(global_step)) if global_step in self.update_steps else None
+        self.prepare(global_step + 1)
+        return report
+
+    def coverage(self) -> float:
+        """DOF coverage so far."""
+        return dof_coverage(self.layers.values())
+
+    def check_ranks_agree(self) -> None:
+        """
+        Compare the topology of all ranks; nothing to do in a single process.
+
+        Raises:
+            RuntimeError: on every rank, naming the ranks that differ from rank 0.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or torch.distributed.get_world_size() == 1:
+            return
+        device = next(iter(self.layers.values())).block_index.device
+        own = torch.tensor([self.checksum()], dtype=torch.int64, device=device)
+        every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(every, own)
+        differing = [rank for rank, other in enumerate(every) if int(other) != int(every[0])]
+        if differing:
+            raise RuntimeError(
+                f"All ranks must have the same topology. Got another one on rank(s) {differing} than on rank 0: their "
+                "values would be averaged block by block although they stand in different places. Give every rank the "
+                "same seed and the same initial model."
+            )
+
+    def checksum(self) -> int:
+        """CRC-32 of all block indices."""
+        checksum = 0
+        for layer in self.layers.values():
+            checksum = zlib.crc32(layer.block_index.cpu().numpy().tobytes(), checksum)
+        return checksum
+
+    @torch.no_grad()
+    def _update(self, update: int) -> TopologyReport | None:
+        if self._probe is not None:
+            self._probe.reduce()
+        problem = self._not_finite()
+        if problem:
+            logger.warning("Topology update %d of %d is skipped: %s.", update + 1, self.num_updates, problem)
+            return None
+        for layer in self.layers.values():
+            check_optimizer_state(self.optimizer, layer.values)
+        ratio = pruning_ratio_at(update, self.num_updates, self.pruning_ratio, self.schedule)
+        done = {
+            name: prune_regrow_(
+                layer,
+                self.optimizer,
+                pruning_ratio=ratio,
+                prune_score=self.prune_score,
+                regrow_rule=self.regrow_rule,
+                readmit=self.readmit,
+                generator=self._generator(update, name),
+                dense_gradient=self._probe.blocks(layer) if self._probe else None,
+                update=update,
+            )
+            for name, layer in self.layers.items()
+        }
+        self.check_ranks_agree()
+        removed = sum(layer.removed for layer in done.values())
+        newborn = sum(layer.newborn_removed for layer in done.values())
+        ages = [block_ages(layer, update + 1).float().mean() for layer in self.layers.values()]
+        return TopologyReport(
+            update=update,
+            pruning_ratio=ratio,
+            removed=removed,
+            newborn_share=newborn / removed if removed else 0.0,
+            coverage=self.coverage(),
+            block_age=float(torch.stack(ages).mean()),
+            layers=done,
+        )
+
+    def _generator(self, update: int, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{update}/{name}".encode()))
+
+    def _not_finite(self) -> str | None:
+        """The first layer with a value or gradient that is not finite, in words."""
+        for name, layer in self.layers.items():
+            watched = {"values": layer.values, "gradient": layer.values.grad}
+            if self._probe is not None:
+                watched["dense gradient"] = self._probe.gradients.get(layer)
+            for what, tensor in watched.items():
+                if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                    return f"the {what} of `{name}` holds NaN or infinity"
+        return None
