@@ -1,0 +1,467 @@
+#!/usr/bin/env python
+"""
+Pre-train an always-sparse BERT by masked language modelling, with a topology that evolves (arXiv:2108.06277).
+
+    accelerate launch examples/run_mlm_dynsparse.py                                  # built-in English text, small model
+    accelerate launch examples/run_mlm_dynsparse.py \
+        --train_file train.txt.gz --validation_file valid.txt.gz \
+        --preset medium --sparsity 0.9 --block_size 16 --max_steps 100000 --output_dir runs/medium-s90-b16
+    accelerate launch examples/run_mlm_dynsparse.py ... --resume_from_checkpoint last # go on after an interruption
+    accelerate launch examples/run_mlm_dynsparse.py ... --dense_baseline              # the dense twin
+    accelerate launch examples/run_mlm_dynsparse.py ... --static                      # sparse, pattern fixed
+
+Writes into the output folder: the model and tokenizer (`from_pretrained` loads them), summary.json, training.png,
+block_map.png, and checkpoints from which a run resumes bit for bit.
+"""
+
+import gzip
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_dynsparse import (
+    DynSparseBertConfig,
+    DynSparseBertForMaskedLM,
+    DynSparseBertForPreTraining,
+    DynSparseTrainer,
+    DynSparseTrainingArguments,
+    sparse_layers,
+    sparse_learning_rate,
+    topology_summary,
+)
+from hf_dynsparse.data import (
+    DataCollatorForWholeWordMasking,
+    build_next_sentence_pairs,
+    embedded_corpus,
+    train_wordpiece_tokenizer,
+)
+from hf_dynsparse.plots import plot_block_map, plot_training
+from hf_dynsparse.summary import format_summary, summarize_run
+
+
+logger = logging.getLogger("run_mlm_dynsparse")
+
+# Best of the paper's sweeps for the dense models (arXiv:2108.06277, appendix); tiny and large are not in it.
+DENSE_LEARNING_RATES = {"tiny": 1e-3, "mini": 8e-4, "small": 4e-4, "medium": 2e-4, "base": 2e-4, "large": 1e-4}
+TEXT_FORMATS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    preset: str = field(
+        default="mini", metadata={"help": "Size of the BERT: tiny, mini, small, medium, base or large."}
+    )
+    sparsity: float = field(default=0.9, metadata={"help": "Share of inactive positions in every encoder matrix."})
+    block_size: str = field(
+        default="16", metadata={"help": "Side of a block, or ROWSxCOLUMNS such as 1x4. 1 is unstructured."}
+    )
+    distribution: str = field(
+        default="uniform", metadata={"help": "Density over the layers.", "choices": ["uniform", "erk"]}
+    )
+    dense_baseline: bool = field(
+        default=False, metadata={"help": "Train the dense twin instead: same head, data, optimiser and seed."}
+    )
+    static: bool = field(default=False, metadata={"help": "Keep the random pattern fixed: no topology updates."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Go on from the weights of a DynSparse checkpoint, a folder or Hub name."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Changes to the preset, e.g. num_hidden_layers=6,hidden_dropout_prob=0.1."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer folder or Hub name. Default: a WordPiece vocabulary is trained."}
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Size of the vocabulary when one is trained."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and prepared data are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub, or a local dataset folder."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local .txt, .csv, .json, .jsonl or .parquet file, plain or .gz."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Share of the training text held out when there is no validation text."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read while training, nothing on disk; needs --max_steps."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens per sequence."})
+    line_by_line: bool = field(default=False, metadata={"help": "One sequence a line instead of packed text."})
+    pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every sequence to --max_seq_length."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of words to predict."})
+    whole_word_mask: bool = field(default=True, metadata={"help": "Mask whole words rather than single WordPieces."})
+    nsp: bool = field(default=False, metadata={"help": "Next sentence prediction beside masked language modelling."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training sequences."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation sequences."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Prepare the data again."})
+
+
+@dataclass
+class RunArguments(DynSparseTrainingArguments):
+    """How it is trained: all arguments of the transformers Trainer, with defaults for a first run on a small machine."""
+
+    output_dir: str = field(default="dynsparse-mlm", metadata={"help": "Where everything of the run is written."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak rate, used as given. Default: the preset's dense optimum, times 6.40 at sparsity 0.9."},
+    )
+    max_steps: int = field(default=500, metadata={"help": "Optimiser steps; -1 to count --num_train_epochs instead."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warm-up, or below 1 a share of the run."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences per process and micro-batch."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same for evaluation."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    eval_steps: float | None = field(default=0.1, metadata={"help": "Steps between evaluations, or a share of the run."})
+    save_steps: float = field(default=0.2, metadata={"help": "Steps between checkpoints, or a share of the run."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of each process. Default: the cores, shared among the processes."}
+    )
+    logging_steps: float = field(default=0.02, metadata={"help": "Steps between log entries, or a share of the run."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, or `last`: the newest of --output_dir, if there is one."}
+    )
+
+
+def main() -> None:
+    """Parse, check, prepare, train, evaluate, report."""
+    try:
+        model_args, data_args, args = parse_arguments()
+        checkpoint = find_checkpoint(args)
+        check_data(data_args, args)
+        config = build_config(model_args, data_args, checkpoint)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).strip().splitlines()[-1].strip()}")
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if args.should_log else logging.WARNING
+    for name in ("run_mlm_dynsparse", "hf_dynsparse"):
+        logging.getLogger(name).setLevel(level)
+    datasets.utils.logging.set_verbosity_warning()
+    if args.device.type == "cpu":
+        # `accelerate launch` leaves one thread to each process unless it is told otherwise.
+        torch.set_num_threads(args.num_threads or max(1, len(os.sched_getaffinity(0)) // args.world_size))
+    set_seed(args.seed)
+
+    with args.main_process_first(desc="prepare the text"):
+        raw = load_text(model_args, data_args)
+        tokenizer = load_tokenizer(model_args, raw, args, checkpoint)
+        sequences = prepare_sequences(raw, tokenizer, data_args, args)
+    if not data_args.streaming:
+        logger.info("%d training and %d evaluation sequences", len(sequences["train"]), len(sequences["validation"]))
+
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id = tokenizer.pad_token_id
+    architecture = DynSparseBertForPreTraining if data_args.nsp else DynSparseBertForMaskedLM
+    if model_args.model_name_or_path:
+        model = architecture.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, token=model_args.token
+        )
+    else:
+        model = architecture(config)
+    logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
+    if args.learning_rate is None:
+        args.learning_rate = sparse_learning_rate(DENSE_LEARNING_RATES[model_args.preset], model.config.sparsity)
+        logger.info("learning rate %.3g, by the rule for sparsity %g", args.learning_rate, model.config.sparsity)
+
+    pictured = remember_initial_topology(model, args, checkpoint)
+    trainer = DynSparseTrainer(
+        model,
+        args,
+        data_collator=DataCollatorForWholeWordMasking(
+            tokenizer,
+            mlm_probability=data_args.mlm_probability,
+            whole_word_mask=data_args.whole_word_mask,
+            seed=args.seed,
+            pad_to_multiple_of=data_args.max_seq_length if data_args.pad_to_max_length else None,
+        ),
+        train_dataset=sequences["train"],
+        eval_dataset=sequences["validation"],
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        report(trainer, metrics, data_args.max_seq_length, pictured)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.end_training()
+
+
+def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
+    """From the command line, or from one JSON file given as the only argument."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), description=__doc__)
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        model_args, data_args, args = parser.parse_json_file(os.path.abspath(sys.argv[1]))
+    else:
+        model_args, data_args, args = parser.parse_args_into_dataclasses()
+    if model_args.static or model_args.dense_baseline:
+        args.num_topology_updates, args.topology_update_every = 0, None
+    return model_args, data_args, args
+
+
+def find_checkpoint(args: RunArguments) -> str | None:
+    """The checkpoint to resume from; refuses an output folder that holds another run."""
+    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    wanted = args.resume_from_checkpoint
+    if wanted == "last":
+        return last
+    if wanted is not None:
+        if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
+            raise FileNotFoundError(f"`--resume_from_checkpoint` must name a checkpoint folder or `last`. Got {wanted}.")
+        return wanted
+    if last is not None or os.path.exists(os.path.join(args.output_dir, "summary.json")):
+        raise ValueError(
+            f"`--output_dir` must not hold another run. Got {args.output_dir}, which does. Give a new folder, or "
+            "--resume_from_checkpoint last to go on with that run."
+        )
+    return None
+
+
+def check_data(data_args: DataArguments, args: RunArguments) -> None:
+    """Refuse what cannot work before anything is read or built."""
+    if data_args.dataset_name and data_args.train_file:
+        raise ValueError("Give --dataset_name or --train_file, not both.")
+    if data_args.validation_file and not data_args.train_file:
+        raise ValueError("--validation_file needs a --train_file beside it.")
+    if data_args.nsp and (data_args.line_by_line or data_args.streaming):
+        raise ValueError("--nsp builds pairs from whole documents: leave out --line_by_line and --streaming.")
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("--streaming has no known length: give --max_steps.")
+    if not 8 <= data_args.max_seq_length <= 512:
+        raise ValueError(f"`--max_seq_length` must lie in [8, 512]. Got {data_args.max_seq_length}.")
+    if not 0.0 < data_args.mlm_probability < 1.0:
+        raise ValueError(f"`--mlm_probability` must lie in (0, 1). Got {data_args.mlm_probability}.")
+    for flag in ("train_file", "validation_file"):
+        path = getattr(data_args, flag)
+        if path is None:
+            continue
+        if file_format(path) is None:
+            raise ValueError(f"`--{flag}` must end in {', '.join(TEXT_FORMATS)}, plain or .gz. Got {path}.")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"`--{flag}` must be an existing file. Got {path}.")
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as text:
+            if not any(line.strip() for line in text):
+                raise ValueError(f"`--{flag}` must hold text. Got {path}, which is empty.")
+
+
+def build_config(model_args: ModelArguments, data_args: DataArguments, checkpoint: str | None) -> DynSparseBertConfig:
+    """The model's configuration; on resume it must be that of the checkpoint."""
+    if model_args.model_name_or_path:
+        return AutoConfig.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision, token=model_args.token
+        )
+    sides = [int(side) for side in model_args.block_size.split("x")] if model_args.block_size else []
+    if model_args.preset not in DENSE_LEARNING_RATES:
+        raise ValueError(f"`--preset` must be one of {', '.join(DENSE_LEARNING_RATES)}. Got {model_args.preset!r}.")
+    config = DynSparseBertConfig.preset(
+        model_args.preset,
+        sparsity=0.0 if model_args.dense_baseline else model_args.sparsity,
+        block_size=sides[0] if len(sides) == 1 else sides,
+        distribution=model_args.distribution,
+    )
+    if model_args.config_overrides:
+        config.update_from_string(model_args.config_overrides)
+        config = DynSparseBertConfig.from_dict(config.to_dict())
+    if checkpoint is not None:
+        saved = AutoConfig.from_pretrained(checkpoint)
+        for name in ("sparsity", "block_size", "distribution", "hidden_size", "num_hidden_layers", "intermediate_size"):
+            if getattr(saved, name) != getattr(config, name):
+                raise ValueError(
+                    f"A resumed run must have the model of its checkpoint. Got {name} = {getattr(config, name)}, but "
+                    f"{checkpoint} has {getattr(saved, name)}. Give that, or another --output_dir."
+                )
+    return config
+
+
+def file_format(path: str) -> str | None:
+    """Name of the loader for a text file, by its ending; `None` if there is none."""
+    return TEXT_FORMATS.get(Path(path.removesuffix(".gz")).suffix.lstrip("."))
+
+
+def load_text(model_args: ModelArguments, data_args: DataArguments) -> DatasetDict:
+    """Splits "train" and "validation" with one column, "text": a line, or a whole document with line breaks."""
+    options = {"cache_dir": model_args.cache_dir, "streaming": data_args.streaming}
+    if data_args.dataset_name:
+        raw = load_dataset(
+            data_args.dataset_name, data_args.dataset_config_name, token=model_args.token, **options
+        )
+    else:
+        if data_args.train_file is None:
+            corpus = embedded_corpus(model_args.cache_dir)
+            files = {"train": str(corpus.train_file), "validation": str(corpus.validation_file)}
+        else:
+            files = {"train": data_args.train_file}
+            if data_args.validation_file:
+                files["validation"] = data_args.validation_file
+        raw = load_dataset(file_format(files["train"]), data_files=files, **options)
+    if "validation" not in raw:
+        percent = data_args.validation_split_percentage
+        if data_args.streaming:
+            held_out = percent * 100
+            raw = {"validation": raw["train"].take(held_out), "train": raw["train"].skip(held_out)}
+        else:
+            cut = len(raw["train"]) * percent // 100
+            rows = raw["train"]
+            raw = DatasetDict(validation=rows.select(range(cut)), train=rows.select(range(cut, len(rows))))
+    columns = list(next(iter(raw["train"])))
+    text = "text" if "text" in columns else columns[0]
+    return DatasetDict(
+        {split: raw[split].select_columns([text]).rename_column(text, "text") if text != "text"
+         else raw[split].select_columns(["text"]) for split in ("train", "validation")}
+    )
+
+
+def load_tokenizer(
+    model_args: ModelArguments, raw: DatasetDict, args: RunArguments, checkpoint: str | None
+) -> PreTrainedTokenizerBase:
+    """The named tokenizer, that of the run to resume, or a WordPiece vocabulary trained on the text."""
+    source = model_args.tokenizer_name or model_args.model_name_or_path or checkpoint
+    if source is None:
+        source = os.path.join(args.output_dir, "tokenizer")
+        if args.process_index == 0:
+            logger.info("training a WordPiece vocabulary of %d entries", model_args.vocab_size)
+            lines = (row["text"] for row in raw["train"])
+            train_wordpiece_tokenizer(lines, vocab_size=model_args.vocab_size).save_pretrained(source)
+    return AutoTokenizer.from_pretrained(
+        source, revision=model_args.model_revision, token=model_args.token, use_fast=True
+    )
+
+
+def prepare_sequences(
+    raw: DatasetDict, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: RunArguments
+) -> dict[str, Dataset]:
+    """Token sequences of at most `max_seq_length`: packed text, single lines, or sentence pairs."""
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+    options = {} if data_args.streaming else {
+        "num_proc": data_args.preprocessing_num_workers, "load_from_cache_file": not data_args.overwrite_cache
+    }
+    room = data_args.max_seq_length - tokenizer.num_special_tokens_to_add()
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        lines = [line for text in batch["text"] for line in text.splitlines() if line.strip()]
+        return {"input_ids": tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"] if lines else []}
+
+    def pack(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        if data_args.line_by_line:
+            chunks = [ids[:room] for ids in batch["input_ids"] if ids]
+        else:
+            flat = [token for ids in batch["input_ids"] for token in ids]
+            chunks = [flat[start : start + room] for start in range(0, len(flat) - room + 1, room)]
+        begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+        return {"input_ids": [[begin, *chunk, end] for chunk in chunks]}
+
+    sequences = {}
+    for split in ("train", "validation"):
+        if data_args.nsp:
+            rows = build_next_sentence_pairs(
+                documents(raw[split], tokenizer), tokenizer, max_seq_length=data_args.max_seq_length, seed=args.seed
+            )
+            packed = Dataset.from_list(list(rows))
+        else:
+            tokens = raw[split].map(
+                tokenize, batched=True, remove_columns=["text"], **options, **describe(options, f"tokenize {split}")
+            )
+            # Large batches: only the tail of each is dropped.
+            packed = tokens.map(pack, batched=True, batch_size=8000, **options, **describe(options, f"pack {split}"))
+        if limits[split] is not None:
+            packed = packed.take(limits[split]) if data_args.streaming else packed.select(
+                range(min(limits[split], len(packed)))
+            )
+        if not data_args.streaming and len(packed) == 0:
+            raise ValueError(
+                f"The {split} text must fill at least one sequence of {data_args.max_seq_length} tokens. Got none. "
+                "Give more text, a smaller --max_seq_length or --line_by_line."
+            )
+        sequences[split] = packed
+    if data_args.streaming:
+        sequences["train"] = sequences["train"].shuffle(seed=args.seed, buffer_size=10_000)
+    return sequences
+
+
+def describe(options: dict[str, object], text: str) -> dict[str, str]:
+    """A label for the progress bar; streams have none."""
+    return {"desc": text} if options else {}
+
+
+def documents(rows: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[int]]]:
+    """Documents as lists of tokenized lines: a row with line breaks is one; else an empty row ends one."""
+    lines: list[str] = []
+
+    def tokenized() -> list[list[int]]:
+        return tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]
+
+    for row in rows:
+        parts = [line for line in row["text"].splitlines() if line.strip()]
+        if len(parts) != 1 and lines:
+            yield tokenized()
+            lines = []
+        lines.extend(parts)
+    if lines:
+        yield tokenized()
+
+
+def remember_initial_topology(
+    model: transformers.PreTrainedModel, args: RunArguments, checkpoint: str | None
+) -> str | None:
+    """Keep the first pattern of one layer for the picture; returns the layer's name."""
+    layers = sparse_layers(model)
+    if not layers:
+        return None
+    pictured = next((name for name in layers if name.endswith("intermediate.dense")), next(iter(layers)))
+    if checkpoint is None and args.process_index == 0:
+        os.makedirs(args.output_dir, exist_ok=True)
+        save_file({pictured: layers[pictured].block_index}, os.path.join(args.output_dir, "initial_topology.safetensors"))
+    return pictured
+
+
+def report(trainer: DynSparseTrainer, metrics: dict[str, float], seq_len: int, pictured: str | None) -> None:
+    """Write summary.json and the pictures, and say what was reached."""
+    folder = Path(trainer.args.output_dir)
+    summary = summarize_run(trainer, metrics, seq_len)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    try:
+        draw(trainer, folder, pictured)
+    except ImportError as error:
+        logger.warning("No pictures: %s", error)
+    print(f"\nResults in {folder}:\n{format_summary(summary)}")
+
+
+def draw(trainer: DynSparseTrainer, folder: Path, pictured: str | None) -> None:
+    """training.png, and block_map.png of the layer `pictured`."""
+    plot_training(trainer.state.log_history, folder / "training.png", title=folder.name)
+    initial = folder / "initial_topology.safetensors"
+    if pictured and initial.exists() and pictured in trainer.topology.ever_active:
+        final = sparse_layers(trainer.accelerator.unwrap_model(trainer.model))[pictured].layout.to_mask().cpu()
+        first = final.new_zeros(final.numel())
+        first[load_file(initial)[pictured].long()] = True
+        ever_active = trainer.topology.ever_active[pictured]
+        first, ever_active, final = first.view(final.shape).numpy(), ever_active.numpy(), final.numpy()
+        plot_block_map(first, ever_active, final, folder / "block_map.png", title=pictured)
+
+
+if __name__ == "__main__":
+    main()
