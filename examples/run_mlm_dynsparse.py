@@ -2,7 +2,7 @@
 """
 Pre-train an always-sparse BERT by masked language modelling, with a topology that evolves (arXiv:2108.06277).
 
-    accelerate launch examples/run_mlm_dynsparse.py                                  # built-in English text, small model
+    accelerate launch examples/run_mlm_dynsparse.py                                   # built-in text, small model
     accelerate launch examples/run_mlm_dynsparse.py \
         --train_file train.txt.gz --validation_file valid.txt.gz \
         --preset medium --sparsity 0.9 --block_size 16 --max_steps 100000 --output_dir runs/medium-s90-b16
@@ -46,6 +46,7 @@ from hf_dynsparse.data import (
     DataCollatorForWholeWordMasking,
     build_next_sentence_pairs,
     embedded_corpus,
+    split_sentences,
     train_wordpiece_tokenizer,
 )
 from hf_dynsparse.plots import plot_block_map, plot_training
@@ -105,7 +106,9 @@ class DataArguments:
     validation_split_percentage: int = field(
         default=5, metadata={"help": "Share of the training text held out when there is no validation text."}
     )
-    streaming: bool = field(default=False, metadata={"help": "Read while training, nothing on disk; needs --max_steps."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read while training, nothing on disk; needs --max_steps."}
+    )
     max_seq_length: int = field(default=128, metadata={"help": "Tokens per sequence."})
     line_by_line: bool = field(default=False, metadata={"help": "One sequence a line instead of packed text."})
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every sequence to --max_seq_length."})
@@ -120,19 +123,27 @@ class DataArguments:
 
 @dataclass
 class RunArguments(DynSparseTrainingArguments):
-    """How it is trained: all arguments of the transformers Trainer, with defaults for a first run on a small machine."""
+    """
+    How it is trained: all arguments of the transformers Trainer, with defaults for a first run on a small machine.
+    """
 
     output_dir: str = field(default="dynsparse-mlm", metadata={"help": "Where everything of the run is written."})
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Peak rate, used as given. Default: the preset's dense optimum, times 6.40 at sparsity 0.9."},
+        metadata={
+            "help": "Peak rate, used as given. Default: the preset's dense optimum, times 6.40 at sparsity 0.9."
+        },
     )
     max_steps: int = field(default=500, metadata={"help": "Optimiser steps; -1 to count --num_train_epochs instead."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warm-up, or below 1 a share of the run."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of linear warm-up, or below 1 a share of the run."}
+    )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences per process and micro-batch."})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same for evaluation."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
-    eval_steps: float | None = field(default=0.1, metadata={"help": "Steps between evaluations, or a share of the run."})
+    eval_steps: float | None = field(
+        default=0.1, metadata={"help": "Steps between evaluations, or a share of the run."}
+    )
     save_steps: float = field(default=0.2, metadata={"help": "Steps between checkpoints, or a share of the run."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     num_threads: int | None = field(
@@ -231,7 +242,9 @@ def find_checkpoint(args: RunArguments) -> str | None:
         return last
     if wanted is not None:
         if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
-            raise FileNotFoundError(f"`--resume_from_checkpoint` must name a checkpoint folder or `last`. Got {wanted}.")
+            raise FileNotFoundError(
+                f"`--resume_from_checkpoint` must name a checkpoint folder or `last`. Got {wanted}."
+            )
         return wanted
     if last is not None or os.path.exists(os.path.join(args.output_dir, "summary.json")):
         raise ValueError(
@@ -288,7 +301,14 @@ def build_config(model_args: ModelArguments, data_args: DataArguments, checkpoin
         config = DynSparseBertConfig.from_dict(config.to_dict())
     if checkpoint is not None:
         saved = AutoConfig.from_pretrained(checkpoint)
-        for name in ("sparsity", "block_size", "distribution", "hidden_size", "num_hidden_layers", "intermediate_size"):
+        for name in (
+            "sparsity",
+            "block_size",
+            "distribution",
+            "hidden_size",
+            "num_hidden_layers",
+            "intermediate_size",
+        ):
             if getattr(saved, name) != getattr(config, name):
                 raise ValueError(
                     f"A resumed run must have the model of its checkpoint. Got {name} = {getattr(config, name)}, but "
@@ -306,9 +326,7 @@ def load_text(model_args: ModelArguments, data_args: DataArguments) -> DatasetDi
     """Splits "train" and "validation" with one column, "text": a line, or a whole document with line breaks."""
     options = {"cache_dir": model_args.cache_dir, "streaming": data_args.streaming}
     if data_args.dataset_name:
-        raw = load_dataset(
-            data_args.dataset_name, data_args.dataset_config_name, token=model_args.token, **options
-        )
+        raw = load_dataset(data_args.dataset_name, data_args.dataset_config_name, token=model_args.token, **options)
     else:
         if data_args.train_file is None:
             corpus = embedded_corpus(model_args.cache_dir)
@@ -330,8 +348,12 @@ def load_text(model_args: ModelArguments, data_args: DataArguments) -> DatasetDi
     columns = list(next(iter(raw["train"])))
     text = "text" if "text" in columns else columns[0]
     return DatasetDict(
-        {split: raw[split].select_columns([text]).rename_column(text, "text") if text != "text"
-         else raw[split].select_columns(["text"]) for split in ("train", "validation")}
+        {
+            split: raw[split].select_columns([text]).rename_column(text, "text")
+            if text != "text"
+            else raw[split].select_columns(["text"])
+            for split in ("train", "validation")
+        }
     )
 
 
@@ -356,9 +378,11 @@ def prepare_sequences(
 ) -> dict[str, Dataset]:
     """Token sequences of at most `max_seq_length`: packed text, single lines, or sentence pairs."""
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
-    options = {} if data_args.streaming else {
-        "num_proc": data_args.preprocessing_num_workers, "load_from_cache_file": not data_args.overwrite_cache
-    }
+    options = (
+        {}
+        if data_args.streaming
+        else {"num_proc": data_args.preprocessing_num_workers, "load_from_cache_file": not data_args.overwrite_cache}
+    )
     room = data_args.max_seq_length - tokenizer.num_special_tokens_to_add()
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -388,8 +412,10 @@ def prepare_sequences(
             # Large batches: only the tail of each is dropped.
             packed = tokens.map(pack, batched=True, batch_size=8000, **options, **describe(options, f"pack {split}"))
         if limits[split] is not None:
-            packed = packed.take(limits[split]) if data_args.streaming else packed.select(
-                range(min(limits[split], len(packed)))
+            packed = (
+                packed.take(limits[split])
+                if data_args.streaming
+                else packed.select(range(min(limits[split], len(packed))))
             )
         if not data_args.streaming and len(packed) == 0:
             raise ValueError(
@@ -408,19 +434,21 @@ def describe(options: dict[str, object], text: str) -> dict[str, str]:
 
 
 def documents(rows: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[list[int]]]:
-    """Documents as lists of tokenized lines: a row with line breaks is one; else an empty row ends one."""
-    lines: list[str] = []
+    """Documents as lists of tokenized sentences: a row with line breaks is one; an empty row or a title ends one."""
+    sentences: list[str] = []
 
     def tokenized() -> list[list[int]]:
-        return tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"]
+        return tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]
 
     for row in rows:
-        parts = [line for line in row["text"].splitlines() if line.strip()]
-        if len(parts) != 1 and lines:
+        lines = [line for line in row["text"].splitlines() if line.strip()]
+        title = len(lines) == 1 and lines[0].startswith("= ") and lines[0].rstrip().endswith(" =")
+        if (title or len(lines) != 1) and sentences:
             yield tokenized()
-            lines = []
-        lines.extend(parts)
-    if lines:
+            sentences = []
+        if not title:
+            sentences.extend(sentence for line in lines for sentence in split_sentences(line))
+    if sentences:
         yield tokenized()
 
 
@@ -434,7 +462,9 @@ def remember_initial_topology(
     pictured = next((name for name in layers if name.endswith("intermediate.dense")), next(iter(layers)))
     if checkpoint is None and args.process_index == 0:
         os.makedirs(args.output_dir, exist_ok=True)
-        save_file({pictured: layers[pictured].block_index}, os.path.join(args.output_dir, "initial_topology.safetensors"))
+        save_file(
+            {pictured: layers[pictured].block_index}, os.path.join(args.output_dir, "initial_topology.safetensors")
+        )
     return pictured
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
@@ -23,24 +23,25 @@ class TopologyCallback(TrainerCallback, ExportableState):
     """
     Updates the topology of the sparse layers while they train, with any [`~transformers.Trainer`].
 
-    An update happens in `on_step_end`: after the optimiser step, before that step is logged and saved, so that a checkpoint
-    holds the new topology and a resumed run does not repeat it.
+    An update happens in `on_step_end`: after the optimiser step, before that step is logged and saved, so that a
+    checkpoint holds the new topology and a resumed run does not repeat it.
 
     Args:
-        num_updates, update_every, first_step, last_step, pruning_ratio, prune_score, regrow_rule, schedule, readmit, seed:
-            see [`TopologyUpdater`].
+        num_updates, update_every, first_step, last_step (`int`, *optional*): see [`TopologyUpdater`]; without a number
+            of updates or an interval, `default_num_updates` of the run.
+        pruning_ratio, prune_score, regrow_rule, schedule, readmit, seed: see [`TopologyUpdater`].
         group_lasso (`float`): strength of the decoupled group lasso, applied after every optimiser step.
 
     Attributes:
         metrics (`dict[str, float]`): `sparsity`, `coverage`, `block_age`, and after the first update `pruning_ratio`,
             `newborn_share` and `topology_updates`.
-        ever_active (`dict[str, torch.Tensor]`): after training, per layer, the Boolean map `(block_rows, block_columns)` of
-            the positions that were active at any time.
+        ever_active (`dict[str, torch.Tensor]`): after training, per layer, the Boolean map `(block_rows,
+            block_columns)` of the positions that were active at any time.
     """
 
     def __init__(
         self,
-        num_updates: int | None = 80,
+        num_updates: int | None = None,
         *,
         update_every: int | None = None,
         first_step: int | None = None,
@@ -92,15 +93,18 @@ class TopologyCallback(TrainerCallback, ExportableState):
             if state.global_step == 0:
                 # Initial weights may have been loaded since `on_init_end`.
                 track_exploration_(layer)
-        self._updater = TopologyUpdater(model, kwargs["optimizer"], state.max_steps, **self.settings)
-        name = type(self).__name__
+        settings = dict(self.settings)
+        if settings["num_updates"] is None and settings["update_every"] is None:
+            settings["num_updates"] = default_num_updates(state.max_steps)
+        self._updater = TopologyUpdater(model, kwargs["optimizer"], state.max_steps, **settings)
+        name, saved = type(self).__name__, cast(dict[str, Any], state.stateful_callbacks)
         if state.global_step == 0:
             self.metrics = {}
-        elif name in state.stateful_callbacks:
-            self._restore(state.stateful_callbacks[name])
+        elif name in saved:
+            self._restore(saved[name])
         else:
             logger.warning("The checkpoint was not written by a run with topology updates; coverage starts here.")
-        state.stateful_callbacks.setdefault(name, self.state())
+        saved.setdefault(name, self.state())
         self._updater.check_ranks_agree()
         self._updater.prepare(state.global_step + 1)
         self.metrics["sparsity"] = topology_summary(model).sparsity
@@ -122,9 +126,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
     ) -> None:
         if not self.group_lasso or self._updater is None or getattr(kwargs["optimizer"], "step_was_skipped", False):
             return
-        rates = {
-            parameter: group["lr"] for group in kwargs["optimizer"].param_groups for parameter in group["params"]
-        }
+        rates = {parameter: group["lr"] for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
         for layer in self._updater.layers.values():
             group_lasso_(layer.values, float(rates[layer.values]), self.group_lasso)
 
@@ -164,6 +166,13 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self.metrics = dict(saved["attributes"]["metrics"])
 
 
+def default_num_updates(total_steps: int) -> int:
+    """
+    The paper's optimum for 16 x 16 blocks, 80 updates a run; fewer in a run too short for five steps between them.
+    """
+    return min(80, max(0, total_steps - 1) // 5)
+
+
 def track_model_(model: nn.Module) -> None:
     """Begin to record the exploration of every sparse layer that does not yet."""
     for layer in sparse_layers(model).values():
@@ -172,7 +181,9 @@ def track_model_(model: nn.Module) -> None:
 
 
 class ThroughputCallback(TrainerCallback):
-    """Seconds spent in optimiser steps, data loading, evaluation and saving left out; `tokens` is counted by the trainer."""
+    """
+    Seconds spent in optimiser steps, data loading, evaluation and saving left out; `tokens` is counted by the trainer.
+    """
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -195,6 +206,7 @@ class ThroughputCallback(TrainerCallback):
         self.seconds += time.perf_counter() - self._began
 
 
+@runtime_checkable
 class EpochAware(Protocol):
     """A collator whose draw depends on the epoch."""
 

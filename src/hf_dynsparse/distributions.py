@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from .layout import block_grid, check_sparsity, count_active_blocks
 
+
 Shapes = Mapping[str, tuple[int, int]]
 
 
@@ -14,7 +15,8 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
 
 def erk(shapes: Shapes, density: float) -> dict[str, float]:
     """
-    Erdős-Rényi-Kernel: density proportional to `(out + in) / (out * in)`, at equal total size (arXiv:1911.11134, section 3).
+    Erdős-Rényi-Kernel: density proportional to `(out + in) / (out * in)`, at equal total size (arXiv:1911.11134,
+    section 3).
 
     Small layers stay denser. A layer whose share would exceed 1 is kept whole and the rest is scaled again.
     """

@@ -56,7 +56,9 @@ def check_sparsity(sparsity: float) -> float:
 
 
 def count_active_blocks(num_blocks: int, density: float) -> int:
-    """Number of active blocks of a tensor, rounded half up and at least one: `max(1, floor(density * blocks + 1/2))`."""
+    """
+    Number of active blocks of a tensor, rounded half up and at least one: `max(1, floor(density * blocks + 1/2))`.
+    """
     return min(num_blocks, max(1, floor(density * num_blocks + 0.5)))
 
 
@@ -66,7 +68,10 @@ def random_block_index(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Draw `nnzb` different block ids uniformly, in ascending order: `torch.int32` of shape `(nnzb,)` (§3.1, always sparse)."""
+    """
+    Draw `nnzb` different block ids uniformly, in ascending order: `torch.int32` of shape `(nnzb,)` (§3.1, always
+    sparse).
+    """
     drawn = torch.randperm(num_blocks, generator=generator, device=generator.device if generator else "cpu")
     return drawn[:nnzb].sort().values.to(device=device, dtype=torch.int32)
 
@@ -146,7 +151,8 @@ class BlockLayout:
 
     def validate(self, name: str = "the layer") -> None:
         """
-        Check that the index is 32-bit, in range and without repetition. Off the hot path: called at load and train begin.
+        Check that the index is 32-bit, in range and without repetition. Off the hot path: called at load and train
+        begin.
 
         Raises:
             ValueError: naming the layer and the first offending slot.
@@ -154,8 +160,8 @@ class BlockLayout:
         index = self.block_index
         if index.dtype != torch.int32 or index.dim() != 1:
             raise ValueError(
-                f"`block_index` of {name} must be a 1-D int32 tensor. Got {index.dtype} of shape {tuple(index.shape)}. "
-                "The checkpoint is damaged or was written by something else: load an intact one."
+                f"`block_index` of {name} must be a 1-D int32 tensor. Got {index.dtype} of shape "
+                f"{tuple(index.shape)}. The checkpoint is damaged: load an intact one."
             )
         outside = ((index < 0) | (index >= self.num_blocks)).nonzero()
         if outside.numel():
@@ -168,7 +174,7 @@ class BlockLayout:
         repeated = (ordered[1:] == ordered[:-1]).nonzero()
         if repeated.numel():
             raise ValueError(
-                f"`block_index` of {name} must name each block once. Got block {int(ordered[int(repeated[0])])} twice. "
+                f"`block_index` of {name} must name each block once. Got {int(ordered[int(repeated[0])])} twice. "
                 "The checkpoint is damaged: load an intact one."
             )
 

@@ -71,8 +71,8 @@ class BlockSparseLinear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
         """
-        Draw a uniformly random topology, and values from a normal distribution of standard deviation `std` cut at two of
-        them, not rescaled by density (arXiv:2108.06277, section 3).
+        Draw a uniformly random topology, and values from a normal distribution of standard deviation `std` cut at two
+        of them, not rescaled by density (arXiv:2108.06277, section 3).
         """
         self.block_index.copy_(random_block_index(self.num_blocks, self.nnzb, generator))
         nn.init.trunc_normal_(self.values, std=std, a=-2 * std, b=2 * std, generator=generator)
@@ -140,8 +140,8 @@ class BlockSparseLinear(nn.Module):
         nnzb: int | None = None,
     ) -> "BlockSparseLinear":
         """
-        Keep the blocks of `linear` with the largest L1 norm, ties to the lower id. A layer on the meta device gives one
-        there: only its shapes are known.
+        Keep the blocks of `linear` with the largest L1 norm, ties to the lower id. A layer on the meta device gives
+        one there: only its shapes are known.
         """
         weight = linear.weight
         layer = cls(
@@ -177,7 +177,9 @@ class BlockSparseLinear(nn.Module):
 
 
 def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
-    """The sparse layers of `model` by name, in module order; a `torch.compile` wrapper leaves no trace in the names."""
+    """
+    The sparse layers of `model` by name, in module order; a `torch.compile` wrapper leaves no trace in the names.
+    """
     return {
         name.replace("_orig_mod.", ""): layer
         for name, layer in model.named_modules()
@@ -221,7 +223,8 @@ def sparsify_(
         present = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         raise ValueError(
             f"`sparsify_` must find at least one linear layer. Got none for targets={list(targets)} and "
-            f"ignore={list(ignore)}. Linear layers of this model: {', '.join(present[:8]) or 'none'}. Change the patterns."
+            f"ignore={list(ignore)}. Linear layers of this model: {', '.join(present[:8]) or 'none'}. Change the "
+            "patterns."
         )
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     nnzb = active_blocks(shapes, sparsity, as_block_shape(block_size), distribution)
@@ -239,7 +242,9 @@ def densify_(model: nn.Module) -> nn.Module:
     """
     layers = sparse_layers(model)
     if not layers:
-        raise ValueError("`densify_` must find at least one `BlockSparseLinear`. Got none: the model is dense already.")
+        raise ValueError(
+            "`densify_` must find at least one `BlockSparseLinear`. Got none: the model is dense already."
+        )
     for name, layer in layers.items():
         model.set_submodule(name, layer.to_linear())
     return model
@@ -284,7 +289,8 @@ class TopologySummary:
         for layer in self.layers:
             shape, block = "x".join(map(str, layer.shape)), "x".join(map(str, layer.block_shape))
             lines.append(
-                f"{layer.name:{width}}  {shape:>11}  {block:>7}  {layer.nnzb:>9,}  {layer.density:7.4f}  {layer.backend}"
+                f"{layer.name:{width}}  {shape:>11}  {block:>7}  {layer.nnzb:>9,}  {layer.density:7.4f}  "
+                f"{layer.backend}"
             )
         lines.append(f"{len(self.layers)} sparse layers, {self.nnz:,} of {self.positions:,} entries active")
         return "\n".join(lines)

@@ -1,4 +1,6 @@
-"""What sparse training asks of an optimiser: clean moments for new blocks, group lasso, a learning rate for a sparsity."""
+"""
+What sparse training asks of an optimiser: clean moments for new blocks, group lasso, a learning rate for a sparsity.
+"""
 
 import math
 
@@ -23,7 +25,11 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, parameter: nn.Parame
     """
     moments = []
     for name, state in optimizer.state.get(parameter, {}).items():
-        if state is None or isinstance(state, int | float) or (torch.is_tensor(state) and state.numel() == 1 and not state.dim()):
+        if (
+            state is None
+            or isinstance(state, int | float)
+            or (torch.is_tensor(state) and state.numel() == 1 and not state.dim())
+        ):
             continue
         if torch.is_tensor(state) and state.is_floating_point() and state.dim() and len(state) == len(parameter):
             moments.append(state)
@@ -31,8 +37,8 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, parameter: nn.Parame
         received = f"{state.dtype} of shape {tuple(state.shape)}" if torch.is_tensor(state) else type(state).__name__
         raise TypeError(
             f"Optimiser state of a sparse layer must be numbers or floating tensors with one row per block "
-            f"({len(parameter)}). Got {name!r}: {received} in {type(optimizer).__name__}. New blocks would inherit it: "
-            "use an optimiser with element-wise state, such as AdamW, SGD or Adafactor."
+            f"({len(parameter)}). Got {name!r}: {received} in {type(optimizer).__name__}. New blocks would inherit "
+            "it: use an optimiser with element-wise state, such as AdamW, SGD or Adafactor."
         )
     return moments
 
@@ -40,7 +46,8 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, parameter: nn.Parame
 @torch.no_grad()
 def clear_moments_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots: torch.Tensor) -> None:
     """
-    Set every moment of the blocks in `slots` (`torch.int64` of shape `(count,)`) to zero (arXiv:2108.06277, section 3).
+    Set every moment of the blocks in `slots` (`torch.int64` of shape `(count,)`) to zero (arXiv:2108.06277, section
+    3).
 
     Raises:
         TypeError: for optimiser state that cannot be told apart by block.
@@ -54,8 +61,8 @@ def group_lasso_(values: torch.Tensor, learning_rate: float, strength: float, we
     """
     Decoupled group lasso: shrink each block towards zero by a step of fixed length (arXiv:2108.06277, appendix).
 
-    `w -= lr * strength * weight_std * sqrt(B) * w / sqrt(sum of w² over the block + 1e-6)`; for a rectangular block `B` is
-    the side of the square of equal area.
+    `w -= lr * strength * weight_std * sqrt(B) * w / sqrt(sum of w² over the block + 1e-6)`; for a rectangular block
+    `B` is the side of the square of equal area.
 
     Args:
         values (`torch.Tensor` of shape `(nnzb, rows, columns)`): changed in place.

@@ -3,18 +3,18 @@
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .arguments import DynSparseTrainingArguments
-from .callback import EpochCallback, ThroughputCallback, TopologyCallback, track_model_
+from .callback import EpochAware, EpochCallback, ThroughputCallback, TopologyCallback, track_model_
 from .checkpoint import STAGING_FOLDER, publish_checkpoint, remove_interrupted_save
 from .flops import flops_per_sequence
 from .nn import sparse_layers
@@ -27,8 +27,8 @@ class DynSparseTrainer(Trainer):
     """
     [`~transformers.Trainer`] for models with `BlockSparseLinear` layers; the arguments are the same.
 
-    Adds to every log entry `dynsparse/flops` and `dynsparse/tokens_per_second`, and the metrics of [`TopologyCallback`] under
-    `dynsparse/`. A model without sparse layers trains as usual: the dense baseline.
+    Adds to every log entry `dynsparse/flops` and `dynsparse/tokens_per_second`, and the metrics of
+    [`TopologyCallback`] under `dynsparse/`. A model without sparse layers trains as usual: the dense baseline.
 
     Attributes:
         topology (`TopologyCallback` or `None`): the callback that updates the topology; `None` for a dense model.
@@ -37,23 +37,30 @@ class DynSparseTrainer(Trainer):
 
     args: DynSparseTrainingArguments
 
-    def __init__(self, model: nn.Module | None = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: DynSparseTrainingArguments | None = None,
+        *,
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
         args = DynSparseTrainingArguments(output_dir="trainer_output") if args is None else args
         self._staging_dir: str | None = None
         self.throughput = ThroughputCallback()
-        given = [callback for callback in kwargs.get("callbacks") or [] if isinstance(callback, TopologyCallback)]
-        self.topology: TopologyCallback | None = given[0] if given else None
-        callbacks = list(kwargs.pop("callbacks", None) or [])
-        if self.topology is None and model is not None and sparse_layers(model):
+        self.topology = next((callback for callback in callbacks if isinstance(callback, TopologyCallback)), None)
+        callbacks = list(callbacks or ())
+        if self.topology is None and sparse_layers(model):
             self.topology = TopologyCallback(**args.topology_settings())
             callbacks.append(self.topology)
-        # Last, so that the time of a topology update counts.
-        super().__init__(model, args, *rest, callbacks=[*callbacks, self.throughput], **kwargs)
-        self._eval_collator: Callable[[list[Any]], dict[str, Any]] = self.data_collator
-        if callable(getattr(self.data_collator, "set_epoch", None)):
+        # Throughput last, so that the time of a topology update counts.
+        super().__init__(model, args, callbacks=[*callbacks, self.throughput], **kwargs)
+        collator: Any = self.data_collator
+        self._eval_collator = collator
+        if isinstance(collator, EpochAware):
             # Evaluation must not see other masks as the epochs go by.
-            self._eval_collator = copy.copy(self.data_collator)
-            self.add_callback(EpochCallback(self.data_collator))
+            self._eval_collator = copy.copy(collator)
+            self.add_callback(EpochCallback(collator))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in transformers, with the masks of epoch 0 in every evaluation."""
@@ -72,7 +79,9 @@ class DynSparseTrainer(Trainer):
         """Training FLOPs of this batch by the paper's count; see `flops_per_sequence`."""
         # [batch, sequence] or [batch, choices, sequence]
         ids = inputs["input_ids"]
-        return ids.numel() // ids.shape[-1] * flops_per_sequence(self.accelerator.unwrap_model(self.model), ids.shape[-1])
+        return (
+            ids.numel() // ids.shape[-1] * flops_per_sequence(self.accelerator.unwrap_model(self.model), ids.shape[-1])
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` with the metrics of the run so far."""
@@ -85,7 +94,7 @@ class DynSparseTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # A second call of `train` finds a model whose recording ended with the first.
-        track_model_(self.model)
+        track_model_(self.accelerator.unwrap_model(self.model))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -112,9 +121,7 @@ class DynSparseTrainer(Trainer):
                 self.state.best_model_checkpoint = os.path.join(run_dir, name)
                 self.state.save_to_json(os.path.join(run_dir, STAGING_FOLDER, name, TRAINER_STATE_NAME))
             publish_checkpoint(run_dir, name)
-            rotate_checkpoints(
-                run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(os.path.join(run_dir, name))

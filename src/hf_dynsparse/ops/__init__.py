@@ -1,4 +1,6 @@
-"""Products with a block-sparse matrix: a shipped reference, the backends tested against it, and the choice among them."""
+"""
+Products with a block-sparse matrix: a shipped reference, the backends tested against it, and the choice among them.
+"""
 
 from .backends import BACKENDS, Backend, choose_backend, use_backend
 from .operators import block_sparse_linear

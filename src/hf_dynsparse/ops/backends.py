@@ -51,7 +51,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, block_shape: tuple[
         ValueError: if none can; the message gives each backend's reason.
     """
     wanted = _override.get()
-    reasons = {}
+    reasons: dict[str, str] = {}
     for backend in BACKENDS:
         if wanted not in (None, backend.name):
             continue

@@ -1,8 +1,9 @@
 """
-The two products as PyTorch operators, with their gradients: opaque to `torch.compile`, so that a topology update changes
-no traced shape and causes no recompilation.
+The two products as PyTorch operators, with their gradients: opaque to `torch.compile`, so that a topology update
+changes no traced shape and causes no recompilation.
 
-Names give the density of output and operands, output first: dds is dense = dense x sparse, sdd is sparse = dense x dense.
+Names give the density of output and operands, output first: dds is dense = dense x sparse, sdd is sparse = dense x
+dense.
 """
 
 import torch

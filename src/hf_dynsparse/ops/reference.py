@@ -2,6 +2,7 @@
 
 import torch
 
+
 Shape = tuple[int, int]
 
 
@@ -45,7 +46,9 @@ def dds(
     shape: Shape,
     transposed: bool,
 ) -> torch.Tensor:
-    """`input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `hf_dynsparse.ops.operators.dds`."""
+    """
+    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `hf_dynsparse.ops.operators.dds`.
+    """
     weight = to_dense(values, block_index, shape)
     output = input @ (weight if transposed else weight.T)
     return output if bias is None else output + bias

@@ -27,7 +27,9 @@ def dds(
     shape: Shape,
     transposed: bool,
 ) -> torch.Tensor:
-    """`input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `hf_dynsparse.ops.operators.dds`."""
+    """
+    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `hf_dynsparse.ops.operators.dds`.
+    """
     output = input.new_empty(input.shape[0], shape[1] if transposed else shape[0])
     for first, last in _tiles(shape, values.shape[1]):
         tile = _scatter(values, block_index, shape[1], first, last)  # [last - first, in_features]

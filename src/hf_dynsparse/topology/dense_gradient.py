@@ -1,4 +1,6 @@
-"""The dense gradient of the sparse layers, for regrow rules that ask for it: built at update steps and nowhere else."""
+"""
+The dense gradient of the sparse layers, for regrow rules that ask for it: built at update steps and nowhere else.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,7 +23,7 @@ class DenseGradientProbe:
         self.layers = tuple(layers)
         self._handles: list[RemovableHandle] = [layer.register_forward_hook(self._watch) for layer in self.layers]
 
-    def _watch(self, layer: torch.nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def _watch(self, layer: BlockSparseLinear, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         if not output.requires_grad:
             return
         input = inputs[0].detach()
@@ -47,8 +49,8 @@ class DenseGradientProbe:
         for layer in self.layers:
             if layer not in self.gradients:
                 raise RuntimeError(
-                    "The gradient regrow rule must see a backward pass between the previous `step(...)` of the updater "
-                    f"and this one. Got none through {layer}. Call `step` once after every optimiser step."
+                    "The gradient regrow rule must see a backward pass between the previous `step(...)` of the "
+                    f"updater and this one. Got none through {layer}. Call `step` once after every optimiser step."
                 )
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(self.gradients[layer])

@@ -1,6 +1,6 @@
 """
-How much of the space of topologies a run has seen (arXiv:2108.06277, section 4): kept in buffers of the sparse layers while
-they are trained, so that it survives save and resume; not part of a finished model.
+How much of the space of topologies a run has seen (arXiv:2108.06277, section 4): kept in buffers of the sparse layers
+while they are trained, so that it survives save and resume; not part of a finished model.
 """
 
 from collections.abc import Iterable
@@ -19,15 +19,15 @@ _ONES = torch.tensor([value.bit_count() for value in range(256)])
 
 def track_exploration_(layer: BlockSparseLinear) -> None:
     """
-    Begin to record: adds the buffers `ever_active` (`torch.uint8` of shape `(ceil(blocks / 8),)`, one bit a position) and
-    `active_since` (`torch.int32` of shape `(nnzb,)`, the number of updates done when the block of this slot was activated).
-    The active blocks of the moment are the start.
+    Begin to record: adds the buffers `ever_active` (`torch.uint8` of shape `(ceil(blocks / 8),)`, one bit a
+    position) and `active_since` (`torch.int32` of shape `(nnzb,)`, the number of updates done when the block of this
+    slot was activated). The active blocks of the moment are the start.
     """
     index = layer.block_index
     empty = torch.zeros(-(-layer.num_blocks // 8), dtype=torch.uint8, device=index.device)
     layer.register_buffer("ever_active", empty)
     layer.register_buffer("active_since", torch.zeros_like(index))
-    record_active_(layer, index)
+    record_active_(layer, index, torch.arange(layer.nnzb, device=index.device), 0)
 
 
 def untrack_exploration_(layer: BlockSparseLinear) -> None:
@@ -41,8 +41,9 @@ def is_tracked(layer: BlockSparseLinear) -> bool:
     return "ever_active" in layer._buffers
 
 
-def record_active_(layer: BlockSparseLinear, block_ids: torch.Tensor) -> None:
-    """Mark the blocks `block_ids` (of shape `(count,)`, each at most once) as having been active."""
+def record_active_(layer: BlockSparseLinear, block_ids: torch.Tensor, slots: torch.Tensor, updates_done: int) -> None:
+    """Record that the blocks `block_ids`, each at most once, became active in `slots`: both of shape `(count,)`."""
+    _buffer(layer, "active_since")[slots] = updates_done
     packed = _buffer(layer, "ever_active")
     ids = block_ids.long()
     byte, bit = ids // 8, _BITS.to(ids.device)[ids % 8]
@@ -58,12 +59,19 @@ def ever_active(layer: BlockSparseLinear) -> torch.Tensor:
 
 
 def dof_coverage(layers: Iterable[BlockSparseLinear]) -> float:
-    """Share of positions ever active, averaged over the tensors (arXiv:2108.06277, section 4). Starts at the density."""
+    """
+    Share of positions ever active, averaged over the tensors (arXiv:2108.06277, section 4). Starts at the density.
+    """
     shares = []
     for layer in layers:
         packed = _buffer(layer, "ever_active")
         shares.append(int(_ONES.to(packed.device)[packed.long()].sum()) / layer.num_blocks)
     return sum(shares) / len(shares)
+
+
+def count_newborn(layer: BlockSparseLinear, slots: torch.Tensor, updates_done: int) -> int:
+    """How many of the blocks in `slots` were activated by the last of `updates_done` updates."""
+    return int((_buffer(layer, "active_since")[slots] == updates_done).sum())
 
 
 def block_ages(layer: BlockSparseLinear, updates_done: int) -> torch.Tensor:

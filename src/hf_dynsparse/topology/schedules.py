@@ -47,13 +47,13 @@ def update_steps(
     last: int | None = None,
 ) -> tuple[int, ...]:
     """
-    Optimiser steps (counted from 1) after which the topology is updated: either `num_updates` of them, evenly spaced and
-    with an equal stretch of training before the first and after the last, or one `every` so many steps.
+    Optimiser steps (counted from 1) after which the topology is updated: either `num_updates` of them, evenly spaced
+    and with an equal stretch of training before the first and after the last, or one `every` so many steps.
 
     Args:
         total_steps (`int`): optimiser steps of the whole run.
-        first, last (`int`, *optional*): no update before `first` or after `last`. The last step of a run never updates:
-            the new blocks would stay zero.
+        first, last (`int`, *optional*): no update before `first` or after `last`. The last step of a run never
+            updates: the new blocks would stay zero.
 
     Example:
         ```python
@@ -82,8 +82,8 @@ def update_steps(
         return tuple(step for step in range(every, end + 1, every) if step >= begin)
     if num_updates is None or num_updates < 0 or num_updates > end - begin + 1:
         raise ValueError(
-            f"`num_updates` must lie in [0, {end - begin + 1}] for {total_steps} steps with updates from step {begin} to "
-            f"{end}. Got {num_updates}. Train longer or ask for fewer updates."
+            f"`num_updates` must lie in [0, {end - begin + 1}] for {total_steps} steps with updates from step {begin} "
+            f"to {end}. Got {num_updates}. Train longer or ask for fewer updates."
         )
     # Half-open stretches: with the defaults the update t falls at (t + 1) / (n + 1) of the run.
     before, after = begin - 1 if first is None else begin, end + 1 if last is None else end

@@ -9,14 +9,16 @@ import torch
 @dataclass(frozen=True)
 class BlockStatistics:
     """
-    What a score may look at, for a set of `count` blocks. A field is filled only if the score declares that it needs it.
+    What a score may look at, for a set of `count` blocks. A field is filled only if the score declares that it needs
+    it.
 
     Args:
         count (`int`): number of blocks.
         generator (`torch.Generator`): on the CPU, the same on every rank.
         device (`torch.device`): where the score must live.
         values (`torch.Tensor` of shape `(count, rows, columns)`): weights of active blocks.
-        gradient (`torch.Tensor` of shape `(count, rows, columns)`): dense gradient, summed over micro-batches and ranks.
+        gradient (`torch.Tensor` of shape `(count, rows, columns)`): dense gradient, summed over micro-batches and
+            ranks.
         ever_active (`torch.Tensor` of shape `(count,)`, `torch.bool`): which blocks were active at any time so far.
     """
 

@@ -7,7 +7,7 @@ import torch
 
 from ..nn import BlockSparseLinear
 from ..optim import clear_moments_
-from .exploration import ever_active, is_tracked, record_active_
+from .exploration import count_newborn, ever_active, is_tracked, record_active_
 from .scores import PRUNE_SCORES, REGROW_RULES, BlockStatistics, resolve_score
 
 
@@ -85,7 +85,8 @@ def prune_regrow_(
         optimizer (`torch.optim.Optimizer`, *optional*): where the moments of `layer.values` are.
         pruning_ratio (`float`): share of active blocks to replace, in [0, 1].
         prune_score, regrow_rule (`str`): keys of `SCORES`; the lowest scores are pruned, the highest regrown.
-        readmit (`bool`): whether a block pruned in this update may return in it (RigL); it then keeps values and moments.
+        readmit (`bool`): whether a block pruned in this update may return in it (RigL); it then keeps values and
+            moments.
         generator (`torch.Generator`, *optional*): on the CPU. Default: seeded with 0.
         dense_gradient (`torch.Tensor` of shape `(block_rows * block_columns, rows, columns)`, *optional*): for scores
             that need it.
@@ -137,12 +138,12 @@ def prune_regrow_(
 
     if optimizer is not None:
         clear_moments_(optimizer, layer.values, pruned)
-    newborn = int((layer.active_since[pruned] == update).sum()) if is_tracked(layer) and update else 0
+    tracked = is_tracked(layer)
+    newborn = count_newborn(layer, pruned, update) if tracked and update else 0
     layer.values[pruned] = 0
     layer.block_index[pruned] = regrown.to(torch.int32)
-    if is_tracked(layer):
-        layer.active_since[pruned] = update + 1
-        record_active_(layer, regrown)
+    if tracked:
+        record_active_(layer, regrown, pruned, update + 1)
     return LayerUpdate(pruned.numel(), newborn)
 
 

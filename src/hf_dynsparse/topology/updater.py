@@ -47,8 +47,8 @@ class TopologyUpdater:
     """
     Prunes and regrows the sparse layers of `model` at fixed steps of a run (arXiv:2108.06277, section 3).
 
-    Random draws depend on `(seed, number of the update, layer name)` alone: ranks agree without communication and a resumed
-    run repeats them. Every rank's topology is compared after each update.
+    Random draws depend on `(seed, number of the update, layer name)` alone: ranks agree without communication and a
+    resumed run repeats them. Every rank's topology is compared after each update.
 
     Args:
         model (`nn.Module`): a model with `BlockSparseLinear` layers.
@@ -96,8 +96,8 @@ class TopologyUpdater:
         self.layers: dict[str, BlockSparseLinear] = sparse_layers(model)
         if not self.layers:
             raise ValueError(
-                "`TopologyUpdater` needs a model with `BlockSparseLinear` layers. Got none: build a DynSparse model with "
-                "sparsity > 0, or call `sparsify_(model, ...)` first."
+                "`TopologyUpdater` needs a model with `BlockSparseLinear` layers. Got none: build a DynSparse model "
+                "with sparsity > 0, or call `sparsify_(model, ...)` first."
             )
         needs = resolve_score(prune_score, "prune_score", PRUNE_SCORES).needs
         needs |= resolve_score(regrow_rule, "regrow_rule", REGROW_RULES).needs
@@ -120,9 +120,9 @@ class TopologyUpdater:
 
     def prepare(self, next_step: int) -> None:
         """
-        Get ready for the forward and backward passes of optimiser step `next_step`: if it is to be followed by an update
-        whose scores need the dense gradient, begin to collect it. `step` does this for the step after; call it by hand
-        when a run resumes.
+        Get ready for the forward and backward passes of optimiser step `next_step`: if it is to be followed by an
+        update whose scores need the dense gradient, begin to collect it. `step` does this for the step after; call it
+        by hand when a run resumes.
         """
         if self._probe is not None:
             self._probe.remove()
@@ -135,8 +135,8 @@ class TopologyUpdater:
         Call once after each optimiser step, with the number of steps done. Updates the topology if it is time.
 
         Returns:
-            `TopologyReport` if there was an update, else `None`; `None` too if a gradient or score was not finite: such an
-            update is skipped with a warning.
+            `TopologyReport` if there was an update, else `None`; `None` too if a gradient or score was not finite:
+            such an update is skipped with a warning.
 
         Raises:
             TypeError: for optimiser state that cannot be told apart by block.

@@ -28,7 +28,7 @@ from transformers.models.bert.modeling_bert import (
 
 from ...layout import random_block_index
 from ...nn import BlockSparseLinear, sparse_layers
-from .configuration_dynsparse_bert import DynSparseBertConfig
+from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes
 
 
 class DynSparseBertPreTrainedModel(BertPreTrainedModel):
@@ -74,9 +74,11 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
             state[f"{name}.weight"] = layer.to_dense()
         state = {key: tensor.clone() for key, tensor in state.items()}
         dense.load_state_dict(state, assign=True)
-        embeddings, source = dense.base_model.embeddings, self.base_model.embeddings
-        for name in ("position_ids", "token_type_ids"):
-            embeddings.register_buffer(name, getattr(source, name).clone(), persistent=False)
+        # Buffers that no checkpoint holds are still on meta.
+        for name, buffer in self.named_buffers():
+            module, _, leaf = name.rpartition(".")
+            if module.endswith("embeddings"):
+                dense.get_submodule(module).register_buffer(leaf, buffer.clone(), persistent=False)
         dense.tie_weights()
         return dense.train(self.training)
 
@@ -130,9 +132,9 @@ class DynSparseBertForMaskedLM(DynSparseBertPreTrainedModel, BertForMaskedLM):
         **kwargs: Any,
     ) -> MaskedLMOutput | tuple[torch.Tensor, ...]:
         """
-        `labels` of shape `(batch_size, sequence_length)`: token ids at masked positions, -100 elsewhere. The loss is their
-        mean, or their sum over `num_items_in_batch` if given: the masked positions of all micro-batches and ranks, so
-        that splitting a batch changes nothing.
+        `labels` of shape `(batch_size, sequence_length)`: token ids at masked positions, -100 elsewhere. The loss is
+        their mean, or their sum over `num_items_in_batch` if given: the masked positions of all micro-batches and
+        ranks, so that splitting a batch changes nothing.
         """
         outputs = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
@@ -177,8 +179,8 @@ class DynSparseBertForPreTraining(DynSparseBertPreTrainedModel, BertForPreTraini
         **kwargs: Any,
     ) -> BertForPreTrainingOutput | tuple[torch.Tensor, ...]:
         """
-        `labels` of shape `(batch_size, sequence_length)` as in masked language modelling, `next_sentence_label` of shape
-        `(batch_size,)`: 0 if the second segment continues the first, 1 if it is a random one.
+        `labels` of shape `(batch_size, sequence_length)` as in masked language modelling, `next_sentence_label` of
+        shape `(batch_size,)`: 0 if the second segment continues the first, 1 if it is a random one.
         """
         if labels is None or next_sentence_label is None or not (self.training and self.config.sparse_prediction):
             return super().forward(
@@ -214,10 +216,10 @@ class DynSparseBertForSequenceClassification(DynSparseBertPreTrainedModel, BertF
 
     def __init__(self, config: DynSparseBertConfig) -> None:
         BertPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 2
         self.bert = DynSparseBertModel(config)
         self.dropout = nn.Dropout(_classifier_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
 
@@ -226,10 +228,10 @@ class DynSparseBertForTokenClassification(DynSparseBertPreTrainedModel, BertForT
 
     def __init__(self, config: DynSparseBertConfig) -> None:
         BertPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 2
         self.bert = DynSparseBertModel(config, add_pooling_layer=False)
         self.dropout = nn.Dropout(_classifier_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
 
@@ -238,9 +240,9 @@ class DynSparseBertForQuestionAnswering(DynSparseBertPreTrainedModel, BertForQue
 
     def __init__(self, config: DynSparseBertConfig) -> None:
         BertPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 2
         self.bert = DynSparseBertModel(config, add_pooling_layer=False)
-        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.qa_outputs = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
 
@@ -260,14 +262,17 @@ def _build_encoder(config: DynSparseBertConfig) -> BertEncoder:
     # Dense shapes on meta cost nothing: the dense encoder is never allocated.
     with torch.device("meta"):
         encoder = BertEncoder(config)
+        shapes = encoder_shapes(config)
         for name, nnzb in config.nnzb_per_layer().items():
-            dense = encoder.get_submodule(name)
-            encoder.set_submodule(name, BlockSparseLinear.from_dense(dense, config.block_shape, nnzb=nnzb))
+            out_features, in_features = shapes[name]
+            encoder.set_submodule(name, BlockSparseLinear(in_features, out_features, config.block_shape, nnzb=nnzb))
     return encoder if device.type == "meta" else encoder.to_empty(device=device)
 
 
 def _trace_masked_positions(config: DynSparseBertConfig) -> None:
-    """Let `torch.compile` trace a number of positions that depends on the data: it breaks the graph there by default."""
+    """
+    Let `torch.compile` trace a number of positions that depends on the data: it breaks the graph there by default.
+    """
     if config.sparse_prediction:
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
 

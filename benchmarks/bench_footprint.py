@@ -1,0 +1,62 @@
+#!/usr/bin/env python
+"""
+Bytes of the sparse layers (parameters, index and Adam moments) against their dense twins, and the peak memory of building
+the model.
+
+    python benchmarks/bench_footprint.py --preset large --block_size 16
+"""
+
+import argparse
+import resource
+import tempfile
+
+import torch
+from _machine import describe_machine
+
+from hf_dynsparse import DynSparseBertConfig, DynSparseBertForMaskedLM, sparse_layers
+from hf_dynsparse.summary import checkpoint_bytes, dense_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="large", help="size of the BERT")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="share of inactive positions")
+    parser.add_argument("--block_size", type=int, default=16, help="side of the blocks")
+    args = parser.parse_args()
+    print(describe_machine(seed=0))
+    torch.manual_seed(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    model = DynSparseBertForMaskedLM(
+        DynSparseBertConfig.preset(args.preset, sparsity=args.sparsity, block_size=args.block_size)
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    layers = sparse_layers(model).values()
+    optimizer = torch.optim.AdamW([layer.values for layer in layers], lr=1e-3, fused=True)
+    for layer in layers:
+        layer.values.grad = torch.zeros_like(layer.values)
+    optimizer.step()
+    moments = sum(
+        tensor.numel() * tensor.element_size()
+        for state in optimizer.state.values()
+        for tensor in state.values()
+        if tensor.dim()
+    )
+    values = sum(layer.values.numel() * layer.values.element_size() for layer in layers)
+    index = sum(layer.block_index.numel() * layer.block_index.element_size() for layer in layers)
+    dense = sum(layer.out_features * layer.in_features * layer.values.element_size() for layer in layers)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        encoder = checkpoint_bytes(folder, ".encoder.")
+    dense_encoder = dense_bytes(model, ".encoder.")
+    print(f"{args.preset} s={args.sparsity} B={args.block_size}, {len(layers)} sparse matrices")
+    print(
+        f"values + index + moments  {(values + index + moments) / 1e6:9.1f} MB  {(values + index + moments) / (3 * dense):.4f} of dense"
+    )
+    print(f"encoder in the checkpoint {encoder / 1e6:9.1f} MB  {encoder / dense_encoder:.4f} of dense")
+    print(
+        f"peak memory while building{peak - before:9.1f} MiB above {before:.0f} MiB; a dense encoder alone: {dense_encoder / 2**20:.1f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    main()

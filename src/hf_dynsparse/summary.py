@@ -1,0 +1,115 @@
+"""What a run reached, in numbers: the content of `summary.json`."""
+
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from .flops import flops_per_sequence
+from .models import DynSparseBertConfig
+from .nn import topology_summary
+from .trainer import DynSparseTrainer
+
+
+def checkpoint_bytes(folder: str | Path, part: str = "") -> int:
+    """
+    Bytes of the tensors in the safetensors files of `folder` whose name contains `part` (headers excluded).
+
+    Raises:
+        FileNotFoundError: if there is no safetensors file.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"A saved model must hold *.safetensors files. Got none in {folder}.")
+    total = 0
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                if part in name:
+                    tensor = tensors.get_tensor(name)
+                    total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def dense_bytes(model: PreTrainedModel, part: str = "") -> int:
+    """
+    Bytes of the parameters of the same model with dense layers, tied ones once: counted on meta, nothing is allocated.
+    """
+    config = model.config.__class__.from_dict({**model.config.to_dict(), "sparsity": 0.0})
+    with torch.device("meta"):
+        twin = type(model)(config)
+    size = next(model.parameters()).element_size()
+    return sum(parameter.numel() * size for name, parameter in twin.named_parameters() if part in name)
+
+
+def summarize_run(trainer: DynSparseTrainer, metrics: dict[str, float], seq_len: int) -> dict[str, Any]:
+    """
+    Numbers of a finished run whose model stands in `trainer.args.output_dir`.
+
+    Args:
+        metrics (`dict[str, float]`): of the last evaluation.
+        seq_len (`int`): tokens per training sequence, for the dense twin's FLOPs.
+    """
+    model, state, folder = (
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.state,
+        Path(str(trainer.args.output_dir)),
+    )
+    dense_config = DynSparseBertConfig.from_dict({**model.config.to_dict(), "sparsity": 0.0})
+    sparse_flops = flops_per_sequence(model, seq_len)
+    topology = trainer.topology.metrics if trainer.topology else {}
+    return {
+        "eval_loss": metrics["eval_loss"],
+        "perplexity": math.exp(min(metrics["eval_loss"], 700.0)),
+        "steps": state.global_step,
+        "flops": state.total_flos,
+        "dense_flops": state.total_flos / sparse_flops * flops_per_sequence(dense_config, seq_len),
+        "tokens_per_second": trainer.throughput.tokens_per_second,
+        "sparsity": topology_summary(model).sparsity,
+        "block_size": model.config.block_size,
+        "coverage": topology.get("coverage", 1.0),
+        "topology_updates": topology.get("topology_updates", 0),
+        "checkpoint_bytes": checkpoint_bytes(folder),
+        "dense_checkpoint_bytes": dense_bytes(model),
+        "encoder_bytes": checkpoint_bytes(folder, ".encoder."),
+        "dense_encoder_bytes": dense_bytes(model, ".encoder."),
+        "learning_rate": trainer.args.learning_rate,
+        "seed": trainer.args.seed,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "hardware": _hardware(trainer.args.device),
+    }
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """The lines a person reads at the end of a run."""
+    rows = {
+        "evaluation loss": f"{summary['eval_loss']:.4f} (perplexity {summary['perplexity']:.2f})",
+        "training FLOPs": f"{summary['flops']:.3e}, {summary['flops'] / summary['dense_flops']:.1%} of the dense twin",
+        "throughput": f"{summary['tokens_per_second']:,.0f} tokens per second on {summary['hardware']}",
+        "sparsity": f"{summary['sparsity']:.4f} after {summary['topology_updates']} topology updates",
+        "DOF coverage": f"{summary['coverage']:.1%} of all positions were active at some time",
+        "checkpoint": _ratio(summary["checkpoint_bytes"], summary["dense_checkpoint_bytes"]),
+        "  its encoder": _ratio(summary["encoder_bytes"], summary["dense_encoder_bytes"]),
+    }
+    return "\n".join(f"  {name:<16} {text}" for name, text in rows.items())
+
+
+def _ratio(size: int, dense: int) -> str:
+    return f"{size / 1e6:.2f} MB, {size / dense:.1%} of dense ({dense / 1e6:.2f} MB)"
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
