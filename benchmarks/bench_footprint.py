@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
-Bytes of the sparse layers (parameters, index and Adam moments) against their dense twins, and the peak memory of building
-the model.
+Bytes of the sparse layers (parameters, index and Adam moments) against their dense twins, and the peak memory of
+building the model.
 
     python benchmarks/bench_footprint.py --preset large --block_size 16
 """
@@ -49,12 +49,11 @@ def main() -> None:
         encoder = checkpoint_bytes(folder, ".encoder.")
     dense_encoder = dense_bytes(model, ".encoder.")
     print(f"{args.preset} s={args.sparsity} B={args.block_size}, {len(layers)} sparse matrices")
+    stored = values + index + moments
+    print(f"values + index + moments   {stored / 1e6:9.1f} MB   {stored / (3 * dense):.4f} of dense")
+    print(f"encoder in the checkpoint  {encoder / 1e6:9.1f} MB   {encoder / dense_encoder:.4f} of dense")
     print(
-        f"values + index + moments  {(values + index + moments) / 1e6:9.1f} MB  {(values + index + moments) / (3 * dense):.4f} of dense"
-    )
-    print(f"encoder in the checkpoint {encoder / 1e6:9.1f} MB  {encoder / dense_encoder:.4f} of dense")
-    print(
-        f"peak memory while building{peak - before:9.1f} MiB above {before:.0f} MiB; a dense encoder alone: {dense_encoder / 2**20:.1f} MiB"
+        f"peak memory while building {peak - before:9.1f} MiB  (a dense encoder alone: {dense_encoder / 2**20:.1f} MiB)"
     )
 
 

@@ -48,8 +48,8 @@ def main() -> None:
             report = updater.step(step)
             seconds.append(time.perf_counter() - began)
         print(
-            f"{args.preset} s={args.sparsity} B={block_size}: {len(values)} matrices, {report.removed:,} blocks replaced, "
-            f"median {statistics.median(seconds[1:]):.2f} s of {args.repeats} (first, cold: {seconds[0]:.2f} s)"
+            f"{args.preset} s={args.sparsity} B={block_size}: {len(values)} matrices, {report.removed:,} blocks replaced,"
+            f" median {statistics.median(seconds[1:]):.2f} s of {args.repeats} (first, cold: {seconds[0]:.2f} s)"
         )
 
 

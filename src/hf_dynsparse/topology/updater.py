@@ -13,7 +13,7 @@ from .dense_gradient import DenseGradientProbe
 from .exploration import block_ages, dof_coverage, is_tracked, track_exploration_
 from .schedules import pruning_ratio_at, update_steps
 from .scores import PRUNE_SCORES, REGROW_RULES, resolve_score
-from .update import LayerUpdate, prune_regrow_
+from .update import LayerUpdate, is_finite, prune_regrow_
 
 
 logger = logging.getLogger(__name__)
@@ -228,6 +228,6 @@ class TopologyUpdater:
             if self._probe is not None:
                 watched["dense gradient"] = self._probe.gradients.get(layer)
             for what, tensor in watched.items():
-                if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                if tensor is not None and not is_finite(tensor):
                     return f"the {what} of `{name}` holds NaN or infinity"
         return None
