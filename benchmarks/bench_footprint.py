@@ -52,9 +52,7 @@ def main() -> None:
     stored = values + index + moments
     print(f"values + index + moments   {stored / 1e6:9.1f} MB   {stored / (3 * dense):.4f} of dense")
     print(f"encoder in the checkpoint  {encoder / 1e6:9.1f} MB   {encoder / dense_encoder:.4f} of dense")
-    print(
-        f"peak memory while building {peak - before:9.1f} MiB  (a dense encoder alone: {dense_encoder / 2**20:.1f} MiB)"
-    )
+    print(f"peak memory while building {peak - before:9.1f} MiB  (dense encoder alone: {dense_encoder / 2**20:.1f})")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main() -> None:
             report = updater.step(step)
             seconds.append(time.perf_counter() - began)
         print(
-            f"{args.preset} s={args.sparsity} B={block_size}: {len(values)} matrices, {report.removed:,} blocks replaced,"
+            f"{args.preset} s={args.sparsity} B={block_size}: {len(values)} matrices, {report.removed:,} replaced,"
             f" median {statistics.median(seconds[1:]):.2f} s of {args.repeats} (first, cold: {seconds[0]:.2f} s)"
         )
 

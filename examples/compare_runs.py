@@ -21,10 +21,9 @@ def main() -> None:
     if missing:
         parser.error(f"every run must be finished and hold a summary.json. Got none in {', '.join(missing)}")
     summaries = {run.name: json.loads((run / "summary.json").read_text()) for run in args.runs}
-    print(
-        "| run | B | evaluation loss | training FLOPs | of dense | coverage | updates | encoder of dense | learning rate |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = ["run", "B", "evaluation loss", "training FLOPs", "of dense", "coverage", "updates", "encoder bytes"]
+    print("| " + " | ".join([*columns, "learning rate"]) + " |")
+    print("|---" * (len(columns) + 1) + "|")
     for name, run in summaries.items():
         block = run["block_size"] if run["sparsity"] else "-"
         cells = [

@@ -142,7 +142,7 @@ class RunArguments(DynSparseTrainingArguments):
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same for evaluation."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
     eval_steps: float | None = field(
-        default=0.1, metadata={"help": "Steps between evaluations, or a share of the run."}
+        default=0.2, metadata={"help": "Steps between evaluations, or a share of the run."}
     )
     save_steps: float = field(default=0.2, metadata={"help": "Steps between checkpoints, or a share of the run."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})

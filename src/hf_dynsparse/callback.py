@@ -82,7 +82,8 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # The buffers must exist before a checkpoint is loaded into the model.
-        track_model_(kwargs["model"])
+        if kwargs["model"] is not None:
+            track_model_(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
