@@ -1,7 +1,10 @@
+import platform
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 
 HERE = Path(__file__).parent
@@ -14,6 +17,55 @@ def read_version() -> str:
     if found is None:
         raise RuntimeError('src/hf_dynsparse/__init__.py must hold a line `__version__ = "x.y.z"`. Found none.')
     return found.group(1)
+
+
+# The kernels of the processor, compiled once per instruction set; ops/native.py picks one when the package runs.
+# -ffast-math would reorder the running sums and spill them to memory: slower, and not reproducible.
+COMPILE = [
+    *("-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"),
+]
+VARIANTS = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    VARIANTS |= {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4"]}
+
+
+def native_extension(variant: str, flags: list[str]) -> Extension:
+    """One variant of the kernels. Optional: without a compiler the package installs and does without it."""
+    return Extension(
+        f"hf_dynsparse.ops._native_{variant}",
+        sources=["csrc/block_sparse.cpp"],
+        depends=[f"csrc/{name}.hpp" for name in ("vectors", "panels", "dds", "sdd")],
+        language="c++",
+        extra_compile_args=COMPILE + flags,
+        extra_link_args=["-fopenmp"],
+        optional=True,
+    )
+
+
+class BuildLibraries(build_ext):
+    """Builds plain shared libraries for ctypes: no Python in them, none in their names."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+    def build_extension(self, ext: Extension) -> None:
+        # All variants come from the same sources: each needs a folder for its objects.
+        shared, self.build_temp = self.build_temp, str(Path(self.build_temp) / ext.name)
+        try:
+            super().build_extension(ext)
+        finally:
+            self.build_temp = shared
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel of one platform and every Python version: the libraries depend on nothing else."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 # What the package was tested with stands in constraints.txt; these are the ranges it is meant for.
@@ -48,6 +100,8 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"hf_dynsparse": ["py.typed"]},
+    ext_modules=[native_extension(variant, flags) for variant, flags in VARIANTS.items()],
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
     python_requires=">=3.11",  # as transformers 5.23
     install_requires=install_requires,
     extras_require=extras,

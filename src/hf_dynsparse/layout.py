@@ -14,7 +14,7 @@ def as_block_shape(block_size: int | tuple[int, int] | list[int]) -> tuple[int, 
     Raises:
         ValueError: if a side is not a positive integer.
     """
-    sides = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    sides = tuple(block_size) if isinstance(block_size, tuple | list) else (block_size, block_size)
     if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
         raise ValueError(
             "`block_size` must be a positive integer or a pair of them (rows, columns). "

@@ -124,9 +124,9 @@ class BlockSparseLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """A dense `nn.Linear` with the same outputs; inactive positions become trainable zeros."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.to_dense())
+        linear.weight = nn.Parameter(self.to_dense(), requires_grad=self.values.requires_grad)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.clone())
+            linear.bias = nn.Parameter(self.bias.clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
 
     @classmethod
@@ -163,8 +163,10 @@ class BlockSparseLinear(nn.Module):
         kept = norm.sort(descending=True, stable=True).indices[: layer.nnzb].sort().values
         layer.block_index.copy_(kept)
         layer.values.copy_(blocks[kept])
+        layer.values.requires_grad_(weight.requires_grad)
         if layer.bias is not None:
             layer.bias.copy_(linear.bias)
+            layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
 
     def extra_repr(self) -> str:
@@ -215,6 +217,7 @@ def sparsify_(
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
+        and name  # a model that is itself a layer has no place to put another
         and module.weight not in tied
         and any(fnmatchcase(name, pattern) for pattern in targets)
         and not any(fnmatchcase(name, pattern) for pattern in ignore)
@@ -245,6 +248,8 @@ def densify_(model: nn.Module) -> nn.Module:
         raise ValueError(
             "`densify_` must find at least one `BlockSparseLinear`. Got none: the model is dense already."
         )
+    if "" in layers:
+        raise ValueError("`densify_` must get a model that contains sparse layers. Got a layer: use `.to_linear()`.")
     for name, layer in layers.items():
         model.set_submodule(name, layer.to_linear())
     return model

@@ -86,6 +86,7 @@ class DynSparseTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` with the metrics of the run so far."""
         if "loss" in logs or "eval_loss" in logs:
+            self.store_flos()
             logs["dynsparse/flops"] = self.state.total_flos
             logs["dynsparse/tokens_per_second"] = self.throughput.tokens_per_second
             if self.topology is not None:

@@ -3,12 +3,11 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 
-from . import reference, tiled
+from . import native, reference, tiled
 
 
 logger = logging.getLogger(__name__)
@@ -35,11 +34,13 @@ class Backend:
 
 # In order of preference.
 BACKENDS: tuple[Backend, ...] = (
+    Backend("native", "compiled kernels of the processor", native.why_not, native.dds, native.sdd),
     Backend("tiled", "dense tiles of block rows, plain PyTorch", tiled.why_not, tiled.dds, tiled.sdd),
     Backend("reference", "whole dense weight, for tests", reference.why_not, reference.dds, reference.sdd),
 )
 
-_override: ContextVar[str | None] = ContextVar("hf_dynsparse_backend", default=None)
+# Of the process, not of a context: autograd runs backward passes on threads of its own.
+_override: str | None = None
 _logged: set[tuple[str, str, torch.dtype, tuple[int, int]]] = set()
 
 
@@ -50,10 +51,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype, block_shape: tuple[
     Raises:
         ValueError: if none can; the message gives each backend's reason.
     """
-    wanted = _override.get()
     reasons: dict[str, str] = {}
     for backend in BACKENDS:
-        if wanted not in (None, backend.name):
+        if _override not in (None, backend.name):
             continue
         reason = backend.why_not(device, dtype, block_shape)
         if reason is None:
@@ -69,7 +69,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, block_shape: tuple[
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """
-    Serve every product inside the `with` block by one backend, for tests and debugging.
+    Serve every product of the process inside the `with` block by one backend, for tests and debugging.
 
     Raises:
         ValueError: if no backend has that name.
@@ -78,11 +78,12 @@ def use_backend(name: str) -> Iterator[None]:
         raise ValueError(
             f"`use_backend` takes one of {', '.join(backend.name for backend in BACKENDS)}. Got {name!r}."
         )
-    token = _override.set(name)
+    global _override
+    before, _override = _override, name
     try:
         yield
     finally:
-        _override.reset(token)
+        _override = before
 
 
 def _log_choice(

@@ -6,6 +6,8 @@ Names give the density of output and operands, output first: dds is dense = dens
 dense.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .backends import choose_backend
@@ -57,8 +59,26 @@ def sdd(
     Returns:
         `torch.Tensor` of shape `(nnzb, rows, columns)`.
     """
+    observer = _observers.get(block_index.data_ptr())
+    if observer is not None:
+        observer(grad, input)
     backend = choose_backend(input.device, input.dtype, (rows, columns))
     return backend.sdd(grad, input, block_index, (grad.shape[1], input.shape[1]), (rows, columns))
+
+
+# By the address of a layer's `block_index`: compiled code calls the operator with the buffer, not with the layer.
+_observers: dict[int, Callable[[torch.Tensor, torch.Tensor], None]] = {}
+
+
+def observe_sdd(block_index: torch.Tensor, observer: Callable[[torch.Tensor, torch.Tensor], None] | None) -> None:
+    """
+    Show `observer` the operands `(grad, input)` of every weight gradient of the layer with this `block_index`; `None`
+    ends it. Works inside compiled and checkpointed models, where module hooks do not.
+    """
+    if observer is None:
+        _observers.pop(block_index.data_ptr(), None)
+    else:
+        _observers[block_index.data_ptr()] = observer
 
 
 @dds.register_fake

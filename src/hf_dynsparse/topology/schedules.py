@@ -71,7 +71,10 @@ def update_steps(
             f"Give exactly one of `num_updates` and `every`. Got num_updates={num_updates} and every={every}."
         )
     begin, end = 1 if first is None else first, total_steps - 1 if last is None else last
-    if begin < 1 or end >= max(total_steps, 1) or (begin > end + 1 and num_updates != 0):
+    if num_updates == 0:
+        return ()
+    bounded = first is not None or last is not None
+    if begin < 1 or end >= max(total_steps, 1) or (bounded and begin > end):
         raise ValueError(
             f"The first and last topology update must satisfy 1 <= first <= last < total_steps = {total_steps}. "
             f"Got first={first}, last={last}. Move them inside the run, or leave them out."

@@ -62,6 +62,20 @@ def select_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return chosen if candidates is None else candidates[chosen]
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """
+    What an update is about to do to one layer.
+
+    Args:
+        slots (`torch.Tensor` of shape `(count,)`, `torch.int64`): slots whose blocks leave the topology.
+        block_ids (`torch.Tensor` of shape `(count,)`, `torch.int64`): blocks that take these slots.
+    """
+
+    slots: torch.Tensor
+    block_ids: torch.Tensor
+
+
 @torch.no_grad()
 def prune_regrow_(
     layer: BlockSparseLinear,
@@ -83,6 +97,40 @@ def prune_regrow_(
     Args:
         layer (`BlockSparseLinear`): the layer.
         optimizer (`torch.optim.Optimizer`, *optional*): where the moments of `layer.values` are.
+        update (`int`): number of this update in the run, for the ages of blocks.
+        pruning_ratio, prune_score, regrow_rule, readmit, generator, dense_gradient: see `choose_replacement`.
+
+    Raises:
+        TypeError: for optimiser state that cannot be told apart by block; nothing is changed then.
+        ValueError, FloatingPointError: see `choose_replacement`; nothing is changed then.
+    """
+    replacement = choose_replacement(
+        layer,
+        pruning_ratio=pruning_ratio,
+        prune_score=prune_score,
+        regrow_rule=regrow_rule,
+        readmit=readmit,
+        generator=generator,
+        dense_gradient=dense_gradient,
+    )
+    return replace_blocks_(layer, replacement, optimizer, update)
+
+
+@torch.no_grad()
+def choose_replacement(
+    layer: BlockSparseLinear,
+    *,
+    pruning_ratio: float,
+    prune_score: str = "l1",
+    regrow_rule: str = "random",
+    readmit: bool = False,
+    generator: torch.Generator | None = None,
+    dense_gradient: torch.Tensor | None = None,
+) -> Replacement:
+    """
+    Choose which blocks of `layer` to prune and which to regrow; changes nothing.
+
+    Args:
         pruning_ratio (`float`): share of active blocks to replace, in [0, 1].
         prune_score, regrow_rule (`str`): keys of `SCORES`; the lowest scores are pruned, the highest regrown.
         readmit (`bool`): whether a block pruned in this update may return in it (RigL); it then keeps values and
@@ -90,20 +138,24 @@ def prune_regrow_(
         generator (`torch.Generator`, *optional*): on the CPU. Default: seeded with 0.
         dense_gradient (`torch.Tensor` of shape `(block_rows * block_columns, rows, columns)`, *optional*): for scores
             that need it.
-        update (`int`): number of this update in the run, for the ages of blocks.
 
     Raises:
-        ValueError: for an unknown score or rule, or a statistic that is needed and missing.
-        FloatingPointError: if a score is not finite; nothing is changed then.
-        TypeError: for optimiser state that cannot be told apart by block; nothing is changed then.
+        ValueError: for an unknown score or rule, or a dense gradient that is needed and missing.
+        FloatingPointError: if a score is not finite.
     """
     prune = resolve_score(prune_score, "prune_score", PRUNE_SCORES)
     regrow = resolve_score(regrow_rule, "regrow_rule", REGROW_RULES)
+    device, index = layer.values.device, layer.block_index.long()
     count = replaced_count(pruning_ratio, layer.nnzb, layer.num_blocks, readmit)
     if count == 0:
-        return LayerUpdate(0, 0)
+        nothing = index[:0]
+        return Replacement(nothing, nothing)
+    if dense_gradient is None and "gradient" in prune.needs | regrow.needs:
+        raise ValueError(
+            f"prune_score={prune_score!r} with regrow_rule={regrow_rule!r} needs `dense_gradient`. Got none: pass the "
+            "gradient of every position, or use `TopologyUpdater`, which collects it."
+        )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    device, index = layer.values.device, layer.block_index.long()
 
     of_slots = prune.function(
         BlockStatistics(
@@ -125,26 +177,35 @@ def prune_regrow_(
             ever_active=ever_active(layer) if "ever_active" in regrow.needs else None,
         )
     )
-    barred = index.clone()
-    if readmit:
-        barred = barred[_others(pruned, layer.nnzb)]
+    barred = index[_others(pruned, layer.nnzb)] if readmit else index
     candidates = _finite(of_positions, "regrow_rule", regrow_rule).index_fill(0, barred, -math.inf)
     regrown = select_highest(candidates, count)
-
     if readmit:
-        back = torch.isin(regrown, index[pruned])
-        returned = torch.isin(index[pruned], regrown[back])
-        regrown, pruned = regrown[~back], pruned[~returned]
+        stays = torch.isin(index[pruned], regrown)
+        regrown, pruned = regrown[~torch.isin(regrown, index[pruned])], pruned[~stays]
+    return Replacement(pruned, regrown)
 
+
+@torch.no_grad()
+def replace_blocks_(
+    layer: BlockSparseLinear, replacement: Replacement, optimizer: torch.optim.Optimizer | None = None, update: int = 0
+) -> LayerUpdate:
+    """
+    Put the new blocks into the slots of the pruned ones, in place: values and every moment zero.
+
+    Raises:
+        TypeError: for optimiser state that cannot be told apart by block; nothing is changed then.
+    """
+    slots, block_ids = replacement.slots, replacement.block_ids
     if optimizer is not None:
-        clear_moments_(optimizer, layer.values, pruned)
-    tracked = is_tracked(layer)
-    newborn = count_newborn(layer, pruned, update) if tracked and update else 0
-    layer.values[pruned] = 0
-    layer.block_index[pruned] = regrown.to(torch.int32)
-    if tracked:
-        record_active_(layer, regrown, pruned, update + 1)
-    return LayerUpdate(pruned.numel(), newborn)
+        clear_moments_(optimizer, layer.values, slots)
+    layer.values[slots] = 0
+    layer.block_index[slots] = block_ids.to(torch.int32)
+    newborn = 0
+    if is_tracked(layer):
+        newborn = count_newborn(layer, slots, update) if update else 0
+        record_active_(layer, block_ids, slots, update + 1)
+    return LayerUpdate(slots.numel(), newborn)
 
 
 def _others(slots: torch.Tensor, nnzb: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .dense_gradient import DenseGradientProbe
 from .exploration import block_ages, dof_coverage, is_tracked, track_exploration_
 from .schedules import pruning_ratio_at, update_steps
 from .scores import PRUNE_SCORES, REGROW_RULES, resolve_score
-from .update import LayerUpdate, is_finite, prune_regrow_
+from .update import LayerUpdate, Replacement, choose_replacement, is_finite, replace_blocks_
 
 
 logger = logging.getLogger(__name__)
@@ -190,19 +190,14 @@ class TopologyUpdater:
         for layer in self.layers.values():
             check_optimizer_state(self.optimizer, layer.values)
         ratio = pruning_ratio_at(update, self.num_updates, self.pruning_ratio, self.schedule)
+        # All layers choose before any is changed, so that a skipped update leaves no trace.
+        try:
+            chosen = {name: self._choose(name, layer, ratio, update) for name, layer in self.layers.items()}
+        except FloatingPointError as error:
+            logger.warning("Topology update %d of %d is skipped: %s.", update + 1, self.num_updates, error)
+            return None
         done = {
-            name: prune_regrow_(
-                layer,
-                self.optimizer,
-                pruning_ratio=ratio,
-                prune_score=self.prune_score,
-                regrow_rule=self.regrow_rule,
-                readmit=self.readmit,
-                generator=self._generator(update, name),
-                dense_gradient=self._probe.blocks(layer) if self._probe else None,
-                update=update,
-            )
-            for name, layer in self.layers.items()
+            name: replace_blocks_(layer, chosen[name], self.optimizer, update) for name, layer in self.layers.items()
         }
         self.check_ranks_agree()
         removed = sum(layer.removed for layer in done.values())
@@ -218,8 +213,16 @@ class TopologyUpdater:
             layers=done,
         )
 
-    def _generator(self, update: int, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{update}/{name}".encode()))
+    def _choose(self, name: str, layer: BlockSparseLinear, ratio: float, update: int) -> Replacement:
+        return choose_replacement(
+            layer,
+            pruning_ratio=ratio,
+            prune_score=self.prune_score,
+            regrow_rule=self.regrow_rule,
+            readmit=self.readmit,
+            generator=torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{update}/{name}".encode())),
+            dense_gradient=self._probe.blocks(layer) if self._probe else None,
+        )
 
     def _not_finite(self) -> str | None:
         """The first layer with a value or gradient that is not finite, in words."""

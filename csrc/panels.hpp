@@ -1,0 +1,122 @@
+// Panels: a few dozen tokens of a matrix, stored feature-major, so that vectors run along tokens.
+//
+// A panel of 64 tokens and 768 features takes 192 KiB: it stays in the level-2 cache while every active block that reads
+// it is worked off. Matrices outside are token-major, as PyTorch stores activations.
+
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "vectors.hpp"
+
+namespace {
+
+constexpr int64_t PANEL = 64;        // tokens of a panel
+constexpr int64_t SMALL_PANEL = 16;  // tokens of a panel where there are few
+constexpr int64_t TILE = 16;         // tokens and features transposed at once: one cache line of each
+
+// Memory of one thread that outlives the call: a fresh allocation of this size would be mapped and faulted in each time.
+class Scratch {
+  public:
+    ~Scratch() { std::free(memory); }
+
+    // At least `count` floats, aligned to a cache line, with undefined content.
+    float* get(int64_t count) {
+        if (count > capacity) {
+            std::free(memory);
+            capacity = (count + 1023) / 1024 * 1024;
+            memory = static_cast<float*>(std::aligned_alloc(64, capacity * sizeof(float)));
+            if (!memory) std::abort();  // out of memory inside a team of threads: nobody could be told
+        }
+        return memory;
+    }
+
+  private:
+    float* memory = nullptr;
+    int64_t capacity = 0;
+};
+
+// Two panels, and room for a copy of the active entries or for running sums of them.
+thread_local Scratch first_panel_memory, second_panel_memory, entry_memory;
+
+// [TILE, TILE] with row strides.
+INLINE void transpose_tile(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    UNROLL for (int row = 0; row < TILE; row += LANES) UNROLL for (int column = 0; column < TILE; column += LANES) {
+        Vector r[LANES];
+        UNROLL for (int i = 0; i < LANES; i++) r[i] = load(from + (row + i) * from_stride + column);
+        transpose(r);
+        UNROLL for (int i = 0; i < LANES; i++) store(to + (column + i) * to_stride + row, r[i]);
+    }
+}
+
+// Reads [rows, columns] of the tile, the rest counts as zero; writes [columns, TILE].
+inline void transpose_tile_in(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                              int64_t to_stride) {
+    alignas(64) float padded[TILE * TILE] = {}, turned[TILE * TILE];
+    for (int64_t row = 0; row < rows; row++)
+        std::memcpy(padded + row * TILE, from + row * from_stride, columns * sizeof(float));
+    transpose_tile(padded, TILE, turned, TILE);
+    for (int64_t column = 0; column < columns; column++)
+        std::memcpy(to + column * to_stride, turned + column * TILE, TILE * sizeof(float));
+}
+
+// Reads the whole tile; writes [rows, columns] of its transpose.
+inline void transpose_tile_out(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
+                               int64_t columns) {
+    alignas(64) float turned[TILE * TILE];
+    transpose_tile(from, from_stride, turned, TILE);
+    for (int64_t row = 0; row < rows; row++)
+        std::memcpy(to + row * to_stride, turned + row * TILE, columns * sizeof(float));
+}
+
+// matrix [tokens, features], tokens <= TOKENS -> panel [features, TOKENS], zero beyond the last token.
+template <int TOKENS>
+void pack(const float* matrix, int64_t tokens, int64_t features, float* panel) {
+    for (int64_t token = 0; token < TOKENS; token += TILE) {
+        const int64_t rows = tokens - token < 0 ? 0 : tokens - token < TILE ? tokens - token : TILE;
+        const float* from = matrix + token * features;
+        float* to = panel + token;
+        int64_t feature = 0;
+        if (rows == TILE)
+            for (; feature + TILE <= features; feature += TILE)
+                transpose_tile(from + feature, features, to + feature * TOKENS, TOKENS);
+        for (; feature < features; feature += TILE) {
+            const int64_t columns = features - feature < TILE ? features - feature : TILE;
+            transpose_tile_in(from + feature, features, rows, columns, to + feature * TOKENS, TOKENS);
+        }
+    }
+}
+
+// group [count rounded up to TILE, TOKENS] -> count columns of matrix [tokens, features], which begins at the first.
+template <int TOKENS>
+INLINE void unpack(const float* group, int64_t count, float* matrix, int64_t tokens, int64_t features) {
+    for (int64_t token = 0; token < tokens; token += TILE)
+        for (int64_t column = 0; column < count; column += TILE) {
+            const float* from = group + column * TOKENS + token;
+            float* to = matrix + token * features + column;
+            const int64_t rows = tokens - token, columns = count - column;
+            if (rows >= TILE && columns >= TILE)
+                transpose_tile(from, TOKENS, to, features);
+            else
+                transpose_tile_out(from, TOKENS, to, features, rows < TILE ? rows : TILE,
+                                   columns < TILE ? columns : TILE);
+        }
+}
+
+// How the tokens of one call are split: in panels of PANEL, or smaller ones where threads would go without.
+struct Panels {
+    int64_t tokens, size, count;
+
+    Panels(int64_t tokens, int threads)
+        : tokens(tokens),
+          size(tokens <= SMALL_PANEL * threads ? SMALL_PANEL : PANEL),
+          count((tokens + size - 1) / size) {}
+
+    int64_t begin(int64_t panel) const { return panel * size; }
+    int64_t length(int64_t panel) const { return tokens - begin(panel) < size ? tokens - begin(panel) : size; }
+    int threads(int wanted) const { return count < wanted ? int(count) : wanted; }
+};
+
+}  // namespace

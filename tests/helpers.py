@@ -1,0 +1,97 @@
+"""What several tests share: the tables of variants and tolerances, and matrices built the plain way."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from hf_dynsparse import BlockSparseLinear
+from hf_dynsparse.topology import track_exploration_
+
+
+# `block_size` as a user writes it; the unstructured case, squares, a row, a column and a rectangle.
+BLOCK_SIZES = (1, 4, 8, 16, 32, (1, 4), (4, 1), (2, 8))
+
+# Block rows and block columns; odd ones, a single block, a single row and a single column.
+GRIDS = ((3, 5), (1, 1), (1, 6), (5, 1), (4, 4))
+
+# 0 stands for a single active block.
+DENSITIES = (0, 0.1, 1.0)
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# A product may be off by twice the error of the dense product in the same dtype, plus two roundings of one entry (a
+# dense product of few entries can be exact by luck); more in float64, where the dense product is taken for the truth.
+SLACK = {torch.float64: 1e-12, torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+# Two ways to train the same network may differ by this much in a weight after thirty steps.
+TRAINING_ATOL = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+# Measured DOF coverage against its expectation, on 512 x 512 positions.
+COVERAGE_ATOL = 0.005
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    """A CPU generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def sides(block_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a block."""
+    return (block_size, block_size) if isinstance(block_size, int) else block_size
+
+
+def make_layer(
+    grid: tuple[int, int] = (4, 6),
+    block_size: int | tuple[int, int] = 4,
+    nnzb: int = 8,
+    *,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    tracked: bool = False,
+) -> BlockSparseLinear:
+    """A layer of `grid` blocks with normal values, slots in random order and a bias that is not zero."""
+    rows, columns = sides(block_size)
+    layer = BlockSparseLinear(grid[1] * columns, grid[0] * rows, block_size, nnzb=nnzb, bias=bias, dtype=dtype)
+    draw = generator(seed)
+    with torch.no_grad():
+        layer.block_index.copy_(torch.randperm(layer.num_blocks, generator=draw)[:nnzb])
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
+    if tracked:
+        track_exploration_(layer)
+    return layer
+
+
+def place_(layer: BlockSparseLinear, block_index: Iterable[int], values: Iterable[object]) -> BlockSparseLinear:
+    """Give `layer` a topology and values written out by hand."""
+    with torch.no_grad():
+        layer.block_index.copy_(torch.tensor(list(block_index)))
+        layer.values.copy_(torch.tensor(list(values), dtype=torch.float64).view_as(layer.values))
+    return layer
+
+
+def dense_weight(values: torch.Tensor, block_index: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The dense matrix, block by block, by nobody's code but this."""
+    _, rows, columns = values.shape
+    weight = torch.zeros(shape, dtype=values.dtype)
+    for block, place in zip(values.detach(), block_index.tolist(), strict=True):
+        row, column = divmod(place, shape[1] // columns)
+        weight[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns] = block
+    return weight
+
+
+def blocks_of(dense: torch.Tensor, block_index: torch.Tensor, block_shape: tuple[int, int]) -> torch.Tensor:
+    """The blocks of `dense` in the order of `block_index`, by the same plain loop."""
+    rows, columns = block_shape
+    taken = []
+    for place in block_index.tolist():
+        row, column = divmod(place, dense.shape[1] // columns)
+        taken.append(dense[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns])
+    return torch.stack(taken)
+
+
+def cosine_ratio(update: int, num_updates: int, pruning_ratio: float) -> float:
+    """`pr(t) = pr/2 * (1 + cos(pi * t / n))`."""
+    return pruning_ratio / 2 * (1 + math.cos(math.pi * update / num_updates))

@@ -1,0 +1,203 @@
+"""
+A toy pre-training run on made-up text, for the tests that start, kill and compare processes.
+
+Run by itself or under `torchrun`: `worker.py FOLDER RUNS.json`, where `RUNS.json` lists keyword arguments of `train`.
+Every rank writes what became of each run to `FOLDER/<name>-<rank>.pt`, an exception too.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertTokenizer, Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_dynsparse import (
+    DynSparseBertConfig,
+    DynSparseBertForMaskedLM,
+    DynSparseTrainer,
+    DynSparseTrainingArguments,
+    TopologyCallback,
+    sparse_layers,
+)
+from hf_dynsparse import trainer as trainer_module
+from hf_dynsparse.data import DataCollatorForWholeWordMasking
+
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PIECES = [f"w{i}" for i in range(160)] + [f"##p{i}" for i in range(80)]
+
+
+def train(
+    folder: str,
+    name: str,
+    *,
+    steps: int = 20,
+    batch: int = 16,
+    dropout: float = 0.0,
+    dtype: str = "float32",
+    resume: bool = False,
+    die: str | None = None,
+    seed_of_rank: int = 0,
+    topology_of_rank: int = 0,
+    **arguments: Any,
+) -> dict[str, Any]:
+    """
+    Train in `folder/name`; returns and writes everything that two equal runs have in common.
+
+    Args:
+        resume: go on from the last checkpoint, if there is one.
+        die: a moment of `MOMENTS` at which the process kills itself.
+        seed_of_rank, topology_of_rank: added once a rank to the seed of the updates, and of the first topology.
+    """
+    torch.set_num_threads(1)
+    output_dir = os.path.join(folder, name)
+    rank = int(os.environ.get("RANK", "0"))
+    os.makedirs(output_dir, exist_ok=True)
+    Path(output_dir, f"pid-{rank}").write_text(str(os.getpid()))
+    settings = {"num_topology_updates": 4, "logging_steps": 1, "save_strategy": "no", "learning_rate": 5e-3, "seed": 7}
+    args = DynSparseTrainingArguments(
+        output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **{**settings, **arguments},
+    )
+    callbacks = []
+    if seed_of_rank:
+        changed = {**args.topology_settings(), "seed": args.seed + seed_of_rank * rank}
+        callbacks = [TopologyCallback(**changed)]
+    if die is not None:
+        MOMENTS[die](die_after_calls=3)
+    tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(SPECIAL + PIECES)}, model_max_length=32)
+    trainer = DynSparseTrainer(
+        toy_model(dropout, topology_seed=topology_of_rank * rank).to(getattr(torch, dtype)),
+        args,
+        data_collator=CountingCollator(tokenizer, seed=args.seed),
+        train_dataset=toy_rows(13 * 32),  # whole batches only: a rank without rows for its share would repeat others
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if resume else None)
+    result = describe(trainer)
+    torch.save(result, os.path.join(folder, f"{name}-{rank}.pt"))
+    return result
+
+
+def describe(trainer: DynSparseTrainer) -> dict[str, Any]:
+    """What a run reached: tensors and the log, nothing that depends on the clock."""
+    optimizer = trainer.optimizer.state_dict()["state"]
+    clock = ("runtime", "per_second", "train_loss")  # `train_loss` is a mean over this process's steps only
+    return {
+        "model": {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()},
+        "index": {name: layer.block_index.clone() for name, layer in sparse_layers(trainer.model).items()},
+        "ever_active": dict(trainer.topology.ever_active),
+        "metrics": dict(trainer.topology.metrics),
+        "moments": {f"{i}.{name}": moment for i, state in optimizer.items() for name, moment in state.items()},
+        "log": [
+            {key: value for key, value in entry.items() if not any(word in key for word in clock)}
+            for entry in trainer.state.log_history
+        ],
+        "masked": trainer.data_collator.masked,
+    }
+
+
+class CountingCollator(DataCollatorForWholeWordMasking):
+    """Remembers the number of masked tokens of each batch."""
+
+    masked: list[int]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.masked = []
+
+    def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
+        batch = super().__call__(examples)
+        self.masked.append(int((batch["labels"] != -100).sum()))
+        return batch
+
+
+def toy_rows(count: int) -> list[dict[str, list[int]]]:
+    """Rows of very different lengths, so that two halves of a batch hold different numbers of masked tokens."""
+    draw = random.Random(1)
+    return [
+        {"input_ids": [2, *(draw.randrange(5, 245) for _ in range(draw.choice((4, 9, 17, 30)))), 3]}
+        for _ in range(count)
+    ]
+
+
+def toy_model(dropout: float, topology_seed: int) -> DynSparseBertForMaskedLM:
+    """The same weights every time; `topology_seed` changes the block indices alone."""
+    set_seed(3)
+    config = DynSparseBertConfig.preset(
+        "tiny",
+        sparsity=0.75,
+        block_size=8,
+        vocab_size=len(SPECIAL + PIECES),
+        hidden_size=32,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    model = DynSparseBertForMaskedLM(config)
+    if topology_seed:
+        for layer in sparse_layers(model).values():
+            generator = torch.Generator().manual_seed(topology_seed)
+            layer.block_index.copy_(torch.randperm(layer.num_blocks, generator=generator)[: layer.nnzb])
+    return model
+
+
+def kill_self_in(owner: Any, function: str, *, before: bool) -> Callable[..., None]:
+    """Makes a function that arms `owner.function` to end this process in, or right after, its n-th call."""
+
+    def arm(die_after_calls: int) -> None:
+        original, calls = getattr(owner, function), 0
+
+        def deadly(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == die_after_calls and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            returned = original(*args, **kwargs)
+            if calls == die_after_calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return returned
+
+        setattr(owner, function, deadly)
+
+    return arm
+
+
+# Moments of a save, in order; each in the third save of the run.
+MOMENTS: dict[str, Callable[..., None]] = {
+    "before anything is written": kill_self_in(Trainer, "save_model", before=True),
+    "after the model file": kill_self_in(Trainer, "save_model", before=False),
+    "after the optimizer file": kill_self_in(Trainer, "_save_optimizer_and_scheduler", before=False),
+    "before the rename": kill_self_in(trainer_module, "publish_checkpoint", before=True),
+    "after the rename": kill_self_in(trainer_module, "publish_checkpoint", before=False),
+    "after old checkpoints are removed": kill_self_in(trainer_module, "rotate_checkpoints", before=False),
+}
+
+
+def main() -> None:
+    """Run every run of the list; an exception ends a run, is written down, and does not end the others."""
+    folder, runs = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    for run in runs:
+        try:
+            train(folder, **run)
+        except Exception as error:
+            rank = os.environ.get("RANK", "0")
+            torch.save({"error": f"{type(error).__name__}: {error}"}, os.path.join(folder, f"{run['name']}-{rank}.pt"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Every backend against a dense product, output and all gradients."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from helpers import BLOCK_SIZES, DENSITIES, DTYPES, GRIDS, SLACK, blocks_of, dense_weight, generator, make_layer, sides
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_dynsparse.ops import BACKENDS, block_sparse_linear, tiled, use_backend
+from hf_dynsparse.ops.operators import dds, sdd
+
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+BACKEND_NAMES = [backend.name for backend in BACKENDS]
+NAMES = ("output", "input gradient", "values gradient", "bias gradient")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Operands of a forward and a backward pass."""
+
+    input: torch.Tensor
+    values: torch.Tensor
+    block_index: torch.Tensor
+    bias: torch.Tensor
+    grad: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        converted = {name: getattr(self, name).to(dtype) for name in ("input", "values", "bias", "grad")}
+        return replace(self, **converted)
+
+    def sparse(self) -> tuple[torch.Tensor, ...]:
+        """Output and gradients of the package."""
+        leaves = [tensor.detach().requires_grad_() for tensor in (self.input, self.values, self.bias)]
+        output = block_sparse_linear(leaves[0], leaves[1], self.block_index, leaves[2], self.bias.numel())
+        return output.detach(), *torch.autograd.grad(output, leaves, self.grad)
+
+    def dense(self) -> tuple[torch.Tensor, ...]:
+        """Output and gradients of a dense layer."""
+        shape = self.bias.numel(), self.input.shape[-1]
+        weight = dense_weight(self.values, self.block_index, shape)
+        leaves = [tensor.detach().requires_grad_() for tensor in (self.input, weight, self.bias)]
+        output = linear(*leaves)
+        of_input, of_weight, of_bias = torch.autograd.grad(output, leaves, self.grad)
+        return output.detach(), of_input, blocks_of(of_weight, self.block_index, self.values.shape[1:]), of_bias
+
+
+def make_case(
+    grid: tuple[int, int],
+    block_size: int | tuple[int, int],
+    density: float,
+    dtype: torch.dtype = torch.float64,
+    tokens: tuple[int, ...] = (7,),
+) -> Case:
+    layer = make_layer(grid, block_size, max(1, round(density * grid[0] * grid[1])), dtype=torch.float64)
+    draw = generator(1)
+    case = Case(
+        torch.randn(*tokens, layer.in_features, generator=draw, dtype=torch.float64),
+        layer.values.detach(),
+        layer.block_index,
+        layer.bias.detach(),
+        torch.randn(*tokens, layer.out_features, generator=draw, dtype=torch.float64),
+    )
+    return case.to(dtype)
+
+
+def check(case: Case, label: object = "") -> None:
+    dtype = case.values.dtype
+    truth, dense, sparse = case.to(torch.float64).dense(), case.dense(), case.sparse()
+    for name, exact, usual, ours in zip(NAMES, truth, dense, sparse, strict=True):
+        assert ours.dtype == dtype
+        assert ours.shape == exact.shape
+        error, allowed = (ours.double() - exact).norm(), 2 * (usual.double() - exact).norm()
+        slack = SLACK[dtype] * exact.norm() / max(1, exact.numel()) ** 0.5
+        assert error <= allowed + slack, (name, label, float(error), float(allowed))
+
+
+def serving(name: str, dtype: torch.dtype, block_size: int | tuple[int, int]) -> str:
+    """`name`, or a skipped test with the reason that the backend gives."""
+    backend = BACKENDS[BACKEND_NAMES.index(name)]
+    reason = backend.why_not(torch.device("cpu"), dtype, sides(block_size))
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    return name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_products_agree_with_the_dense_layer(
+    backend: str, block_size: int | tuple[int, int], grid: tuple[int, int], dtype: torch.dtype
+) -> None:
+    with use_backend(serving(backend, dtype, block_size)):
+        for density in DENSITIES:
+            check(make_case(grid, block_size, density, dtype), density)
+
+
+@pytest.mark.parametrize("tokens", [(0,), (1,), (64,), (2, 3), (2, 0), (2, 3, 4), ()], ids=str)
+@pytest.mark.parametrize("block_size", [1, 16, (2, 8)], ids=str)
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_any_number_of_tokens_in_any_shape(
+    backend: str, block_size: int | tuple[int, int], tokens: tuple[int, ...]
+) -> None:
+    for dtype in DTYPES:
+        with use_backend(serving(backend, dtype, block_size)):
+            check(make_case((3, 5), block_size, 0.4, dtype, tokens), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_operands_need_not_be_contiguous(backend: str, dtype: torch.dtype) -> None:
+    case = make_case((3, 5), 4, 0.4, dtype, (6,))
+    with use_backend(serving(backend, dtype, 4)):
+        check(replace(case, input=case.input.T.contiguous().T, grad=case.grad.T.contiguous().T), "transposed")
+        check(replace(case, input=case.input.repeat(1, 2)[:, ::2], grad=case.grad.repeat(2, 1)[::2]), "strided")
+        check(replace(case, values=case.values.transpose(1, 2).contiguous().transpose(1, 2)), "values")
+        check(replace(case, grad=case.grad[:1].expand(6, -1), input=case.input[:1].expand(6, -1)), "expanded")
+        check(replace(case, grad=case.grad.new_ones(()).expand_as(case.grad)), "gradient of a sum")
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_worked_example(backend: str) -> None:
+    # [[1, 2, 0, 0], [0, 0, 3, 4]]
+    values, index = torch.tensor([[[3.0, 4.0]], [[1.0, 2.0]]]), torch.tensor([3, 0], dtype=torch.int32)
+    input, grad = torch.tensor([[1.0, 10.0, 100.0, 1000.0]]), torch.tensor([[1.0, 2.0]])
+    case = Case(input, values, index, torch.tensor([0.5, -0.5]), grad)
+    with use_backend(serving(backend, torch.float32, (1, 2))):
+        output, of_input, of_values, of_bias = case.sparse()
+    assert output.tolist() == [[21.5, 4299.5]]
+    assert of_input.tolist() == [[1, 2, 6, 8]]
+    assert of_values.tolist() == [[[200, 2000]], [[1, 10]]]
+    assert of_bias.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("entries", [1, 64, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tiles(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, entries: int) -> None:
+    monkeypatch.setattr(tiled, "TILE_ENTRIES", entries)
+    with use_backend("tiled"):
+        for grid in GRIDS:
+            for block_size in (1, 4, (2, 8)):
+                check(make_case(grid, block_size, 0.4, dtype), (grid, block_size))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_of_a_layer_of_many_tiles(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    # As many tiles as a 4096 x 4096 layer has.
+    monkeypatch.setattr(tiled, "TILE_ENTRIES", 512 * 512 // 16)
+    with use_backend("tiled"):
+        check(make_case((32, 32), 16, 0.5, dtype, (32,)))
+
+
+def test_gradients_that_nobody_wants_are_not_computed() -> None:
+    case = make_case((3, 5), 4, 0.4)
+    output = block_sparse_linear(case.input, case.values.requires_grad_(), case.block_index, None, case.bias.numel())
+    with Recorder() as recorder:
+        output.backward(case.grad)
+    assert [name for name in recorder.names if "hf_dynsparse" in name] == ["hf_dynsparse.sdd.default"]
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_gradcheck(backend: str) -> None:
+    case = make_case((2, 3), (2, 3), 0.5, tokens=(2, 2))
+    leaves = [tensor.requires_grad_() for tensor in (case.input, case.values, case.bias)]
+    with use_backend(serving(backend, torch.float64, (2, 3))):
+        assert torch.autograd.gradcheck(
+            lambda input, values, bias: block_sparse_linear(input, values, case.block_index, bias, bias.numel()),
+            leaves,
+        )
+        assert torch.autograd.gradcheck(  # the transposed product has a gradient of its own
+            lambda grad, values: dds(grad, values, case.block_index, None, 4, 9, True),
+            (case.grad.reshape(4, 4).requires_grad_(), leaves[1]),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operators_keep_the_rules_of_torch(dtype: torch.dtype) -> None:
+    case = make_case((3, 5), 4, 0.4, dtype)
+    leaves = [tensor.requires_grad_() for tensor in (case.input, case.values, case.bias)]
+    input, values, bias = leaves
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    torch.library.opcheck(dds, (input, values, case.block_index, bias, 12, 20, False), **tolerance)
+    torch.library.opcheck(dds, (case.grad, values, case.block_index, None, 12, 20, True), **tolerance)
+    torch.library.opcheck(sdd, (case.grad, input.detach(), case.block_index, 4, 4), **tolerance)
+
+
+def test_a_difference_in_dtype_is_an_error() -> None:
+    case = make_case((3, 5), 4, 0.4)
+    with pytest.raises(ValueError, match="must share a dtype. Got torch.float32 and torch.float64. Convert one"):
+        block_sparse_linear(case.input.float(), case.values, case.block_index, case.bias, case.bias.numel())
+
+
+def test_autocast_does_what_it_does_to_a_dense_layer() -> None:
+    layer = make_layer((3, 5), 4, 6)
+    dense = layer.to_linear()
+    input = torch.randn(7, 20, generator=generator())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, expected = layer(input), dense(input)
+    assert output.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-1)
+    output.float().square().sum().backward()
+    case = Case(input, layer.values.detach(), layer.block_index, layer.bias.detach(), 2 * output.detach().float())
+    assert layer.values.grad.dtype == layer.bias.grad.dtype == torch.float32
+    for ours, exact in zip((layer.values.grad, layer.bias.grad), case.dense()[2:], strict=True):
+        assert (ours - exact).norm() <= 0.02 * exact.norm()
+
+
+class Recorder(TorchDispatchMode):
+    """Names of all operators that run, and sizes of all tensors that they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        self.sizes += [tensor.numel() for tensor in torch.utils._pytree.tree_leaves(result) if torch.is_tensor(tensor)]
+        return result
+
+
+@pytest.mark.parametrize("block_size", [1, 8, (1, 4)], ids=str)
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_only_the_reference_makes_a_tensor_as_large_as_the_weight(
+    backend: str, block_size: int | tuple[int, int]
+) -> None:
+    rows, columns = sides(block_size)
+    grid = 64 // rows, 128 // columns
+    case = make_case(grid, block_size, 0.1, torch.float32, (5,))
+    served = BACKENDS[BACKEND_NAMES.index(serving(backend, torch.float32, block_size))]
+    for product, arguments in (
+        (served.dds, (case.input, case.values, case.block_index, case.bias, (64, 128), False)),
+        (served.dds, (case.grad, case.values, case.block_index, None, (64, 128), True)),
+        (served.sdd, (case.grad, case.input, case.block_index, (64, 128), (rows, columns))),
+    ):
+        with Recorder() as recorder:
+            product(*arguments)
+        assert recorder.names
+        if backend == "reference":
+            assert max(recorder.sizes) >= 64 * 128
+        else:
+            assert max(recorder.sizes) <= 64 * 128 // 2 + rows * columns
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_one_graph_survives_a_change_of_topology(backend: str) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = make_layer((3, 5), 4, 6)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    input = torch.randn(7, 20, generator=generator())
+    with use_backend(serving(backend, torch.float32, 4)):
+        for seed in range(3):
+            layer.block_index.copy_(torch.randperm(15, generator=generator(seed))[:6])
+            layer.zero_grad()
+            output = compiled(input)
+            output.sum().backward()
+            weight = dense_weight(layer.values, layer.block_index, layer.shape)
+            torch.testing.assert_close(output, linear(input, weight, layer.bias))
+            expected = input.sum(0).expand(12, -1)
+            torch.testing.assert_close(layer.values.grad, blocks_of(expected, layer.block_index, (4, 4)))
+    assert counter.frame_count == 1

@@ -1,0 +1,220 @@
+"""Stop and resume: bit for bit, from any step, after any crash."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, TrainerCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_dynsparse import DynSparseTrainer, sparse_layers
+from hf_dynsparse.checkpoint import STAGING_FOLDER, publish_checkpoint, remove_interrupted_save
+from tests.toy import toy_model, toy_trainer
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+OF_THE_CLOCK = ("runtime", "_per_second")
+
+
+def trainer_of(folder, seed=0, **overrides):
+    return toy_trainer(folder, toy_model(seed, **DROPOUT), **{**SAVING, **overrides})
+
+
+def history(checkpoint):
+    log = TrainerState.load_from_json(checkpoint / "trainer_state.json").log_history
+    return [{name: value for name, value in entry.items() if not name.endswith(OF_THE_CLOCK)} for entry in log]
+
+
+def assert_same_checkpoint(one, other):
+    """Parameters, block index, exploration buffers, moments, schedule, metrics and history, bit for bit."""
+    left, right = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert left.keys() == right.keys()
+    assert sum(name.endswith(("ever_active", "active_since", "block_index")) for name in left) == 36
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+    left, right = (torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (one, other))
+    assert left.keys() == right.keys()
+    for parameter, state in left.items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, right[parameter][name]), (parameter, name)
+    assert torch.load(one / "scheduler.pt") == torch.load(other / "scheduler.pt")
+    assert history(one) == history(other)
+    states = [TrainerState.load_from_json(path / "trainer_state.json") for path in (one, other)]
+    assert states[0].stateful_callbacks["TopologyCallback"] == states[1].stateful_callbacks["TopologyCallback"]
+    assert states[0].total_flos == states[1].total_flos
+
+
+# Two epochs of six steps, updates after steps 3, 6 and 9. A stop at 2 is in the middle of an epoch, right before an
+# update and followed by the end of the epoch; one at 6 is that end and right after an update.
+@pytest.mark.parametrize(
+    ("settings", "stops"),
+    [
+        ({"regrow_rule": "random"}, (2, 4, 6, 8)),
+        ({"regrow_rule": "gradient", "prune_score": "gradient", "readmit": True}, (2, 6)),
+        ({"regrow_rule": "unfired"}, (2, 6)),
+        ({"regrow_rule": "gradient", "gradient_accumulation_steps": 2, "group_lasso": 0.1}, (2, 6)),
+        ({"topology_update_every": 2, "num_topology_updates": None, "eval_strategy": "steps", "eval_steps": 3}, (4,)),
+    ],
+    ids=["random", "gradient", "unfired", "accumulation", "every"],
+)
+def test_resume_is_bit_exact(tmp_path, settings, stops):
+    straight = trainer_of(tmp_path / "straight", **settings)
+    straight.train()
+    assert straight.topology.metrics["topology_updates"] >= 3
+    for stop in stops:
+        resumed = trainer_of(tmp_path / f"from-{stop}", seed=1, **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{stop}"))
+        assert_same_checkpoint(tmp_path / "straight" / "checkpoint-12", tmp_path / f"from-{stop}" / "checkpoint-12")
+        for name, ever in straight.topology.ever_active.items():
+            assert torch.equal(ever, resumed.topology.ever_active[name])
+        assert resumed.topology.metrics == straight.topology.metrics
+        finished = [trainer.model.state_dict() for trainer in (straight, resumed)]
+        assert finished[0].keys() == finished[1].keys()
+        assert all(torch.equal(tensor, finished[1][name]) for name, tensor in finished[0].items())
+
+
+def test_the_same_trainer_can_resume(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    (tmp_path / "checkpoint-12").rename(tmp_path / "straight")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same_checkpoint(tmp_path / "straight", tmp_path / "checkpoint-12")
+
+
+class LoadEverySave(TrainerCallback):
+    """Loads each checkpoint as a user would, while the run goes on."""
+
+    def __init__(self, folder, caplog):
+        self.folder, self.caplog, self.loaded = folder, caplog, 0
+
+    def on_save(self, args, state, control, **kwargs):
+        self.caplog.clear()
+        folder = self.folder / f"checkpoint-{state.global_step}"
+        other, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert not [record.message for record in self.caplog.records if record.levelno >= logging.WARNING]
+        model = kwargs["model"].eval()
+        for name, layer in sparse_layers(model).items():
+            assert torch.equal(sparse_layers(other)[name].block_index, layer.block_index)
+        ids = torch.arange(5, 25).view(2, 10)
+        assert torch.equal(other(ids).logits, model(ids).logits)
+        model.train()
+        self.loaded += 1
+
+
+def test_a_checkpoint_is_a_plain_model_in_mid_run(tmp_path, caplog):
+    transformers.logging.enable_propagation()
+    trainer = trainer_of(tmp_path)
+    trainer.add_callback(watch := LoadEverySave(tmp_path, caplog))
+    trainer.train()
+    transformers.logging.disable_propagation()
+    assert watch.loaded == 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"pruning_ratio": 0.3}, r"pruning_ratio: 0.3 \(checkpoint: 0.5\)"),
+        ({"regrow_rule": "gradient"}, r"regrow_rule: 'gradient' \(checkpoint: 'random'\)"),
+        ({"num_topology_updates": 2, "seed": 1}, r"num_updates: 2 \(checkpoint: 3\), seed: 1 \(checkpoint: 0\)"),
+        ({"group_lasso": 0.1}, r"group_lasso: 0.1 \(checkpoint: 0.0\)"),
+    ],
+)
+def test_other_topology_settings_are_refused(tmp_path, changed, named):
+    settings = {"seed": 0, "max_steps": 4, "save_steps": 2}
+    trainer = toy_trainer(tmp_path, toy_model(), **{**SAVING, **settings})
+    trainer.train()
+    with pytest.raises(ValueError, match=f"{named}.*Give the checkpoint's values"):
+        toy_trainer(tmp_path, toy_model(), **{**SAVING, **settings, **changed}).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+def test_resuming_a_run_without_updates_says_so(tmp_path, caplog):
+    plain = trainer_of(tmp_path / "plain", num_topology_updates=0)
+    plain.remove_callback(plain.topology)
+    plain.topology = None
+    plain.train()
+    resumed = trainer_of(tmp_path / "resumed")
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-4"))
+    assert "was not written by a run with topology updates" in caplog.text
+    assert resumed.topology.metrics["topology_updates"] == 3
+
+
+# The last thing that a save writes, something in the middle, and the move to its place.
+@pytest.mark.parametrize("point", ["_save_rng_state", "_save_optimizer_and_scheduler", "publish"])
+def test_a_crash_while_saving(tmp_path, monkeypatch, caplog, point):
+    straight = trainer_of(tmp_path / "straight")
+    straight.train()
+
+    crashing, folder = trainer_of(tmp_path / "crashed"), tmp_path / "crashed"
+
+    def crash(*args, **kwargs):
+        if crashing.state.global_step == 6:
+            raise OSError("No space left on device")
+        return original(*args, **kwargs)
+
+    if point == "publish":
+        original = publish_checkpoint
+        monkeypatch.setattr("hf_dynsparse.trainer.publish_checkpoint", crash)
+    else:
+        original = getattr(crashing, point)
+        monkeypatch.setattr(crashing, point, crash)
+    with pytest.raises(OSError, match="No space left"):
+        crashing.train()
+    monkeypatch.undo()
+    assert get_last_checkpoint(str(folder)) == str(folder / "checkpoint-4")
+    assert (folder / STAGING_FOLDER / "checkpoint-6").exists()
+
+    resumed = trainer_of(folder, seed=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert f"{STAGING_FOLDER} holds a save that was interrupted; it is removed" in caplog.text
+    assert not (folder / STAGING_FOLDER).exists()
+    assert_same_checkpoint(tmp_path / "straight" / "checkpoint-12", folder / "checkpoint-12")
+
+
+def test_saving_leaves_only_checkpoints(tmp_path):
+    trainer = trainer_of(tmp_path, save_total_limit=2)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-12"]
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"} <= {
+        path.name for path in (tmp_path / "checkpoint-12").iterdir()
+    }
+    assert type(trainer) is DynSparseTrainer
+
+
+def staged(run_dir, name, text):
+    folder = run_dir / STAGING_FOLDER / name
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(text)
+
+
+def test_publish_and_replace(tmp_path):
+    for text in ("old", "new"):
+        staged(tmp_path, "checkpoint-3", text)
+        publish_checkpoint(tmp_path, "checkpoint-3")
+        assert (tmp_path / "checkpoint-3" / "file").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_publishing_nothing_changes_nothing(tmp_path):
+    (tmp_path / STAGING_FOLDER).mkdir()
+    with pytest.raises(FileNotFoundError):
+        publish_checkpoint(tmp_path, "checkpoint-3")
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_an_interrupted_save_is_removed_with_a_warning(tmp_path, caplog):
+    staged(tmp_path, "checkpoint-3", "whole")
+    publish_checkpoint(tmp_path, "checkpoint-3")
+    remove_interrupted_save(tmp_path)
+    assert not caplog.records
+    staged(tmp_path, "checkpoint-6", "half")
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-3")
+    remove_interrupted_save(tmp_path)
+    assert "interrupted" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]

@@ -1,0 +1,398 @@
+"""The example script as a user runs it: what it writes, that it resumes, and how it refuses what cannot work."""
+
+import argparse
+import csv
+import dataclasses
+import gzip
+import json
+import os
+import random
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+
+import hf_dynsparse
+from hf_dynsparse import DynSparseTrainingArguments, sparse_layers
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "run_mlm_dynsparse.py"
+TOY = (
+    "--preset tiny --config_overrides hidden_size=32,intermediate_size=64 --block_size 8 --sparsity 0.5"
+    " --vocab_size 300 --max_seq_length 32 --max_steps 4 --num_topology_updates 2 --per_device_train_batch_size 4"
+    " --num_threads 1 --logging_steps 1 --save_steps 2 --eval_strategy no --max_eval_samples 16 --disable_tqdm true"
+    " --report_to none"
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small text in every format; documents of a few lines, an empty line between them."""
+    folder = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    words = ["".join(draw.choice("abcdefghij") for _ in range(draw.randint(2, 7))) for _ in range(120)]
+    documents = [
+        [" ".join(draw.choice(words) for _ in range(draw.randint(4, 30))) for _ in range(draw.randint(3, 6))]
+        for _ in range(60)
+    ]
+    lines = [line for document in documents for line in [*document, ""]]
+    (folder / "train.txt").write_text("\n".join(lines))
+    with gzip.open(folder / "train.txt.gz", "wt") as file:
+        file.write("\n".join(lines))
+    with open(folder / "train.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [("id", "text"), *((str(number), line) for number, line in enumerate(lines) if line)]
+        )
+    with open(folder / "train.json", "w") as file:
+        file.writelines(json.dumps({"text": "\n".join(document)}) + "\n" for document in documents)
+    shutil.copy(folder / "train.json", folder / "train.jsonl")
+    hf_datasets = pytest.importorskip("datasets")
+    hf_datasets.Dataset.from_dict({"text": ["\n".join(document) for document in documents]}).to_parquet(
+        folder / "train.parquet"
+    )
+    (folder / "valid.txt").write_text("\n".join(lines[:60]))
+    (folder / "empty.txt").write_text("")
+    with gzip.open(folder / "blank.txt.gz", "wt") as file:
+        file.write(" \n\n \t\n")
+    (folder / "train.doc").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(text: Path) -> Iterator[Callable[..., Path]]:
+    """Run the script in this process: `run(output_dir, flags)`."""
+    threads = torch.get_num_threads()
+
+    def run_script(output: Path, flags: str = "", train_file: str | None = "train.txt") -> Path:
+        train = f"--train_file {text / train_file} --cache_dir {text / 'cache'}" if train_file else ""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", shlex.split(f"{SCRIPT} {TOY} {train} --output_dir {output} {flags}"))
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return output
+
+    yield run_script
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run. Not to be changed."""
+    return run(tmp_path_factory.mktemp("finished") / "out")
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    first, second = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_summary(finished: Path) -> None:
+    summary = summary_of(finished)
+    # A model of 300 words that was trained for four steps guesses.
+    assert 4.5 < summary["eval_loss"] < 6.5
+    assert summary["perplexity"] == pytest.approx(torch.tensor(summary["eval_loss"]).exp().item(), rel=1e-4)
+    # Four steps of four sequences, forward and backward: 3 * 2 FLOPs an active weight and token at the least.
+    assert summary["flops"] > 6 * 4 * 4 * 32 * 2 * (4 * 32 * 32 + 2 * 32 * 64) * 0.5
+    assert 0.5 < summary["flops"] / summary["dense_flops"] < 0.9
+    assert summary["tokens_per_second"] > 1
+    assert summary["sparsity"] == 0.5
+    assert 0.5 < summary["coverage"] < 1
+    assert summary["topology_updates"] == 2
+    assert summary["checkpoint_bytes"] < summary["dense_checkpoint_bytes"]
+    assert 0.5 < summary["encoder_bytes"] / summary["dense_encoder_bytes"] < 0.6
+    assert summary["checkpoint_bytes"] < (finished / "model.safetensors").stat().st_size
+    assert summary["versions"]["transformers"] == transformers.__version__
+    assert summary["seed"] == 42
+
+
+def test_pictures(finished: Path) -> None:
+    for name in ("training.png", "block_map.png"):
+        picture = (finished / name).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) > 10_000
+
+
+@pytest.mark.parametrize("part", [".", "checkpoint-2", "checkpoint-4"])
+def test_auto_classes_load_what_was_written(finished: Path, part: str) -> None:
+    model, info = AutoModelForMaskedLM.from_pretrained(finished / part, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert len(sparse_layers(model)) == 12
+    saved = load_file(finished / part / "model.safetensors")
+    for name, layer in sparse_layers(model).items():
+        assert torch.equal(layer.block_index, saved[f"{name}.block_index"])
+        assert torch.equal(layer.values, saved[f"{name}.values"])
+    batch = AutoTokenizer.from_pretrained(finished / part)("abc [MASK] def", return_tensors="pt")
+    assert model.eval()(**batch).logits.isfinite().all()
+
+
+def test_resume_of_a_finished_run(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(finished, tmp_path / "again"))
+    run(again, "--resume_from_checkpoint last")
+    assert_same_weights(again, finished)
+    for name in ("eval_loss", "flops", "coverage", "topology_updates", "steps"):
+        assert summary_of(again)[name] == summary_of(finished)[name], name
+
+
+@pytest.mark.parametrize("source", ["last", "checkpoint-2"])
+def test_resume_of_an_interrupted_run(run: Callable[..., Path], finished: Path, tmp_path: Path, source: str) -> None:
+    again = Path(shutil.copytree(finished, tmp_path / "again", ignore=shutil.ignore_patterns("checkpoint-4", "*.*")))
+    shutil.copytree(finished / "checkpoint-2", again / "checkpoint-2", dirs_exist_ok=True)
+    run(again, f"--resume_from_checkpoint {source if source == 'last' else again / source}")
+    assert_same_weights(again, finished)
+    assert_same_weights(again / "checkpoint-4", finished / "checkpoint-4")
+    for name in ("eval_loss", "flops", "coverage", "topology_updates", "steps"):
+        assert summary_of(again)[name] == summary_of(finished)[name], name
+
+
+def test_resume_before_the_first_checkpoint(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    assert_same_weights(run(tmp_path / "out", "--resume_from_checkpoint last"), finished)
+
+
+def test_resume_does_not_train_beyond_the_end(run: Callable[..., Path], tmp_path: Path) -> None:
+    """With a rate that does not fall to zero, so that one step too many is seen in the weights."""
+    flags = "--lr_scheduler_type constant --warmup_steps 0 --resume_from_checkpoint last"
+    first = run(tmp_path / "first", flags)
+    again = run(Path(shutil.copytree(first, tmp_path / "again")), flags)
+    assert summary_of(again)["steps"] == 4
+    assert_same_weights(again, first)
+
+
+def test_packed_text_does_not_depend_on_compression(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    assert_same_weights(run(tmp_path / "out", train_file="train.txt.gz"), finished)
+
+
+# Training file, flags, and what the summary must say then. Formats and flags are paired to save time.
+CASES = {
+    "csv, unstructured": ("train.csv", "--block_size 1 --sparsity 0.9", {"block_size": 1}),
+    "jsonl, rectangles": ("train.jsonl", "--block_size 1x4 --distribution erk", {"block_size": [1, 4]}),
+    "parquet, epochs": ("train.parquet", "--max_steps -1 --num_train_epochs 1 --max_train_samples 16", {}),
+    "json, pairs of documents": ("train.json", "--nsp --validation_split_percentage 20", {}),
+    "pairs of lines": ("train.txt", "--nsp", {}),
+    "streaming": (
+        "train.txt",
+        "--streaming --validation_file {text}/valid.txt --eval_strategy steps --eval_steps 2",
+        {},
+    ),
+    "streaming, split": ("train.txt", "--streaming --validation_split_percentage 1", {}),
+    "lines": ("train.txt", "--line_by_line --pad_to_max_length --validation_file {text}/valid.txt", {}),
+    "dense": ("train.txt", "--dense_baseline", {"sparsity": 0.0, "coverage": 1.0, "topology_updates": 0}),
+    "static": ("train.txt", "--static", {"sparsity": 0.5, "coverage": 0.5, "topology_updates": 0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cases(run: Callable[..., Path], text: Path, tmp_path: Path, case: str) -> None:
+    train_file, flags, expected = CASES[case]
+    summary = summary_of(run(tmp_path / "out", flags.format(text=text), train_file))
+    assert 4 < summary["eval_loss"] < 8
+    assert summary["steps"] == 4
+    assert {name: summary[name] for name in expected} == expected
+    load = AutoModelForPreTraining if "--nsp" in flags else AutoModelForMaskedLM
+    _, info = load.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert (tmp_path / "out" / "training.png").exists()
+
+
+@pytest.mark.parametrize("flags", ["--group_lasso 5", "--no_whole_word_mask", "--regrow_rule gradient"])
+def test_flags_have_an_effect(run: Callable[..., Path], finished: Path, tmp_path: Path, flags: str) -> None:
+    changed = load_file(run(tmp_path / "out", flags) / "model.safetensors")
+    unchanged = load_file(finished / "model.safetensors")
+    assert any(not torch.equal(changed[name], tensor) for name, tensor in unchanged.items())
+
+
+def test_going_on_from_a_saved_model(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    """Without a step to speak of, the weights are those of the model that was named."""
+    out = run(tmp_path / "out", f"--model_name_or_path {finished} --learning_rate 0 --static")
+    assert_same_weights(out, finished)
+    assert summary_of(out)["eval_loss"] == pytest.approx(summary_of(finished)["eval_loss"], rel=1e-6)
+    assert summary_of(out)["sparsity"] == 0.5
+
+
+def test_arguments_from_a_file(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path) -> None:
+    words = shlex.split(f"{TOY} --train_file {text / 'train.txt'} --output_dir {tmp_path / 'out'}")
+    settings = dict(zip((flag.removeprefix("--") for flag in words[::2]), words[1::2], strict=True))
+    numbers = {}
+    for name, value in settings.items():
+        try:
+            numbers[name] = json.loads(value) if name != "block_size" else value
+        except ValueError:
+            numbers[name] = value
+    (tmp_path / "run.json").write_text(json.dumps(numbers))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "run.json")])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert_same_weights(tmp_path / "out", finished)
+
+
+def clean_environment(folder: Path) -> dict[str, str]:
+    source = str(Path(hf_dynsparse.__file__).parents[1])
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def test_accelerate_launch(text: Path, tmp_path: Path, finished: Path) -> None:
+    """As the first line of the README types it."""
+    flags = shlex.split(f"{TOY} --train_file {text / 'train.txt'} --output_dir {tmp_path / 'out'}")
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(SCRIPT), *flags],
+        env=clean_environment(tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "evaluation loss" in done.stdout
+    assert "2 topology updates" in done.stdout
+    assert_same_weights(tmp_path / "out", finished)
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "hf"}
+
+
+def test_help_explains_every_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    theirs = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    classes = (script["ModelArguments"], script["DataArguments"], script["RunArguments"], DynSparseTrainingArguments)
+    ours = {field.name for cls in classes for field in dataclasses.fields(cls)} - theirs
+    assert {"sparsity", "train_file", "num_threads", "pruning_ratio"} <= ours
+
+    explained = {}
+    add_argument = argparse.ArgumentParser.add_argument
+
+    def record(parser: Any, *names: str, **options: Any) -> Any:
+        explained.update(dict.fromkeys(names, options.get("help")))
+        return add_argument(parser, *names, **options)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", record)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit:
+        script["main"]()
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    for name in ours:
+        assert f"--{name}" in shown
+        assert len(explained[f"--{name}"] or "") > 15, name
+
+
+# Flags that cannot work, and words that the one line must hold: the argument and what it was given.
+BAD = {
+    "no such file": ("--train_file {text}/nothing.txt", ("train_file", "nothing.txt")),
+    "no such validation file": ("--validation_file {text}/nothing.txt", ("validation_file", "nothing.txt")),
+    "wrong ending": ("--train_file {text}/train.doc", ("train_file", "train.doc", "txt")),
+    "a folder": ("--train_file {text}", ("train_file",)),
+    "empty file": ("--train_file {text}/empty.txt", ("train_file", "empty.txt")),
+    "blank gz": ("--train_file {text}/blank.txt.gz", ("train_file", "blank.txt.gz")),
+    "sparsity 1": ("--sparsity 1.0", ("sparsity", "1.0")),
+    "negative sparsity": ("--sparsity -0.1", ("sparsity", "-0.1")),
+    "sparsity in words": ("--sparsity much", ("sparsity", "much")),
+    "not a number": ("--sparsity nan", ("sparsity", "nan")),
+    "block size 3": ("--block_size 3", ("block_size", "3")),
+    "block size 0": ("--block_size 0", ("block_size", "0")),
+    "block size abc": ("--block_size abc", ("block_size", "abc")),
+    "empty block size": ("--block_size ''", ("block_size",)),
+    "block size of three": ("--block_size 2x2x2", ("block_size", "2")),
+    "preset": ("--preset enormous", ("preset", "enormous", "tiny")),
+    "score": ("--prune_score l7", ("prune_score", "l7")),
+    "rule": ("--regrow_rule hope", ("regrow_rule", "hope")),
+    "pruning ratio": ("--pruning_ratio 2", ("pruning_ratio", "2")),
+    "negative lasso": ("--group_lasso -1", ("group_lasso", "-1")),
+    "too many updates": ("--num_topology_updates 40", ("updates", "40")),
+    "updates twice": ("--topology_update_every 2", ("num_topology_updates", "topology_update_every")),
+    "config override": ("--config_overrides hidden_sise=32", ("hidden_sise",)),
+    "heads": ("--config_overrides num_attention_heads=3", ("heads",)),
+    "vocabulary": ("--vocab_size 3", ("vocab_size", "3")),
+    "mlm probability": ("--mlm_probability 1.5", ("mlm_probability", "1.5")),
+    "split": ("--validation_split_percentage 100", ("validation_split_percentage", "100")),
+    "no checkpoint": ("--resume_from_checkpoint {text}", ("resume_from_checkpoint", "{text}")),
+    "another model": (
+        "--resume_from_checkpoint {finished}/checkpoint-2 --block_size 4",
+        ("block_size", "4", "8"),
+    ),
+    "another sparsity": (
+        "--resume_from_checkpoint {finished}/checkpoint-2 --sparsity 0.9",
+        ("sparsity", "0.9", "0.5"),
+    ),
+    "other updates": (
+        "--resume_from_checkpoint {finished}/checkpoint-2 --pruning_ratio 0.1",
+        ("pruning_ratio", "0.1", "0.5"),
+    ),
+    "no such model": ("--model_name_or_path {text}/nothing", ("nothing",)),
+    "nsp and streaming": ("--nsp --streaming", ("--nsp", "--streaming")),
+    "streaming without end": ("--streaming --max_steps -1", ("--streaming", "--max_steps")),
+    "short sequences": ("--max_seq_length 4", ("max_seq_length", "4")),
+    "long sequences": ("--max_seq_length 1000", ("max_seq_length", "1000")),
+    "more sequence than text": (
+        "--train_file {text}/valid.txt --validation_split_percentage 1 --max_seq_length 512",
+        ("512",),
+    ),
+    "unknown flag": ("--sparsness 0.5", ("--sparsness",)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(
+    run: Callable[..., Path],
+    text: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+) -> None:
+    flags, wanted = BAD[case]
+    places = {"text": text, "finished": finished}
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path / "out", flags.format(**places))
+    code = exit.value.code
+    if code == 2:  # argparse has written its own line, after the usage
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+    else:  # what Python writes to stderr, with exit code 1
+        assert isinstance(code, str)
+        line = code
+    assert line.startswith("run_mlm_dynsparse.py: error: ")
+    assert "\n" not in line
+    for word in wanted:
+        assert word.format(**places) in line, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_of_another_run(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(
+        SystemExit, match=r"^run_mlm_dynsparse\.py: error: .*output_dir.*--resume_from_checkpoint last"
+    ):
+        run(finished)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_no_traceback_on_the_terminal(text: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--train_file", str(text / "train.doc"), "--output_dir", str(tmp_path / "out")],
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("run_mlm_dynsparse.py: error: ")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout

@@ -1,0 +1,130 @@
+"""Scores of blocks by hand, and the selection of the highest."""
+
+import pytest
+import torch
+from helpers import generator
+
+from hf_dynsparse.topology import PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics
+from hf_dynsparse.topology.scores import resolve_score
+from hf_dynsparse.topology.update import replaced_count, select_highest
+
+
+BLOCKS = torch.tensor([[[1.0, -1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, -2.5]], [[1.25, 0.0], [-1.25, 0.5]]])
+
+
+def statistics(count: int, **fields: torch.Tensor) -> BlockStatistics:
+    return BlockStatistics(count, generator(), torch.device("cpu"), **fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "expected", "lowest"),
+    [
+        ("l1", "values", [4.0, 2.5, 3.0], 1),
+        ("l2", "values", [2.0, 2.5, 3.375**0.5], 2),
+        ("linf", "values", [1.0, 2.5, 1.25], 0),
+        ("gradient", "gradient", [4.0, 2.5, 3.0], 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_scores_by_hand(name: str, field: str, expected: list[float], lowest: int, dtype: torch.dtype) -> None:
+    score = SCORES[name].function(statistics(3, **{field: BLOCKS.to(dtype)}))
+    assert score.dtype == torch.float32
+    assert score.tolist() == pytest.approx(expected)
+    assert int(score.argmin()) == lowest
+
+
+def test_low_precision_values_do_not_overflow_or_round() -> None:
+    large = torch.full((2, 16, 16), 1000.0, dtype=torch.float16)
+    large[1, 0, 0] = 1001
+    for name, first in (("l1", 256_000.0), ("l2", 16_000.0)):
+        score = SCORES[name].function(statistics(2, values=large))
+        assert score[0] == first
+        assert score[1] > score[0]
+
+
+def test_random_depends_on_the_generator_alone() -> None:
+    scores = [SCORES["random"].function(statistics(1000)) for _ in range(2)]
+    assert torch.equal(*scores)
+    assert scores[0].unique().numel() > 990
+
+
+def test_unfired_prefers_positions_that_were_never_active() -> None:
+    ever = torch.rand(1000, generator=generator(1)) < 0.5
+    score = SCORES["unfired"].function(statistics(1000, ever_active=ever))
+    assert score[~ever].min() >= 0 > score[ever].max()
+
+
+def test_every_score_declares_what_it_looks_at() -> None:
+    filled = {"values": BLOCKS, "gradient": BLOCKS, "ever_active": torch.tensor([True, False, True])}
+    for score in SCORES.values():
+        given = score.function(statistics(3, **{name: filled[name] for name in score.needs}))
+        assert given.shape == (3,)
+        for missing in score.needs:
+            fields = {name: filled[name] for name in score.needs if name != missing}
+            with pytest.raises(ValueError, match="does not declare. Add it to `needs`"):
+                score.function(statistics(3, **fields))
+
+
+def test_names() -> None:
+    assert PRUNE_SCORES == ("l1", "l2", "linf", "random", "gradient")
+    assert REGROW_RULES == ("random", "gradient", "unfired")
+    with pytest.raises(ValueError, match="`regrow_rule` must be one of random, gradient, unfired. Got 'l1'"):
+        resolve_score("l1", "regrow_rule", REGROW_RULES)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "nnzb", "num_blocks", "readmit", "count"),
+    [
+        (0.0, 10, 100, False, 0),
+        (0.5, 10, 100, False, 5),
+        (0.25, 10, 100, False, 3),  # halves go up
+        (0.24, 10, 100, False, 2),
+        (1e-9, 10, 100, False, 1),  # at least one
+        (1.0, 10, 100, False, 10),
+        (1.0, 10, 14, False, 4),  # as many as there are free positions
+        (1.0, 10, 14, True, 10),
+        (0.5, 1, 2, False, 1),
+        (0.5, 10, 10, False, 0),
+        (1.0, 10, 10, True, 0),
+    ],
+)
+def test_replaced_count(ratio: float, nnzb: int, num_blocks: int, readmit: bool, count: int) -> None:
+    assert replaced_count(ratio, nnzb, num_blocks, readmit) == count
+
+
+def stable_highest(scores: torch.Tensor, count: int) -> list[int]:
+    return sorted(scores.sort(descending=True, stable=True).indices[:count].tolist())
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 17, 63, 64])
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+def test_select_highest_with_ties(levels: int, count: int) -> None:
+    scores = torch.randint(levels, (64,), generator=generator(levels)).float()
+    assert select_highest(scores, count).tolist() == stable_highest(scores, count)
+
+
+def test_select_highest_by_hand() -> None:
+    scores = torch.tensor([2.0, 5.0, 2.0, -torch.inf, 2.0, 7.0])
+    assert select_highest(scores, 1).tolist() == [5]
+    assert select_highest(scores, 4).tolist() == [0, 1, 2, 5]
+    assert select_highest(-scores, 2).tolist() == [0, 3]
+
+
+LARGE = (1 << 16) + 12_345
+SCORINGS = {
+    "uniform": lambda draw: torch.rand(LARGE, generator=draw),
+    "ties": lambda draw: torch.randint(5, (LARGE,), generator=draw).float(),
+    "constant": lambda draw: torch.zeros(LARGE),
+    "mostly barred": lambda draw: torch.rand(LARGE, generator=draw).where(torch.arange(LARGE) % 7 == 0, -torch.inf),
+    "rising": lambda draw: torch.arange(LARGE).float(),
+    # Every ninth position is sampled: if the highest are there, the others look better than they are, and the reverse.
+    "sample too high": lambda draw: torch.rand(LARGE, generator=draw) + (torch.arange(LARGE) % 9 == 0).float(),
+    "sample too low": lambda draw: torch.rand(LARGE, generator=draw) - (torch.arange(LARGE) % 9 == 0).float(),
+}
+
+
+@pytest.mark.parametrize("count", [1, 100, 5000, LARGE // 4 - 1, LARGE // 4 + 1])
+@pytest.mark.parametrize("name", SCORINGS)
+def test_select_highest_of_a_large_tensor(name: str, count: int) -> None:
+    scores = SCORINGS[name](generator())
+    assert select_highest(scores, count).tolist() == stable_highest(scores, count)

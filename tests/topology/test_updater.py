@@ -1,0 +1,341 @@
+"""A whole model over a run: when, how reproducibly, with which gradients, and what stops it."""
+
+import logging
+import math
+
+import pytest
+import torch
+from helpers import dense_weight, generator, make_layer
+from torch import nn
+from torch.nn.functional import linear
+
+from hf_dynsparse import BlockSparseLinear, TopologyUpdater
+from hf_dynsparse.ops.operators import _observers
+from hf_dynsparse.topology import TopologyReport, dof_coverage
+from hf_dynsparse.topology.dense_gradient import DenseGradientProbe
+
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+
+class Network(nn.Module):
+    """Two sparse layers, `first` and `second`, registered in either order."""
+
+    def __init__(self, block_size: int = 4, swap: bool = False) -> None:
+        super().__init__()
+        layers = {
+            "first": make_layer((4, 6), block_size, 8, seed=1),
+            "second": make_layer((3, 4), block_size, 5, seed=2),
+        }
+        self.layers = nn.ModuleDict(dict(reversed(layers.items())) if swap else layers)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.layers["second"](torch.tanh(self.layers["first"](input)))
+
+
+def batch(seed: int, tokens: int = 5) -> torch.Tensor:
+    return torch.randn(tokens, 24, generator=generator(seed))
+
+
+def run(model: Network, steps: int = 12, **arguments: object) -> list[TopologyReport | None]:
+    """Train with topology updates; the reports of all steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    updater = TopologyUpdater(model, optimizer, total_steps=steps, **arguments)
+    reports = []
+    for step in range(1, steps + 1):
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reports.append(updater.step(step))
+    return reports
+
+
+def indices(model: Network) -> dict[str, list[int]]:
+    return {name: model.layers[name].block_index.tolist() for name in ("first", "second")}
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    states = [state[name] for state in optimizer.state.values() for name in sorted(state)]
+    return [tensor.clone() for tensor in [*model.state_dict().values(), *states]]
+
+
+def test_reports_come_at_update_steps_only() -> None:
+    model = Network()
+    reports = run(model, num_updates=3)
+    assert [step for step, report in enumerate(reports, start=1) if report] == [3, 6, 9]
+    first, second, third = filter(None, reports)
+    assert [report.update for report in (first, second, third)] == [0, 1, 2]
+    assert [report.pruning_ratio for report in (first, second, third)] == pytest.approx([0.5, 0.375, 0.125])
+    assert {name: layer.removed for name, layer in first.layers.items()} == {"layers.first": 4, "layers.second": 3}
+    assert [report.removed for report in (first, second, third)] == [7, 3 + 2, 1 + 1]
+    assert first.newborn_share == 0.0
+    newborn = sum(layer.newborn_removed for layer in second.layers.values())
+    assert second.newborn_share == newborn / 5
+    assert first.coverage == pytest.approx((12 / 24 + 8 / 12) / 2)
+    assert first.coverage <= second.coverage <= third.coverage == dof_coverage(model.layers.values())
+    assert first.block_age == pytest.approx((4 / 8 + 2 / 5) / 2)
+
+
+def test_newborn_share_by_hand() -> None:
+    model = Network()
+    updater = TopologyUpdater(
+        model, torch.optim.SGD(model.parameters()), total_steps=3, num_updates=2, schedule="constant"
+    )
+    assert updater.step(1).newborn_share == 0.0
+    # Nothing trains: the zeros of the first update are the lowest of the second.
+    assert updater.step(2).newborn_share == 1.0
+
+
+@pytest.mark.parametrize("regrow_rule", ["random", "gradient", "unfired"])
+def test_the_same_seed_gives_the_same_run(regrow_rule: str) -> None:
+    models = [Network(), Network(), Network(swap=True), Network()]
+    for model, seed in zip(models, (3, 3, 3, 4), strict=True):
+        run(model, num_updates=4, regrow_rule=regrow_rule, seed=seed)
+    assert indices(models[0]) == indices(models[1])
+    assert indices(models[0]) == indices(models[2])  # the order of the layers does not matter
+    assert all(torch.equal(*pair) for pair in zip(*(model.parameters() for model in models[:2]), strict=True))
+    assert (indices(models[0]) == indices(models[3])) == (regrow_rule == "gradient")
+
+
+def test_the_global_generator_is_neither_read_nor_moved() -> None:
+    models = [Network(), Network()]
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        run(model, num_updates=4)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert indices(models[0]) == indices(models[1])
+
+
+def test_layers_of_equal_shape_draw_differently() -> None:
+    model = nn.ModuleDict({"a": make_layer((20, 20), 1, 40), "b": make_layer((20, 20), 1, 40)})
+    updater = TopologyUpdater(model, torch.optim.SGD(model.parameters()), total_steps=2, num_updates=1)
+    assert torch.equal(model["a"].block_index, model["b"].block_index)
+    updater.step(1)
+    assert not torch.equal(model["a"].block_index, model["b"].block_index)
+
+
+def test_a_resumed_run_repeats_the_draws() -> None:
+    whole, parts = Network(), Network()
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (whole, parts)]
+    updaters = [
+        TopologyUpdater(model, optimizer, total_steps=12, num_updates=5, regrow_rule="gradient")
+        for model, optimizer in zip((whole, parts), optimizers, strict=True)
+    ]
+    for step in range(1, 12):
+        if step in (4, 6):  # stop and resume: a new updater that has seen nothing
+            updaters[1] = TopologyUpdater(parts, optimizers[1], total_steps=12, num_updates=5, regrow_rule="gradient")
+            updaters[1].prepare(step)
+        for model, optimizer, updater in zip((whole, parts), optimizers, updaters, strict=True):
+            model(batch(step)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            updater.step(step)
+    assert all(torch.equal(tensor, parts.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("regrow_rule", ["random", "unfired"])
+def test_no_dense_gradient_where_nothing_needs_it(regrow_rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a dense gradient")
+
+    monkeypatch.setattr(DenseGradientProbe, "__init__", refuse)
+    model = Network()
+    updater = TopologyUpdater(
+        model, torch.optim.SGD(model.parameters()), total_steps=6, update_every=1, regrow_rule=regrow_rule
+    )
+    for step in range(1, 7):
+        assert updater._probe is None
+        assert not any(layer._forward_hooks or layer._backward_hooks for layer in model.layers.values())
+        model(batch(step)).sum().backward()
+        updater.step(step)
+
+
+def test_the_dense_gradient_is_collected_at_update_steps_only() -> None:
+    model = Network()
+    updater = TopologyUpdater(
+        model, torch.optim.SGD(model.parameters()), total_steps=6, update_every=2, regrow_rule="gradient"
+    )
+    for step in range(1, 7):
+        observed = [layer.block_index.data_ptr() in _observers for layer in model.layers.values()]
+        assert observed == [step in (2, 4)] * 2
+        model(batch(step)).sum().backward()
+        assert (updater.step(step) is None) == (step not in (2, 4))
+
+
+def dense_gradients(model: Network, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of the two dense weights, by autograd, summed over `batches`."""
+    layers = [model.layers[name] for name in ("first", "second")]
+    weights = [dense_weight(layer.values, layer.block_index, layer.shape).requires_grad_() for layer in layers]
+    for input in batches:
+        hidden = torch.tanh(linear(input, weights[0], layers[0].bias))
+        linear(hidden, weights[1], layers[1].bias).square().sum().backward()
+    return [weight.grad for weight in weights]
+
+
+def as_blocks(dense: torch.Tensor, layer: BlockSparseLinear) -> torch.Tensor:
+    """All blocks of `dense` in order of position, of shape `(blocks, rows, columns)`."""
+    rows, columns = layer.block_shape
+    return torch.stack(
+        [
+            dense[row : row + rows, column : column + columns]
+            for row in range(0, layer.out_features, rows)
+            for column in range(0, layer.in_features, columns)
+        ]
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24)], ids=str)
+def test_the_probe_sums_the_true_dense_gradient(shape: tuple[int, ...]) -> None:
+    model = Network()
+    batches = [torch.randn(shape, generator=generator(seed)) for seed in range(3)]
+    expected = dense_gradients(model, batches)
+    probe = DenseGradientProbe(model.layers.values())
+    with torch.no_grad():
+        model(batches[0])  # an evaluation in between counts for nothing
+    for input in batches:
+        model(input).square().sum().backward()
+    probe.reduce()
+    for layer, exact in zip(model.layers.values(), expected, strict=True):
+        torch.testing.assert_close(probe.blocks(layer), as_blocks(exact, layer))
+        torch.testing.assert_close(probe.blocks(layer)[layer.block_index.long()], layer.values.grad)
+    probe.remove()
+    assert not any(layer._forward_hooks for layer in model.layers.values())
+    assert not probe.gradients
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 8], ids=str)
+def test_gradient_regrow_takes_the_largest_over_micro_batches(block_size: int) -> None:
+    model = Network(block_size)
+    batches = [torch.randn(5, model.layers["first"].in_features, generator=generator(seed)) for seed in range(3)]
+    updater = TopologyUpdater(
+        model, torch.optim.SGD(model.parameters()), total_steps=2, num_updates=1, regrow_rule="gradient"
+    )
+    before = indices(model)
+    expected = dense_gradients(model, batches)
+    for input in batches:
+        model(input).square().sum().backward()
+    updater.step(1)
+    for (name, index), exact in zip(before.items(), expected, strict=True):
+        layer = model.layers[name]
+        score = as_blocks(exact, layer).abs().sum((1, 2))
+        score[index] = -1
+        count = math.floor(0.5 * len(index) + 0.5)
+        new = set(layer.block_index.tolist()) - set(index)
+        assert new == set(score.topk(count).indices.tolist())
+
+
+def test_gradient_regrow_without_a_backward_pass_is_an_error() -> None:
+    model = Network()
+    updater = TopologyUpdater(
+        model, torch.optim.SGD(model.parameters()), total_steps=2, num_updates=1, regrow_rule="gradient"
+    )
+    with pytest.raises(RuntimeError, match="must see a backward pass .* Got none through BlockSparseLinear"):
+        updater.step(1)
+
+
+@pytest.mark.parametrize(
+    ("regrow_rule", "what"),
+    [
+        ("random", "values"),
+        ("random", "gradient"),
+        ("gradient", "values"),
+        ("gradient", "gradient"),
+        ("gradient", "dense gradient"),
+    ],
+)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_update_that_sees_no_finite_number_is_skipped(
+    regrow_rule: str, what: str, bad: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    updater = TopologyUpdater(model, optimizer, total_steps=4, num_updates=2, regrow_rule=regrow_rule)
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        if step in updater.update_steps:
+            break
+    layer = model.layers["second"]
+    target = {"values": layer.values.data, "gradient": layer.values.grad}.get(what)
+    target = updater._probe.gradients[layer] if target is None else target
+    target.view(-1)[3] = bad
+    before = snapshot(model, optimizer)
+    with caplog.at_level(logging.WARNING, logger="hf_dynsparse"):
+        assert updater.step(step) is None
+    assert caplog.messages == [
+        f"Topology update 1 of 2 is skipped: the {what} of `layers.second` holds NaN or infinity."
+    ]
+    for old, new in zip(before, snapshot(model, optimizer), strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_update_whose_score_overflows_is_skipped_too(caplog: pytest.LogCaptureFixture) -> None:
+    model = Network()
+    optimizer = torch.optim.SGD(model.parameters())
+    updater = TopologyUpdater(model, optimizer, total_steps=2, num_updates=1, prune_score="l2")
+    with torch.no_grad():
+        model.layers["second"].values[0] = 1e30  # finite, and its square is not
+    before = snapshot(model, optimizer)
+    assert updater.step(1) is None
+    assert "is skipped" in caplog.text
+    assert all(torch.equal(*pair) for pair in zip(before, snapshot(model, optimizer), strict=True))
+
+
+def test_unknown_optimizer_state_is_an_error_before_anything_changes() -> None:
+    model = Network()
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.state[model.layers["second"].values]["mixed"] = torch.zeros(3)
+    updater = TopologyUpdater(model, optimizer, total_steps=2, num_updates=1)
+    before = snapshot(model, optimizer)
+    with pytest.raises(TypeError, match=r"Got 'mixed': torch.float32 of shape \(3,\) in SGD"):
+        updater.step(1)
+    assert all(torch.equal(*pair) for pair in zip(before, snapshot(model, optimizer), strict=True))
+
+
+def test_no_updates_is_static() -> None:
+    model = Network()
+    before = indices(model)
+    assert run(model, num_updates=0) == [None] * 12
+    assert indices(model) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_updates": 1, "pruning_ratio": 1.5}, r"`pruning_ratio` .* Got 1.5"),
+        ({"num_updates": 1, "schedule": "step"}, "`schedule` must be one of"),
+        ({"num_updates": 1, "prune_score": "l3"}, "`prune_score` must be one of .* Got 'l3'"),
+        ({"num_updates": 1, "regrow_rule": "l1"}, "`regrow_rule` must be one of"),
+        ({"num_updates": 10}, r"`num_updates` must lie in \[0, 9\]"),
+        ({}, "exactly one of"),
+        ({"num_updates": 1, "first_step": 0}, "Got first=0"),
+    ],
+)
+def test_bad_arguments_are_errors(arguments: dict, message: str) -> None:
+    model = Network()
+    with pytest.raises(ValueError, match=message):
+        TopologyUpdater(model, torch.optim.SGD(model.parameters()), total_steps=10, **arguments)
+
+
+def test_a_model_without_sparse_layers_is_an_error() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="needs a model with `BlockSparseLinear` layers. Got none: build"):
+        TopologyUpdater(model, torch.optim.SGD(model.parameters()), total_steps=10, num_updates=1)
+
+
+def test_gradient_regrow_of_a_compiled_model() -> None:
+    torch.compiler.reset()
+    model, plain = Network(), Network()
+    compiled = torch.compile(model, backend="aot_eager")
+    updaters = [
+        TopologyUpdater(net, torch.optim.SGD(net.parameters()), total_steps=3, num_updates=1, regrow_rule="gradient")
+        for net in (compiled, plain)
+    ]
+    assert updaters[0].update_steps == (2,)  # compiled in step 1, when nobody looks
+    for step in (1, 2):
+        for net, updater in zip((compiled, plain), updaters, strict=True):
+            net(batch(step)).square().sum().backward()
+            updater.step(step)
+    assert indices(model) == indices(plain)
