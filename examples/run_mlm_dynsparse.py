@@ -81,6 +81,10 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Go on from the weights of a DynSparse checkpoint, a folder or Hub name."}
     )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": "Configuration folder or Hub name instead of a preset, sparsity and block size."},
+    )
     config_overrides: str | None = field(
         default=None, metadata={"help": "Changes to the preset, e.g. num_hidden_layers=6,hidden_dropout_prob=0.1."}
     )
@@ -91,6 +95,10 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and prepared data are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the tokenizer's repository."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Type of the weights when --model_name_or_path is loaded, e.g. bfloat16."}
+    )
 
 
 @dataclass
@@ -182,14 +190,17 @@ def main() -> None:
     if not data_args.streaming:
         logger.info("%d training and %d evaluation sequences", len(sequences["train"]), len(sequences["validation"]))
 
-    config.vocab_size = len(tokenizer)
-    config.pad_token_id = tokenizer.pad_token_id
     architecture = DynSparseBertForPreTraining if data_args.nsp else DynSparseBertForMaskedLM
     if model_args.model_name_or_path:
         model = architecture.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.model_revision, token=model_args.token
+            model_args.model_name_or_path,
+            config=config,
+            revision=model_args.model_revision,
+            token=model_args.token,
+            dtype=model_args.dtype,
         )
     else:
+        config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
         model = architecture(config)
     logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
     if args.learning_rate is None:
@@ -283,10 +294,9 @@ def check_data(data_args: DataArguments, args: RunArguments) -> None:
 
 def build_config(model_args: ModelArguments, data_args: DataArguments, checkpoint: str | None) -> DynSparseBertConfig:
     """The model's configuration; on resume it must be that of the checkpoint."""
-    if model_args.model_name_or_path:
-        return AutoConfig.from_pretrained(
-            model_args.model_name_or_path, revision=model_args.model_revision, token=model_args.token
-        )
+    source = model_args.config_name or model_args.model_name_or_path
+    if source:
+        return AutoConfig.from_pretrained(source, revision=model_args.model_revision, token=model_args.token)
     sides = [int(side) for side in model_args.block_size.split("x")] if model_args.block_size else []
     if model_args.preset not in DENSE_LEARNING_RATES:
         raise ValueError(f"`--preset` must be one of {', '.join(DENSE_LEARNING_RATES)}. Got {model_args.preset!r}.")
@@ -369,7 +379,10 @@ def load_tokenizer(
             lines = (row["text"] for row in raw["train"])
             train_wordpiece_tokenizer(lines, vocab_size=model_args.vocab_size).save_pretrained(source)
     return AutoTokenizer.from_pretrained(
-        source, revision=model_args.model_revision, token=model_args.token, use_fast=True
+        source,
+        revision=model_args.model_revision,
+        token=model_args.token,
+        trust_remote_code=model_args.trust_remote_code,
     )
 
 
