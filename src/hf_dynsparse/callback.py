@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -89,6 +90,11 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
+        if args.deepspeed or args.fsdp or any(isinstance(value, DTensor) for value in model.parameters()):
+            raise ValueError(
+                "Topology updates need every rank to hold whole layers. Got DeepSpeed or FSDP, which split them: "
+                "launch with plain data parallelism (DDP)."
+            )
         for name, layer in sparse_layers(model).items():
             layer.layout.validate(f"`{name}`")
             if state.global_step == 0:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -72,16 +72,18 @@ class DynSparseTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass; counts the tokens of all ranks."""
-        self.throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
+        if "input_ids" in inputs:
+            self.throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
         return super().training_step(model, inputs, *rest, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Training FLOPs of this batch by the paper's count; see `flops_per_sequence`."""
+        """Training FLOPs of this batch by the paper's count; 0 for a model or input that it does not cover."""
+        model = self.accelerator.unwrap_model(self.model)
+        if "input_ids" not in inputs or not isinstance(model, PreTrainedModel):
+            return 0
         # [batch, sequence] or [batch, choices, sequence]
         ids = inputs["input_ids"]
-        return (
-            ids.numel() // ids.shape[-1] * flops_per_sequence(self.accelerator.unwrap_model(self.model), ids.shape[-1])
-        )
+        return ids.numel() // ids.shape[-1] * flops_per_sequence(model, ids.shape[-1])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` with the metrics of the run so far."""
