@@ -42,12 +42,19 @@ class Scratch {
 thread_local Scratch first_panel_memory, second_panel_memory, entry_memory;
 
 // [TILE, TILE] with row strides.
+template <bool STREAMED = false>
 INLINE void transpose_tile(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
     UNROLL for (int row = 0; row < TILE; row += LANES) UNROLL for (int column = 0; column < TILE; column += LANES) {
         Vector r[LANES];
         UNROLL for (int i = 0; i < LANES; i++) r[i] = load(from + (row + i) * from_stride + column);
         transpose(r);
-        UNROLL for (int i = 0; i < LANES; i++) store(to + (column + i) * to_stride + row, r[i]);
+        UNROLL for (int i = 0; i < LANES; i++) {
+            float* at = to + (column + i) * to_stride + row;
+            if constexpr (STREAMED)
+                stream(at, r[i]);
+            else
+                store(at, r[i]);
+        }
     }
 }
 
@@ -91,18 +98,27 @@ void pack(const float* matrix, int64_t tokens, int64_t features, float* panel) {
 
 // group [count rounded up to TILE, TOKENS] -> count columns of matrix [tokens, features], which begins at the first.
 template <int TOKENS>
-INLINE void unpack(const float* group, int64_t count, float* matrix, int64_t tokens, int64_t features) {
+INLINE void unpack(const float* group, int64_t count, float* matrix, int64_t tokens, int64_t features, bool streamed) {
     for (int64_t token = 0; token < tokens; token += TILE)
         for (int64_t column = 0; column < count; column += TILE) {
             const float* from = group + column * TOKENS + token;
             float* to = matrix + token * features + column;
             const int64_t rows = tokens - token, columns = count - column;
-            if (rows >= TILE && columns >= TILE)
+            if (rows >= TILE && columns >= TILE && streamed)
+                transpose_tile<true>(from, TOKENS, to, features);
+            else if (rows >= TILE && columns >= TILE)
                 transpose_tile(from, TOKENS, to, features);
             else
                 transpose_tile_out(from, TOKENS, to, features, rows < TILE ? rows : TILE,
                                    columns < TILE ? columns : TILE);
         }
+}
+
+// Whether a matrix is written past the caches: it is too large to be found there by whoever reads it next, and its rows
+// are made of whole cache lines.
+inline bool is_streamed(const float* matrix, int64_t tokens, int64_t features) {
+    constexpr int64_t LARGE = 1 << 21;  // entries
+    return STREAMS && tokens * features >= LARGE && features % TILE == 0 && reinterpret_cast<uintptr_t>(matrix) % 64 == 0;
 }
 
 // How the tokens of one call are split: in panels of PANEL, or smaller ones where threads would go without.

@@ -8,6 +8,10 @@
 #include <utility>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
@@ -32,6 +36,19 @@ typedef int Indices __attribute__((vector_size(4 * LANES)));
 
 INLINE Vector load(const float* from) { return *(const Vector*)from; }
 INLINE void store(float* to, Vector x) { *(Vector*)to = x; }
+
+// A store of a whole, aligned cache line that goes past the caches, so that the line need not be read first. The thread
+// that streamed calls `finish_streams` before others may read.
+#if defined(__AVX512F__)
+constexpr bool STREAMS = true;
+INLINE void stream(float* to, Vector x) { _mm512_stream_ps(to, (__m512)x); }
+INLINE void finish_streams() { _mm_sfence(); }
+#else
+constexpr bool STREAMS = false;  // a vector is less than a line
+INLINE void stream(float* to, Vector x) { store(to, x); }
+INLINE void finish_streams() {}
+#endif
+
 // x - 0 is x for every x, so nothing but the broadcast remains; 0 + x would turn -0 into 0.
 INLINE Vector broadcast(float x) { return x - Vector{}; }
 

@@ -250,6 +250,7 @@ def clean_environment(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_accelerate_launch(text: Path, tmp_path: Path, finished: Path) -> None:
     """As the first line of the README types it."""
     flags = shlex.split(f"{TOY} --train_file {text / 'train.txt'} --output_dir {tmp_path / 'out'}")

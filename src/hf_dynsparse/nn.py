@@ -311,7 +311,9 @@ def topology_summary(model: nn.Module) -> TopologySummary:
                 layer.block_shape,
                 layer.nnzb,
                 layer.nnzb / layer.num_blocks,
-                choose_backend(layer.values.device, layer.values.dtype, layer.block_shape).name,
+                choose_backend(
+                    layer.values.device, layer.values.dtype, layer.block_shape, layer.nnzb / layer.num_blocks
+                ).name,
             )
             for name, layer in sparse_layers(model).items()
         )

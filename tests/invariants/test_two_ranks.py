@@ -9,6 +9,8 @@ import worker
 from launch import two_ranks
 
 
+pytestmark = pytest.mark.slow
+
 EQUAL = {
     "random": {"regrow_rule": "random", "dtype": "float32"},
     "gradient": {"regrow_rule": "gradient", "dtype": "float32"},

@@ -23,6 +23,7 @@ class Backend:
         summary (`str`): one line for logs.
         why_not (`Callable`): `(device, dtype, block_shape) -> str | None`: why it cannot serve, or `None` if it can.
         dds, sdd (`Callable`): the products, with the signatures of `hf_dynsparse.ops.reference`.
+        break_even (`Callable`): `block_shape -> density` above which a dense product is faster.
     """
 
     name: str
@@ -30,11 +31,12 @@ class Backend:
     why_not: Callable[[torch.device, torch.dtype, tuple[int, int]], str | None]
     dds: Callable[..., torch.Tensor]
     sdd: Callable[..., torch.Tensor]
+    break_even: Callable[[tuple[int, int]], float] = lambda block_shape: 1.0
 
 
 # In order of preference.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("native", "compiled kernels of the processor", native.why_not, native.dds, native.sdd),
+    Backend("native", "compiled kernels of the processor", native.why_not, native.dds, native.sdd, native.break_even),
     Backend("tiled", "dense tiles of block rows, plain PyTorch", tiled.why_not, tiled.dds, tiled.sdd),
     Backend("reference", "whole dense weight, for tests", reference.why_not, reference.dds, reference.sdd),
 )
@@ -44,9 +46,12 @@ _override: str | None = None
 _logged: set[tuple[str, str, torch.dtype, tuple[int, int]]] = set()
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, block_shape: tuple[int, int]) -> Backend:
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, block_shape: tuple[int, int], density: float = 0.0
+) -> Backend:
     """
-    The first backend that can serve, or the one named by `use_backend`. What was chosen and why is logged once.
+    The first backend that can serve and is not slower than a dense product at this density, or the one named by
+    `use_backend`. What was chosen and why is logged once.
 
     Raises:
         ValueError: if none can; the message gives each backend's reason.
@@ -56,6 +61,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype, block_shape: tuple[
         if _override not in (None, backend.name):
             continue
         reason = backend.why_not(device, dtype, block_shape)
+        limit = backend.break_even(block_shape)
+        if reason is None and _override is None and density > limit:
+            reason = f"slower than dense above density {limit}"
         if reason is None:
             _log_choice(backend, device, dtype, block_shape, reasons)
             return backend

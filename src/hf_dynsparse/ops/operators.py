@@ -36,7 +36,8 @@ def dds(
         `torch.Tensor` of shape `(tokens, out_features)`, or `(tokens, in_features)` if `transposed`.
     """
     rows, columns = values.shape[1:]
-    backend = choose_backend(input.device, input.dtype, (rows, columns))
+    density = values.numel() / (out_features * in_features)
+    backend = choose_backend(input.device, input.dtype, (rows, columns), density)
     return backend.dds(input, values, block_index, bias, (out_features, in_features), transposed)
 
 
@@ -62,7 +63,8 @@ def sdd(
     observer = _observers.get(block_index.data_ptr())
     if observer is not None:
         observer(grad, input)
-    backend = choose_backend(input.device, input.dtype, (rows, columns))
+    density = block_index.numel() * rows * columns / (grad.shape[1] * input.shape[1])
+    backend = choose_backend(input.device, input.dtype, (rows, columns), density)
     return backend.sdd(grad, input, block_index, (grad.shape[1], input.shape[1]), (rows, columns))
 
 
