@@ -18,10 +18,12 @@ import gzip
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import datasets
 import torch
@@ -29,7 +31,7 @@ import transformers
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dynsparse import (
@@ -38,6 +40,7 @@ from hf_dynsparse import (
     DynSparseBertForPreTraining,
     DynSparseTrainer,
     DynSparseTrainingArguments,
+    TopologyCallback,
     sparse_layers,
     sparse_learning_rate,
     topology_summary,
@@ -51,6 +54,7 @@ from hf_dynsparse.data import (
 )
 from hf_dynsparse.plots import plot_block_map, plot_training
 from hf_dynsparse.summary import format_summary, summarize_run
+from hf_dynsparse.topology import update_steps
 
 
 logger = logging.getLogger("run_mlm_dynsparse")
@@ -168,10 +172,11 @@ def main() -> None:
     try:
         model_args, data_args, args = parse_arguments()
         checkpoint = find_checkpoint(args)
-        check_data(data_args, args)
-        config = build_config(model_args, data_args, checkpoint)
+        check_data(model_args, data_args, args)
+        check_topology(args, checkpoint)
+        config = build_config(model_args, checkpoint)
     except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).strip().splitlines()[-1].strip()}")
+        stop(error)
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     level = logging.INFO if args.should_log else logging.WARNING
@@ -183,10 +188,17 @@ def main() -> None:
         torch.set_num_threads(args.num_threads or max(1, len(os.sched_getaffinity(0)) // args.world_size))
     set_seed(args.seed)
 
-    with args.main_process_first(desc="prepare the text"):
-        raw = load_text(model_args, data_args)
-        tokenizer = load_tokenizer(model_args, raw, args, checkpoint)
-        sequences = prepare_sequences(raw, tokenizer, data_args, args)
+    try:
+        with args.main_process_first(desc="prepare the text"):
+            raw = load_text(model_args, data_args)
+            tokenizer = load_tokenizer(model_args, raw, args, checkpoint)
+            sequences = prepare_sequences(raw, tokenizer, data_args, args)
+    except (ValueError, OSError) as error:
+        if checkpoint is None and args.process_index == 0 and os.path.isdir(args.output_dir):
+            shutil.rmtree(os.path.join(args.output_dir, "tokenizer"), ignore_errors=True)
+            if not os.listdir(args.output_dir):
+                os.rmdir(args.output_dir)
+        stop(error)
     if not data_args.streaming:
         logger.info("%d training and %d evaluation sequences", len(sequences["train"]), len(sequences["validation"]))
 
@@ -233,6 +245,11 @@ def main() -> None:
     trainer.accelerator.end_training()
 
 
+def stop(error: Exception) -> NoReturn:
+    """End with one line that says what is wrong."""
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).strip().splitlines()[-1].strip()}")
+
+
 def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
     """From the command line, or from one JSON file given as the only argument."""
     parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), description=__doc__)
@@ -265,8 +282,26 @@ def find_checkpoint(args: RunArguments) -> str | None:
     return None
 
 
-def check_data(data_args: DataArguments, args: RunArguments) -> None:
+def check_topology(args: RunArguments, checkpoint: str | None) -> None:
+    """Refuse updates that do not fit the run, or that differ from those of the run to resume."""
+    settings = args.topology_settings()
+    if args.max_steps > 0 and (settings["num_updates"] is not None or settings["update_every"] is not None):
+        names = ("num_updates", "update_every", "first_step", "last_step")
+        update_steps(args.max_steps, *(settings[name] for name in names))
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        if TopologyCallback.__name__ in state.stateful_callbacks:
+            TopologyCallback(**settings).check_settings(state.stateful_callbacks[TopologyCallback.__name__])
+
+
+def check_data(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> None:
     """Refuse what cannot work before anything is read or built."""
+    if model_args.vocab_size < 64:
+        raise ValueError(f"`--vocab_size` must leave room for letters: at least 64. Got {model_args.vocab_size}.")
+    if not 1 <= data_args.validation_split_percentage <= 99:
+        raise ValueError(
+            f"`--validation_split_percentage` must lie in [1, 99]. Got {data_args.validation_split_percentage}."
+        )
     if data_args.dataset_name and data_args.train_file:
         raise ValueError("Give --dataset_name or --train_file, not both.")
     if data_args.validation_file and not data_args.train_file:
@@ -292,12 +327,17 @@ def check_data(data_args: DataArguments, args: RunArguments) -> None:
                 raise ValueError(f"`--{flag}` must hold text. Got {path}, which is empty.")
 
 
-def build_config(model_args: ModelArguments, data_args: DataArguments, checkpoint: str | None) -> DynSparseBertConfig:
+def build_config(model_args: ModelArguments, checkpoint: str | None) -> DynSparseBertConfig:
     """The model's configuration; on resume it must be that of the checkpoint."""
     source = model_args.config_name or model_args.model_name_or_path
     if source:
         return AutoConfig.from_pretrained(source, revision=model_args.model_revision, token=model_args.token)
-    sides = [int(side) for side in model_args.block_size.split("x")] if model_args.block_size else []
+    sides = model_args.block_size.split("x")
+    if not all(side.isdecimal() for side in sides):
+        raise ValueError(
+            f"`--block_size` must be a number such as 16, or two such as 1x4. Got {model_args.block_size!r}."
+        )
+    sides = [int(side) for side in sides]
     if model_args.preset not in DENSE_LEARNING_RATES:
         raise ValueError(f"`--preset` must be one of {', '.join(DENSE_LEARNING_RATES)}. Got {model_args.preset!r}.")
     config = DynSparseBertConfig.preset(

@@ -104,14 +104,11 @@ class TopologyCallback(TrainerCallback, ExportableState):
         if settings["num_updates"] is None and settings["update_every"] is None:
             settings["num_updates"] = default_num_updates(state.max_steps)
         self._updater = TopologyUpdater(model, kwargs["optimizer"], state.max_steps, **settings)
-        name, saved = type(self).__name__, cast(dict[str, Any], state.stateful_callbacks)
         if state.global_step == 0:
             self.metrics = {}
-        elif name in saved:
-            self._restore(saved[name])
         else:
-            logger.warning("The checkpoint was not written by a run with topology updates; coverage starts here.")
-        saved.setdefault(name, self.state())
+            self.restore(state)
+        cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
         self._updater.check_ranks_agree()
         self._updater.prepare(state.global_step + 1)
         self.metrics["sparsity"] = topology_summary(model).sparsity
@@ -161,7 +158,13 @@ class TopologyCallback(TrainerCallback, ExportableState):
             untrack_exploration_(layer)
         self._updater = None
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def check_settings(self, saved: dict[str, Any]) -> None:
+        """
+        Compare with the state that a checkpoint keeps of the interrupted run.
+
+        Raises:
+            ValueError: naming every setting that differs.
+        """
         here = self.state()["args"]
         changed = {name: (value, here[name]) for name, value in saved["args"].items() if here.get(name) != value}
         if changed:
@@ -170,6 +173,19 @@ class TopologyCallback(TrainerCallback, ExportableState):
                 + ", ".join(f"{name}: {new!r} (checkpoint: {old!r})" for name, (old, new) in changed.items())
                 + ". Give the checkpoint's values, or start a new run in another output folder."
             )
+
+    def restore(self, state: TrainerState) -> None:
+        """
+        Take over the metrics that the `trainer_state.json` of a checkpoint keeps.
+
+        Raises:
+            ValueError: see `check_settings`.
+        """
+        saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
+        if saved is None:
+            logger.warning("The checkpoint was not written by a run with topology updates; coverage starts here.")
+            return
+        self.check_settings(saved)
         self.metrics = dict(saved["attributes"]["metrics"])
 
 

@@ -87,7 +87,7 @@ def summarize_run(trainer: DynSparseTrainer, metrics: dict[str, float], seq_len:
             "transformers": transformers.__version__,
             "accelerate": accelerate.__version__,
         },
-        "hardware": _hardware(trainer.args.device),
+        "hardware": describe_hardware(trainer.args.device),
     }
 
 
@@ -109,7 +109,11 @@ def _ratio(size: int, dense: int) -> str:
     return f"{size / 1e6:.2f} MB, {size / dense:.1%} of dense ({dense / 1e6:.2f} MB)"
 
 
-def _hardware(device: torch.device) -> str:
+def describe_hardware(device: torch.device) -> str:
+    """Name of the GPU, or of the processor with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from .arguments import DynSparseTrainingArguments
 from .callback import EpochAware, EpochCallback, ThroughputCallback, TopologyCallback, track_model_
@@ -42,14 +42,14 @@ class DynSparseTrainer(Trainer):
         model: nn.Module,
         args: DynSparseTrainingArguments | None = None,
         *,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
         args = DynSparseTrainingArguments(output_dir="trainer_output") if args is None else args
         self._staging_dir: str | None = None
         self.throughput = ThroughputCallback()
-        self.topology = next((callback for callback in callbacks if isinstance(callback, TopologyCallback)), None)
         callbacks = list(callbacks or ())
+        self.topology = next((callback for callback in callbacks if isinstance(callback, TopologyCallback)), None)
         if self.topology is None and sparse_layers(model):
             self.topology = TopologyCallback(**args.topology_settings())
             callbacks.append(self.topology)
@@ -61,6 +61,27 @@ class DynSparseTrainer(Trainer):
             # Evaluation must not see other masks as the epochs go by.
             self._eval_collator = copy.copy(collator)
             self.add_callback(EpochCallback(collator))
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in transformers; a run that has done all its `max_steps` already is loaded and not trained further."""
+        if not isinstance(resume_from_checkpoint, str) or self.args.max_steps <= 0:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+        if state.global_step < self.args.max_steps:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        logger.info("%s holds all %d steps: nothing to train.", resume_from_checkpoint, state.global_step)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        self.state = state
+        if self.topology is not None:
+            self.topology.restore(state)
+            model = self.accelerator.unwrap_model(self.model)
+            self.topology.on_train_end(self.args, state, self.control, model=model)
+        return TrainOutput(state.global_step, float("nan"), {})
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in transformers, with the masks of epoch 0 in every evaluation."""

@@ -74,6 +74,14 @@ class DynSparseBertConfig(BertConfig):
     distribution: str = "uniform"
     sparse_prediction: bool = True
 
+    def validate_heads(self) -> None:
+        """Check that the heads share the hidden size evenly."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size` = {self.hidden_size}. Got "
+                f"{self.num_attention_heads} heads. Choose a divisor."
+            )
+
     def validate_sparsity(self) -> None:
         """Check sparsity, distribution and block size against the shapes of the encoder."""
         check_sparsity(self.sparsity)
