@@ -185,7 +185,7 @@ def main() -> None:
     datasets.utils.logging.set_verbosity_warning()
     if args.device.type == "cpu":
         # `accelerate launch` leaves one thread to each process unless it is told otherwise.
-        torch.set_num_threads(args.num_threads or max(1, len(os.sched_getaffinity(0)) // args.world_size))
+        torch.set_num_threads(args.num_threads or max(1, (os.cpu_count() or 1) // args.world_size))
     set_seed(args.seed)
 
     try:
