@@ -42,9 +42,11 @@ style: venv  ## let ruff fix and format what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: venv  ## measure, but only behind green tests
+bench: venv  ## measure, but only behind green tests; ARGS='--threads 1' for CPU time
 	$(BIN)/python -m pytest --quiet
-	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
+	@set -e; for name in linear step inference; do echo "bench_$$name"; $(BIN)/python benchmarks/bench_$$name.py --quick $(ARGS); done
+	$(BIN)/python benchmarks/bench_footprint.py
+	$(BIN)/python benchmarks/bench_topology_update.py
 
 clean:  ## remove what the tools and the demo left behind, but not .venv
 	rm -rf build dist demo-output .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

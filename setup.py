@@ -25,9 +25,14 @@ COMPILE = [
     *("-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno"),
     *("-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"),
 ]
+HEADERS = sorted(path.relative_to(HERE).as_posix() for path in HERE.glob("csrc/*.hpp"))
 VARIANTS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    VARIANTS |= {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4"]}
+    VARIANTS |= {
+        "x86_64_v3": ["-march=x86-64-v3"],
+        "x86_64_v4": ["-march=x86-64-v4"],
+        "x86_64_v4_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    }
 
 
 def native_extension(variant: str, flags: list[str]) -> Extension:
@@ -35,7 +40,7 @@ def native_extension(variant: str, flags: list[str]) -> Extension:
     return Extension(
         f"hf_dynsparse.ops._native_{variant}",
         sources=["csrc/block_sparse.cpp"],
-        depends=[f"csrc/{name}.hpp" for name in ("vectors", "panels", "dds", "sdd")],
+        depends=HEADERS,
         language="c++",
         extra_compile_args=COMPILE + flags,
         extra_link_args=["-fopenmp"],
@@ -84,8 +89,8 @@ install_requires = [
 
 extras = {}
 extras["plots"] = ["matplotlib>=3.8"]
-extras["triton"] = ["triton>=3.5; platform_system == 'Linux'"]
-extras["test"] = ["pytest>=9.0", "pytest-xdist", "scikit-learn", *extras["plots"]]
+extras["triton"] = ["triton>=3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"]
+extras["test"] = ["pytest>=9.0", "pytest-xdist", "scikit-learn", *extras["plots"], *extras["triton"]]
 extras["quality"] = ["ruff>=0.17", "mypy>=2.4"]
 
 setup(
@@ -113,6 +118,7 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

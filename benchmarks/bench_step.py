@@ -1,74 +1,164 @@
 #!/usr/bin/env python
 """
-Seconds of a whole training step, sparse against its dense twin: same process, head, optimiser and data, steps in turn.
+Seconds of a whole training step (forward, backward, clipping, optimiser) of BERT: sparse, against its dense twin and
+against stock transformers. All sides in turn in one process: same batch, dropout, fused AdamW and allocator.
 
-    python benchmarks/bench_step.py --preset mini --block_size 1 4 16 --threads 1
+The dense twin computes the head at masked positions only, and its dropout masks by a hash, as the sparse model does;
+stock does neither. So what is gained over the twin comes from sparsity, and the rest of the gain over stock does not.
+
+    python benchmarks/bench_step.py --quick
+    python benchmarks/bench_step.py --preset medium --batch_size 32 --block_size 1 4 16 --threads 1 --json step.json
+    python benchmarks/bench_step.py --preset base --dropout 0 --batch_size 8 --keep_freed_memory
+    python benchmarks/bench_step.py --preset base --memory            # peak memory too, each side in its own process
+    python benchmarks/bench_step.py --equal_flops --block_size 16     # sparse Base against dense Small
 """
 
 import argparse
-import statistics
-import time
+import gc
+import multiprocessing
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from _machine import describe_machine
+from _bert import Arm, add_model_arguments, backend_of, build_model, check_training, make_batch, make_config
+from _cli import Row, label, make_parser, prepare_process, run, shared_fields
+from _table import COLUMNS, heading, line
+from _timing import Samples, choose_clock, median_ratio, median_seconds, time_in_turn
+from transformers import PreTrainedModel
 
-from hf_dynsparse import DynSparseBertConfig, DynSparseBertForMaskedLM, topology_summary
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="mini", help="size of the BERT")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="share of inactive positions")
-    parser.add_argument("--block_size", type=int, nargs="+", default=[1, 4, 16], help="sides of the blocks to time")
-    parser.add_argument("--batch_size", type=int, default=32, help="sequences per step")
-    parser.add_argument("--seq_len", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--vocab_size", type=int, default=8192, help="size of the vocabulary")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each model")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    print(describe_machine(seed=0))
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    input_ids = torch.randint(5, args.vocab_size, (args.batch_size, args.seq_len), device=device)
-    masked = torch.rand(input_ids.shape, device=device) < 0.15
-    batch = {"input_ids": input_ids, "labels": torch.where(masked, input_ids, -100)}
-    variants = {"dense": (0.0, 1)} | {f"s={args.sparsity} B={side}": (args.sparsity, side) for side in args.block_size}
-    models = {}
-    for name, (sparsity, side) in variants.items():
-        config = DynSparseBertConfig.preset(
-            args.preset, sparsity=sparsity, block_size=side, vocab_size=args.vocab_size
-        )
-        model = DynSparseBertForMaskedLM(config).to(device)
-        models[name] = model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    for model, optimizer in models.values():
-        timed_step(model, optimizer, batch)  # warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(args.repeats):
-        for name, (model, optimizer) in models.items():
-            seconds[name].append(timed_step(model, optimizer, batch))
-    for name, (model, _) in models.items():
-        ratio = statistics.median(own / dense for own, dense in zip(seconds[name], seconds["dense"], strict=True))
-        backends = {layer.backend for layer in topology_summary(model).layers} or {"nn.Linear"}
-        print(
-            f"{args.preset} {name:12} median {statistics.median(seconds[name]):.3f} s a step, {ratio:.3f} of dense "
-            f"({', '.join(sorted(backends))})"
-        )
+from hf_dynsparse import flops_per_sequence, seed_dropout_
 
 
-def timed_step(
-    model: DynSparseBertForMaskedLM, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]
-) -> float:
-    """Seconds of forward, backward, clipping and optimiser step."""
-    began = time.perf_counter()
-    model(**batch).loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    if batch["input_ids"].is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+QUICK = {"preset": "mini", "batch_size": 8, "vocab_size": 8192, "repeats": 5}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__file__, __doc__, repeats=5)
+    add_model_arguments(parser, preset="medium", sizes=[1, 4, 16])
+    parser.add_argument("--batch_size", type=int, default=32, help="sequences of a step (%(default)s)")
+    parser.add_argument("--seq_len", type=int, default=128, help="tokens of a sequence (%(default)s)")
+    parser.add_argument(
+        "--torch_dropout", action="store_true", help="PyTorch's dropout on all sides, not only stock's"
+    )
+    parser.add_argument("--dropout", type=float, help="on all sides (the preset's: 0 up to small, else 0.1)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
+    parser.add_argument("--memory", action="store_true", help="also peak memory of two steps, model included (Linux)")
+    parser.add_argument(
+        "--equal_flops", action="store_true", help="sparse Base against dense Small, tokens per second"
+    )
+    run(parser, measure, argv, QUICK)
+
+
+def choose_arms(args: argparse.Namespace) -> list[Arm]:
+    """The dense twin comes first."""
+    sparse = [Arm("sparse", args.preset, sparsity, size) for sparsity in args.sparsity for size in args.block_size]
+    if args.equal_flops:
+        return [Arm("dense", "small"), *(Arm("sparse", "base", arm.sparsity, arm.block_size) for arm in sparse)]
+    others = [Arm("dense", args.preset), Arm("stock", args.preset), Arm("masked dense", args.preset, args.sparsity[0])]
+    return [*others, *sparse]
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """One row per arm."""
+    arms = choose_arms(args)
+    memory = measure_memory(args, arms) if args.memory else {}
+    steps, models = {}, {}
+    for arm in arms:
+        models[arm], steps[arm] = prepare_step(args, arm)
+        if arm.kind == "sparse":
+            batch = make_batch(args.batch_size, args.seq_len, args.vocab_size, args.device)
+            check_training(models[arm], batch, args.dtype)
+    samples = time_in_turn({arm: (step,) for arm, step in steps.items()}, choose_clock(args.device), args.repeats)
+    rows = [make_row(args, arm, models[arm], samples, memory.get(arm)) for arm in arms]
+    print(f"{args.batch_size} x {args.seq_len} tokens, vocabulary {args.vocab_size}, {args.dtype}; how much faster:")
+    print(f"over dense {arms[0].preset} with its head at masked positions, over stock with its head at all positions")
+    print("\n".join([heading(COLUMNS["bench_step"]), *(line(row, COLUMNS["bench_step"]) for row in rows)]))
+    return rows
+
+
+def prepare_step(args: argparse.Namespace, arm: Arm) -> tuple[PreTrainedModel, Callable[[], None]]:
+    """A model and the step that is timed."""
+    model = build_model(arm, make_config(arm, args.vocab_size, args.seq_len, args.dropout), head=True)
+    model.to(args.device).train()
+    if arm.kind != "stock" and not args.torch_dropout:
+        seed_dropout_(model)
+    batch = make_batch(args.batch_size, args.seq_len, args.vocab_size, args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+def make_row(
+    args: argparse.Namespace, arm: Arm, model: PreTrainedModel, samples: dict[Arm, Samples], memory: int | None
+) -> Row:
+    dense = next(iter(samples))
+    stock = next((other for other in samples if other.kind == "stock"), None)
+    seconds, flops = median_seconds(samples[arm]), arm_flops(args, arm)
+    return {
+        **shared_fields(args),
+        "dtype": args.dtype,
+        "kind": arm.kind,
+        "preset": arm.preset,
+        "batch": args.batch_size,
+        "seq_len": args.seq_len,
+        "vocab": args.vocab_size,
+        "dropout": model.config.hidden_dropout_prob,
+        "torch_dropout": args.torch_dropout,
+        "sparsity": arm.sparsity,
+        "block_size": None if arm.block_size is None else label(arm.block_size),
+        "backend": backend_of(model),
+        "seconds": seconds,
+        "tokens_per_second": args.batch_size * args.seq_len / seconds,
+        "dense_preset": dense.preset,
+        "ratio_dense": median_ratio(samples[arm], samples[dense]),
+        "ratio_stock": median_ratio(samples[arm], samples[stock]) if stock else None,
+        "flops_per_sequence": flops,
+        "flops_ratio": flops / arm_flops(args, dense),
+        "peak_memory_bytes": memory,
+    }
+
+
+def arm_flops(args: argparse.Namespace, arm: Arm) -> int:
+    """Training FLOPs of a sequence by the paper's count, heads and embeddings left out; a mask saves none."""
+    return flops_per_sequence(make_config(arm, args.vocab_size, args.seq_len, args.dropout), args.seq_len)
+
+
+def measure_memory(args: argparse.Namespace, arms: list[Arm]) -> dict[Arm, int]:
+    """Peak bytes of building an arm and of two steps, above what Python and its libraries take; a process an arm."""
+    if args.device.type != "cpu" or not Path("/proc/self/status").is_file():
+        raise ValueError("`--memory` reads /proc, so it needs Linux and --device cpu. Leave it out.")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hf_dynsparse.models"])  # imported once; the server computes nothing itself
+    peaks = {}
+    for arm in arms:
+        with context.Pool(1) as pool:
+            peaks[arm] = pool.apply(peak_bytes, (args, arm))
+    return peaks
+
+
+def peak_bytes(args: argparse.Namespace, arm: Arm) -> int:
+    """In a process of its own."""
+    prepare_process(args)
+    gc.collect()
+    before = resident_bytes("VmRSS")
+    _, step = prepare_step(args, arm)
+    for _ in range(2):  # the optimiser's moments appear in the first
+        step()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    """`VmRSS`, what this process holds in memory, or `VmHWM`, the most it ever held."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":

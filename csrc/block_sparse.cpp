@@ -1,27 +1,45 @@
-// The products of block-sparse matrices on the processor: the functions that `hf_dynsparse/ops/native.py` calls.
+// The products of block-sparse matrices on the processor, and dropout: the functions that `hf_dynsparse/ops/native.py` calls.
 //
 // Compiled once per instruction set into a library of its own (setup.py). Plain C interface: no PyTorch, no Python.
 
-#include "dds.hpp"
-#include "sdd.hpp"
+#include "backward.hpp"
+#include "dropout.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// Calls BODY with the constants ROWS and COLUMNS set to the block shape; returns 1 for a shape that is not compiled.
-#define SHAPE(R, C, ...)                      \
-    if (rows == (R) && columns == (C)) {      \
-        constexpr int ROWS = (R), COLUMNS = (C); \
-        __VA_ARGS__;                          \
-        return 0;                             \
+extern "C" {
+// What all functions need to know of a layer; `hf_dynsparse/ops/native.py` fills it in.
+struct Layer {
+    int32_t rows, columns;  // of a block
+    int32_t depth;          // 1: float32, 2: bfloat16 (formats.hpp)
+    int32_t threads;
+    int64_t tokens, out_features, in_features, nnzb;
+};
+}
+
+// Calls BODY with the constants DEPTH, ROWS and COLUMNS; returns 1 for a format or a block shape that is not compiled.
+#define SHAPE(D, R, C, ...)                                                                     \
+    if (layer->depth == (D) && layer->rows == (R) && layer->columns == (C)) {                   \
+        constexpr int DEPTH = (D), ROWS = (R), COLUMNS = (C);                                   \
+        __VA_ARGS__;                                                                            \
+        return 0;                                                                               \
     }
-#define FOR_BLOCK_SHAPE(...)                                                                          \
-    SHAPE(1, 1, __VA_ARGS__) SHAPE(1, 4, __VA_ARGS__) SHAPE(4, 4, __VA_ARGS__) SHAPE(8, 8, __VA_ARGS__) \
-    SHAPE(16, 16, __VA_ARGS__) SHAPE(32, 32, __VA_ARGS__) SHAPE(64, 64, __VA_ARGS__) return 1;
+#define SQUARES(D, ...)                                                               \
+    SHAPE(D, 4, 4, __VA_ARGS__) SHAPE(D, 8, 8, __VA_ARGS__) SHAPE(D, 16, 16, __VA_ARGS__) \
+    SHAPE(D, 32, 32, __VA_ARGS__) SHAPE(D, 64, 64, __VA_ARGS__)
+#if defined(__AVX512BF16__)
+#define PAIRS(...) SQUARES(2, __VA_ARGS__)
+#else
+#define PAIRS(...)
+#endif
+#define FOR_LAYER(...) \
+    SHAPE(1, 1, 1, __VA_ARGS__) SHAPE(1, 1, 4, __VA_ARGS__) SQUARES(1, __VA_ARGS__) PAIRS(__VA_ARGS__) return 1;
 
 // Grows with every change of the functions below: a library from an older build is refused.
-EXPORT int interface_version() { return 1; }
+EXPORT int interface_version() { return 3; }
 
-// The best variant for this processor: 4 for x86-64-v4, 3 for x86-64-v3, 0 for the portable one.
+// The best variant for this processor: 5 for x86-64-v4 with AVX512-BF16, 4 for x86-64-v4, 3 for x86-64-v3, 0 for the
+// portable one.
 EXPORT int best_variant() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -30,35 +48,37 @@ EXPORT int best_variant() {
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    return v4 ? 4 : v3 ? 3 : 0;
+    return v4 && __builtin_cpu_supports("avx512bf16") ? 5 : v4 ? 4 : v3 ? 3 : 0;
 #else
     return 0;
 #endif
 }
 
-// output [tokens, out] = input [tokens, in] @ W.T + bias; `transposed`: output [tokens, in] = input [tokens, out] @ W.
-// The lines are block rows of W, or block columns if `transposed`; `bias` may be null.
-EXPORT int dds(int rows, int columns, int transposed, int threads, int64_t tokens, int64_t out_features,
-               int64_t in_features, const float* input, const int32_t* offsets, const int32_t* blocks,
-               const int32_t* slots, const float* values, const float* bias, float* output) {
-    const Lines lines{offsets, blocks, slots};
-    FOR_BLOCK_SHAPE(
-        if (transposed) dds<COLUMNS, ROWS, true>(input, tokens, out_features, lines, values, bias, in_features, output,
-                                                 threads);
-        else dds<ROWS, COLUMNS, false>(input, tokens, in_features, lines, values, bias, out_features, output, threads))
+// output [tokens, out] = input [tokens, in] @ W.T + bias; `bias` [out] is float32 and may be null.
+EXPORT int forward(const Layer* layer, const Order* by_row, const float* input, const float* values,
+                   const float* bias, float* output) {
+    const Lines lines{by_row->offsets, by_row->columns, by_row->slots};
+    FOR_LAYER((forward<DEPTH, ROWS, COLUMNS>(input, layer->tokens, layer->in_features, lines, values, bias,
+                                             layer->out_features, output, layer->threads)))
 }
 
-// output [nnzb, rows, columns] = the active blocks of grad [tokens, out].T @ input [tokens, in], which are walked block
-// row by block row, or block column by block column if `by_column` (square blocks only).
-EXPORT int sdd(int rows, int columns, int by_column, int threads, int64_t tokens, int64_t out_features,
-               int64_t in_features, const float* grad, const float* input, int64_t nnzb, const int32_t* row_of,
-               const int32_t* column_of, const int32_t* slots, float* output) {
-    FOR_BLOCK_SHAPE(
-        if constexpr (ROWS == COLUMNS) if (by_column) {
-            sdd<COLUMNS, ROWS, true>(input, in_features, grad, out_features, tokens,
-                                     Walk{nnzb, column_of, row_of, slots}, output, threads);
-            return 0;
-        }
-        sdd<ROWS, COLUMNS, false>(grad, out_features, input, in_features, tokens,
-                                  Walk{nnzb, row_of, column_of, slots}, output, threads))
+// From grad [tokens, out]: grad_input [tokens, in] = grad @ W, grad_values [nnzb, rows, columns] = the active blocks of
+// grad.T @ input, grad_bias [out] = the sum over tokens; each may be null. The last two are float32.
+EXPORT int backward(const Layer* layer, const Order* by_row, const Order* by_column, const float* grad,
+                    const float* input, const float* values, float* grad_input, float* grad_values, float* grad_bias) {
+    FOR_LAYER((Backward<DEPTH, ROWS, COLUMNS>{layer->tokens, layer->out_features, layer->in_features, layer->nnzb,
+                                              *by_row, *by_column, grad, input, values,
+                                              Gradients{grad_input, grad_values, grad_bias}}
+                   .run(layer->threads)))
+}
+
+// output [count] = input with each entry zero with probability threshold / 2^32 and multiplied by `scale` otherwise;
+// `depth` as in Layer. The same seed drops the same entries.
+EXPORT void dropout(int depth, int threads, int64_t count, uint64_t seed, uint32_t threshold, float scale,
+                    const void* input, void* output) {
+    if (depth == 1)
+        dropout(static_cast<const float*>(input), static_cast<float*>(output), count, seed, threshold, scale, threads);
+    else
+        dropout(static_cast<const uint16_t*>(input), static_cast<uint16_t*>(output), count, seed, threshold, scale,
+                threads);
 }

@@ -1,47 +1,25 @@
 // Panels: a few dozen tokens of a matrix, stored feature-major, so that vectors run along tokens.
 //
-// A panel of 64 tokens and 768 features takes 192 KiB: it stays in the level-2 cache while every active block that reads
-// it is worked off. Matrices outside are token-major, as PyTorch stores activations.
+// A panel of 768 features takes 192 KiB: it stays in the level-2 cache while every active block that reads it is worked
+// off. Matrices outside are token-major, as PyTorch stores activations. Features are counted in units (formats.hpp).
 
 #pragma once
 
-#include <cstdint>
-#include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
-#include "vectors.hpp"
+#include "formats.hpp"
+#include "memory.hpp"
 
 namespace {
 
-constexpr int64_t PANEL = 64;        // tokens of a panel
-constexpr int64_t SMALL_PANEL = 16;  // tokens of a panel where there are few
-constexpr int64_t TILE = 16;         // tokens and features transposed at once: one cache line of each
+template <int DEPTH>
+constexpr int PANEL = 64 * DEPTH;  // tokens of a panel
+template <int DEPTH>
+constexpr int SMALL_PANEL = 16 * DEPTH;  // tokens of a panel where there are few
+constexpr int64_t TILE = 16;             // tokens and units transposed at once: one cache line of each
 
-// Memory of one thread that outlives the call: a fresh allocation of this size would be mapped and faulted in each time.
-class Scratch {
-  public:
-    ~Scratch() { std::free(memory); }
-
-    // At least `count` floats, aligned to a cache line, with undefined content.
-    float* get(int64_t count) {
-        if (count > capacity) {
-            std::free(memory);
-            capacity = (count + 1023) / 1024 * 1024;
-            memory = static_cast<float*>(std::aligned_alloc(64, capacity * sizeof(float)));
-            if (!memory) std::abort();  // out of memory inside a team of threads: nobody could be told
-        }
-        return memory;
-    }
-
-  private:
-    float* memory = nullptr;
-    int64_t capacity = 0;
-};
-
-// Two panels, and room for a copy of the active entries or for running sums of them.
-thread_local Scratch first_panel_memory, second_panel_memory, entry_memory;
-
-// [TILE, TILE] with row strides.
+// [TILE, TILE] units with row strides.
 template <bool STREAMED = false>
 INLINE void transpose_tile(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
     UNROLL for (int row = 0; row < TILE; row += LANES) UNROLL for (int column = 0; column < TILE; column += LANES) {
@@ -117,22 +95,29 @@ INLINE void unpack(const float* group, int64_t count, float* matrix, int64_t tok
 // Whether a matrix is written past the caches: it is too large to be found there by whoever reads it next, and its rows
 // are made of whole cache lines.
 inline bool is_streamed(const float* matrix, int64_t tokens, int64_t features) {
-    constexpr int64_t LARGE = 1 << 21;  // entries
+    constexpr int64_t LARGE = 1 << 19;  // units: more than the level-2 cache holds
     return STREAMS && tokens * features >= LARGE && features % TILE == 0 && reinterpret_cast<uintptr_t>(matrix) % 64 == 0;
 }
 
-// How the tokens of one call are split: in panels of PANEL, or smaller ones where threads would go without.
+// How the tokens of one call are split: in panels of `large`, or of `small` where threads would go without.
 struct Panels {
     int64_t tokens, size, count;
 
-    Panels(int64_t tokens, int threads)
-        : tokens(tokens),
-          size(tokens <= SMALL_PANEL * threads ? SMALL_PANEL : PANEL),
-          count((tokens + size - 1) / size) {}
+    Panels(int64_t tokens, int64_t small, int64_t large, int threads)
+        : tokens(tokens), size(tokens <= small * threads ? small : large), count((tokens + size - 1) / size) {}
 
     int64_t begin(int64_t panel) const { return panel * size; }
     int64_t length(int64_t panel) const { return tokens - begin(panel) < size ? tokens - begin(panel) : size; }
-    int threads(int wanted) const { return count < wanted ? int(count) : wanted; }
+    int team(int threads) const { return count < 1 ? 1 : count < threads ? int(count) : threads; }
 };
+
+// Calls `work` with the size of the panel, a constant, that `length` tokens need.
+template <int SMALL, int LARGE, typename Work>
+INLINE void with_panel(int64_t length, Work work) {
+    if (length <= SMALL)
+        work(std::integral_constant<int, SMALL>{});
+    else
+        work(std::integral_constant<int, LARGE>{});
+}
 
 }  // namespace

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from hf_dynsparse import configure_kernels
+from hf_dynsparse.ops import tuning
+
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
@@ -12,3 +15,13 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def kernels_by_rule(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test depends on timings unless it asks for them, and none leaves any behind."""
+    timings = tmp_path_factory.getbasetemp() / "kernels.json"
+    monkeypatch.setattr(tuning, "cache_file", lambda: timings)
+    configure_kernels(tuning="off", dense_workspace=True)
+    yield
+    configure_kernels(tuning="off", dense_workspace=True)

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterable
 
+import pytest
 import torch
 
 from hf_dynsparse import BlockSparseLinear
+from hf_dynsparse.ops import native
 from hf_dynsparse.topology import track_exploration_
 
 
@@ -29,6 +31,11 @@ TRAINING_ATOL = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 # Measured DOF coverage against its expectation, on 512 x 512 positions.
 COVERAGE_ATOL = 0.005
+
+needs_kernels = pytest.mark.skipif(
+    native.why_not(torch.device("cpu"), torch.float32, (1, 1)) is not None,
+    reason="the C++ kernels are not built: no compiler at install time",
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:

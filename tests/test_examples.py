@@ -245,6 +245,7 @@ def clean_environment(folder: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "hf"),
+        "HOME": str(folder / "hf"),  # where timings of kernels are kept
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }

@@ -26,11 +26,15 @@ TRAINER = {"torch", "transformers", "accelerate", "huggingface_hub", "safetensor
 PLACES = {
     "layout.py": Place(0, {"torch"}),
     "distributions.py": Place(0, {"torch"}),
+    "memory.py": Place(0, set()),
     "ops/": Place(0, {"torch"}),
+    "ops/triton.py": Place(0, {"torch", "triton"}),
+    "ops/triton_kernels.py": Place(0, {"torch", "triton"}),
     "nn.py": Place(1, {"torch"}),
     "optim.py": Place(1, {"torch"}),
     "topology/": Place(2, {"torch"}),
     "flops.py": Place(3, {"torch", "transformers"}),
+    "seeded_dropout.py": Place(3, {"torch", "transformers"}),
     "models/": Place(3, MODELS, never={"topology/"}),  # a loaded model is a plain model
     "data/": Place(3, DATA, never={"topology/", "models/"}),
     "trainer.py": Place(4, TRAINER),

@@ -252,6 +252,8 @@ def test_topology_summary_by_hand() -> None:
         "query        16x24      4x4          8   0.3333  tiled",
         "up            2x24      1x8          1   0.1667  tiled",
         "2 sparse layers, 136 of 432 entries active",
+        "16x24 nnzb=8 by tiled: asked for with `use_backend`",
+        "2x24 nnzb=1 by tiled: asked for with `use_backend`",
     ]
 
 

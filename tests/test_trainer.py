@@ -1,5 +1,6 @@
 """Training runs of a toy model: what a run computes, logs and leaves behind. Interruptions: see test_checkpoint.py."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from hf_dynsparse import (
     sparse_layers,
 )
 from hf_dynsparse.callback import EpochCallback, default_num_updates
+from hf_dynsparse.ops import choice, tuning
 from tests.toy import toy_arguments, toy_collator, toy_examples, toy_model, toy_trainer
 
 
@@ -105,9 +107,11 @@ def test_sequence_and_choice_batches_count_alike(tmp_path):
 
 
 def test_stock_trainer_with_the_callback_is_the_same_run(tmp_path):
-    ours = toy_trainer(tmp_path / "ours", toy_model(hidden_dropout_prob=0.1), regrow_rule="gradient", group_lasso=0.1)
+    # The stock trainer draws dropout as PyTorch does.
+    settings = {"regrow_rule": "gradient", "group_lasso": 0.1, "seeded_dropout": False}
+    ours = toy_trainer(tmp_path / "ours", toy_model(hidden_dropout_prob=0.1), **settings)
     ours.train()
-    args = toy_arguments(tmp_path / "stock", regrow_rule="gradient", group_lasso=0.1)
+    args = toy_arguments(tmp_path / "stock", **settings)
     callback, collator = TopologyCallback(**args.topology_settings()), toy_collator()
     stock = Trainer(
         toy_model(hidden_dropout_prob=0.1),
@@ -346,3 +350,51 @@ def test_best_model_and_save_total_limit(tmp_path):
     last = AutoModelForMaskedLM.from_pretrained(tmp_path / "checkpoint-12")
     name = "bert.encoder.layer.0.output.dense.block_index"
     assert not torch.equal(last.state_dict()[name], best.state_dict()[name])
+
+
+def test_a_resumed_run_keeps_the_backends_of_the_interrupted_one(tmp_path, monkeypatch, caplog):
+    def fastest(name):
+        times = lambda problem, backends: {backend.name: float(backend.name != name) for backend in backends}  # noqa: E731
+        monkeypatch.setattr(tuning, "time_backends", times)
+
+    settings = {"kernel_tuning": "force", "save_steps": 6, "save_strategy": "steps"}
+    fastest("workspace")
+    toy_trainer(tmp_path, **settings).train()
+    made = set(choice.choices_made().values())
+    assert {made_choice.backend for made_choice in made} == {"workspace"}
+    saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    kept = saved["stateful_callbacks"]["KernelCallback"]["attributes"]["choices"]
+    assert len(kept) == 2 * 3  # three shapes of layers, both ways
+
+    fastest("native")
+    toy_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert {made_choice.backend for made_choice in choice.choices_made().values()} == {"workspace"}
+    # What the interrupted run used is not allowed any more: chosen anew, and said.
+    settings["dense_workspace"] = False
+    fastest("tiled")
+    toy_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert {made_choice.backend for made_choice in choice.choices_made().values()} == {"tiled"}
+    assert "6 backends of the interrupted run are not to be had here" in caplog.text
+    # A run of its own times for itself.
+    fastest("native")
+    toy_trainer(tmp_path / "other", **settings).train()
+    assert {made_choice.backend for made_choice in choice.choices_made().values()} <= {"native", "tiled"}
+
+
+def test_kernel_arguments_are_checked_before_work_starts(tmp_path):
+    with pytest.raises(ValueError, match="`kernel_tuning` must be one of off, once, force. Got 'on'."):
+        toy_arguments(tmp_path, kernel_tuning="on")
+
+
+def test_throughput_is_that_of_the_whole_run(tmp_path):
+    settings = {"save_steps": 6, "save_strategy": "steps"}
+    first = toy_trainer(tmp_path, **settings)
+    first.train()
+    assert first.throughput.tokens == 12 * 4 * 16
+    resumed = toy_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert resumed.throughput.tokens == 12 * 4 * 16
+    finished = toy_trainer(tmp_path, **settings)
+    finished.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert finished.throughput.tokens == 12 * 4 * 16
+    assert finished.throughput.tokens_per_second > 0

@@ -67,6 +67,7 @@ def toy_batch(rows: int = 4, masked: int = 3, seed: int = 0) -> dict[str, torch.
 def toy_arguments(folder: Path, **overrides: Any) -> DynSparseTrainingArguments:
     """Twelve steps of four sequences, two epochs of the 24 toy examples, updates at steps 3, 6 and 9."""
     defaults = {
+        "kernel_tuning": "off",
         "max_steps": 12,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,

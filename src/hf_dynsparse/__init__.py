@@ -1,9 +1,10 @@
 """Dynamic block-sparse training of transformers: only the active blocks are stored, trained, saved and loaded."""
 
 from .arguments import DynSparseTrainingArguments
-from .callback import TopologyCallback
+from .callback import KernelCallback, TopologyCallback
 from .flops import flops_per_sequence, inference_flops_per_sequence
 from .layout import BlockLayout
+from .memory import keep_freed_memory
 from .models import (
     DynSparseBertConfig,
     DynSparseBertForMaskedLM,
@@ -15,8 +16,9 @@ from .models import (
     DynSparseBertModel,
 )
 from .nn import BlockSparseLinear, densify_, sparse_layers, sparsify_, topology_summary
-from .ops import choose_backend, use_backend
+from .ops import configure_kernels, use_backend
 from .optim import group_lasso_, sparse_learning_rate
+from .seeded_dropout import seed_dropout_
 from .topology import TopologyUpdater, prune_regrow_
 from .trainer import DynSparseTrainer
 
@@ -36,14 +38,17 @@ __all__ = [
     "DynSparseBertModel",
     "DynSparseTrainer",
     "DynSparseTrainingArguments",
+    "KernelCallback",
     "TopologyCallback",
     "TopologyUpdater",
-    "choose_backend",
+    "configure_kernels",
     "densify_",
     "flops_per_sequence",
     "group_lasso_",
     "inference_flops_per_sequence",
+    "keep_freed_memory",
     "prune_regrow_",
+    "seed_dropout_",
     "sparse_layers",
     "sparse_learning_rate",
     "sparsify_",

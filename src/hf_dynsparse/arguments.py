@@ -1,10 +1,11 @@
-"""What a run does with the topology: `DynSparseTrainingArguments`."""
+"""What a run does with the topology and its kernels: `DynSparseTrainingArguments`."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 
+from .ops.choice import TUNING_MODES
 from .topology import PRUNE_SCORES, REGROW_RULES, SCHEDULES, pruning_ratio_at
 from .topology.scores import resolve_score
 
@@ -58,6 +59,36 @@ class DynSparseTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Strength of the decoupled group lasso on blocks; 0 turns it off."}
     )
 
+    kernel_tuning: str = field(
+        default="once",
+        metadata={
+            "help": "How the backend of each product is chosen: 'once' times the candidates when a product is first "
+            "met and keeps the result on disk for this machine; 'force' times them again; 'off' goes by a fixed rule.",
+            "choices": list(TUNING_MODES),
+        },
+    )
+    dense_workspace: bool = field(
+        default=True,
+        metadata={
+            "help": "A dense weight may exist for the time of one product where that is faster (high density, or no "
+            "kernels for this machine). Without it no dense weight or gradient is ever made."
+        },
+    )
+    seeded_dropout: bool = field(
+        default=True,
+        metadata={
+            "help": "On a processor, draw dropout masks by a hash of a seed instead of a serial generator: ten "
+            "times as fast, and no mask is stored. The same distribution, other draws."
+        },
+    )
+    keep_freed_memory: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the allocator keep freed buffers instead of giving them back and mapping them anew at every "
+            "step: faster on CPUs, for the whole process. Needs glibc."
+        },
+    )
+
     # The paper's optimiser (arXiv:2108.06277, section 3); 10,000 of 757,000 steps are warm-up.
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay; not for biases and norms."})
@@ -79,6 +110,8 @@ class DynSparseTrainingArguments(TrainingArguments):
                 "Give `num_topology_updates` or `topology_update_every`, not both. "
                 f"Got {self.num_topology_updates} and {self.topology_update_every}."
             )
+        if self.kernel_tuning not in TUNING_MODES:
+            raise ValueError(f"`kernel_tuning` must be one of {', '.join(TUNING_MODES)}. Got {self.kernel_tuning!r}.")
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative. Got {self.group_lasso}.")
         super().__post_init__()

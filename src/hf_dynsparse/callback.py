@@ -6,12 +6,23 @@ import time
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .nn import sparse_layers, topology_summary
+from .ops import choose_backend, configure_kernels
+from .ops.choice import (
+    allow_new_choices,
+    choice_from_json,
+    choice_to_json,
+    choices_made,
+    is_allowed,
+    keep_choices,
+)
 from .optim import group_lasso_
 from .topology import TopologyUpdater, ever_active, track_exploration_
 from .topology.exploration import is_tracked, untrack_exploration_
@@ -203,9 +214,65 @@ def track_model_(model: nn.Module) -> None:
             track_exploration_(layer)
 
 
-class ThroughputCallback(TrainerCallback):
+class KernelCallback(TrainerCallback, ExportableState):
+    """
+    Settles at the first step of a run which backend serves each product: timed on the first rank, the same on all of
+    them, kept in checkpoints. So ranks agree, and a resumed run repeats the undisturbed one bit for bit.
+
+    Args:
+        tuning, dense_workspace: see [`configure_kernels`].
+    """
+
+    def __init__(self, tuning: str = "once", dense_workspace: bool = True) -> None:
+        self.tuning, self.dense_workspace = tuning, dense_workspace
+        self._saved: list[dict[str, Any]] = []
+        self._settled = False
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps in `trainer_state.json`."""
+        return {
+            "args": {"tuning": self.tuning, "dense_workspace": self.dense_workspace},
+            "attributes": {"choices": self._saved},
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        configure_kernels(tuning=self.tuning, dense_workspace=self.dense_workspace)
+        callbacks = cast(dict[str, Any], state.stateful_callbacks)
+        saved = callbacks.get(type(self).__name__)
+        self._saved = saved["attributes"]["choices"] if saved is not None and state.global_step > 0 else []
+        self._settled = False
+        callbacks.setdefault(type(self).__name__, self.state())
+
+    def settle(self, model: nn.Module, tokens: int, dtype: torch.dtype | None) -> None:
+        """
+        Choose the backends of all layers for steps of `tokens` tokens (0: unknown, a fixed rule decides) in `dtype`
+        (default: the layers' own); once a run. Every rank must call it.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        choices = {
+            problem: choice for problem, choice in map(choice_from_json, self._saved) if is_allowed(problem, choice)
+        }
+        dropped = len(self._saved) - len(choices)
+        if dropped:
+            logger.warning("%d backends of the interrupted run are not to be had here; others serve.", dropped)
+        keep_choices(choices)
+        allow_new_choices()
+        if tokens and PartialState().is_main_process:
+            for layer in sparse_layers(model).values():
+                for backward in (False, True):
+                    choose_backend(layer.problem(tokens, backward=backward, dtype=dtype))
+        self._saved = broadcast_object_list([[choice_to_json(*item) for item in choices_made().items()]])[0]
+        keep_choices(dict(map(choice_from_json, self._saved)))
+
+
+class ThroughputCallback(TrainerCallback, ExportableState):
     """
     Seconds spent in optimiser steps, data loading, evaluation and saving left out; `tokens` is counted by the trainer.
+    Both go on after a resume.
     """
 
     def __init__(self) -> None:
@@ -215,8 +282,26 @@ class ThroughputCallback(TrainerCallback):
 
     @property
     def tokens_per_second(self) -> float:
-        """Mean over this process's steps so far; 0 before the first."""
+        """Mean over the steps of the run so far; 0 before the first."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps in `trainer_state.json`."""
+        return {"args": {}, "attributes": {"tokens": self.tokens, "seconds": self.seconds}}
+
+    def restore(self, state: TrainerState) -> None:
+        """Take over what a checkpoint keeps, if it keeps any."""
+        saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
+        if saved is not None:
+            self.tokens, self.seconds = saved["attributes"]["tokens"], saved["attributes"]["seconds"]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.tokens, self.seconds = 0, 0.0
+        if state.global_step > 0:
+            self.restore(state)
+        cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

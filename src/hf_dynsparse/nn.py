@@ -10,7 +10,7 @@ from torch import nn
 
 from .distributions import active_blocks
 from .layout import BlockLayout, as_block_shape, block_grid, check_sparsity, count_active_blocks, random_block_index
-from .ops import block_sparse_linear, choose_backend, take_blocks, to_dense
+from .ops import Problem, block_sparse_linear, describe_choice, take_blocks, to_dense
 
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,18 @@ class BlockSparseLinear(nn.Module):
     def layout(self) -> BlockLayout:
         """The topology and the orders derived from it."""
         return BlockLayout(self.block_index, self.shape, self.block_shape)
+
+    def problem(self, tokens: int = 1, *, backward: bool = False, dtype: torch.dtype | None = None) -> Problem:
+        """What a backend is chosen by when `tokens` rows pass through the layer, in `dtype` (default: its own)."""
+        return Problem.make(
+            self.values.device,
+            dtype or self.values.dtype,
+            self.block_shape,
+            self.shape,
+            self.nnzb,
+            tokens,
+            backward,
+        )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` of shape `(..., in_features)` to `(..., out_features)`."""
@@ -265,6 +277,7 @@ class LayerTopology:
     nnzb: int
     density: float
     backend: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -298,11 +311,14 @@ class TopologySummary:
                 f"{layer.backend}"
             )
         lines.append(f"{len(self.layers)} sparse layers, {self.nnz:,} of {self.positions:,} entries active")
+        reasons = {(layer.shape, layer.block_shape, layer.nnzb, layer.backend): layer.why for layer in self.layers}
+        for ((out_features, in_features), _, nnzb, backend), why in reasons.items():
+            lines.append(f"{out_features}x{in_features} nnzb={nnzb:,} by {backend}: {why}")
         return "\n".join(lines)
 
 
 def topology_summary(model: nn.Module) -> TopologySummary:
-    """Shape, block, active blocks, density and backend of every sparse layer."""
+    """Shape, block, active blocks, density and backend of every sparse layer, and why that backend."""
     return TopologySummary(
         tuple(
             LayerTopology(
@@ -311,9 +327,7 @@ def topology_summary(model: nn.Module) -> TopologySummary:
                 layer.block_shape,
                 layer.nnzb,
                 layer.nnzb / layer.num_blocks,
-                choose_backend(
-                    layer.values.device, layer.values.dtype, layer.block_shape, layer.nnzb / layer.num_blocks
-                ).name,
+                *describe_choice(layer.problem()),
             )
             for name, layer in sparse_layers(model).items()
         )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .flops import flops_per_sequence
 from .models import DynSparseBertConfig
 from .nn import topology_summary
+from .ops.tuning import processor_name
 from .trainer import DynSparseTrainer
 
 
@@ -113,7 +114,4 @@ def describe_hardware(device: torch.device) -> str:
     """Name of the GPU, or of the processor with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads"

@@ -14,10 +14,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from .arguments import DynSparseTrainingArguments
-from .callback import EpochAware, EpochCallback, ThroughputCallback, TopologyCallback, track_model_
+from .callback import EpochAware, EpochCallback, KernelCallback, ThroughputCallback, TopologyCallback, track_model_
 from .checkpoint import STAGING_FOLDER, publish_checkpoint, remove_interrupted_save
 from .flops import flops_per_sequence
+from .memory import keep_freed_memory
 from .nn import sparse_layers
+from .seeded_dropout import seed_dropout_
 
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,8 @@ class DynSparseTrainer(Trainer):
 
     Attributes:
         topology (`TopologyCallback` or `None`): the callback that updates the topology; `None` for a dense model.
-        throughput (`ThroughputCallback`): tokens and seconds of this process's run.
+        kernels (`KernelCallback`): settles the backends of the run.
+        throughput (`ThroughputCallback`): tokens and seconds of the run.
     """
 
     args: DynSparseTrainingArguments
@@ -53,6 +56,12 @@ class DynSparseTrainer(Trainer):
         if self.topology is None and sparse_layers(model):
             self.topology = TopologyCallback(**args.topology_settings())
             callbacks.append(self.topology)
+        self.kernels = KernelCallback(args.kernel_tuning, args.dense_workspace)
+        callbacks.append(self.kernels)
+        if args.keep_freed_memory:
+            keep_freed_memory()
+        if args.seeded_dropout and args.device.type == "cpu":
+            seed_dropout_(model)
         # Throughput last, so that the time of a topology update counts.
         super().__init__(model, args, callbacks=[*callbacks, self.throughput], **kwargs)
         collator: Any = self.data_collator
@@ -77,6 +86,7 @@ class DynSparseTrainer(Trainer):
         logger.info("%s holds all %d steps: nothing to train.", resume_from_checkpoint, state.global_step)
         self._load_from_checkpoint(resume_from_checkpoint)
         self.state = state
+        self.throughput.restore(state)
         if self.topology is not None:
             self.topology.restore(state)
             model = self.accelerator.unwrap_model(self.model)
@@ -92,9 +102,11 @@ class DynSparseTrainer(Trainer):
             self.data_collator = training_collator
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; counts the tokens of all ranks."""
-        if "input_ids" in inputs:
-            self.throughput.tokens += inputs["input_ids"].numel() * self.args.world_size
+        """One forward and backward pass; counts the tokens of all ranks, and settles the backends at the first."""
+        tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        self.kernels.settle(model, tokens, autocast)
+        self.throughput.tokens += tokens * self.args.world_size
         return super().training_step(model, inputs, *rest, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

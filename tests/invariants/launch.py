@@ -27,6 +27,7 @@ def two_ranks(folder: Path, runs: list[dict[str, Any]]) -> Iterator[subprocess.P
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(folder / "hf"),
+        "HOME": str(folder / "hf"),  # where timings of kernels are kept
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }

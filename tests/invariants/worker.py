@@ -10,11 +10,12 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import BertTokenizer, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -28,6 +29,7 @@ from hf_dynsparse import (
 )
 from hf_dynsparse import trainer as trainer_module
 from hf_dynsparse.data import DataCollatorForWholeWordMasking
+from hf_dynsparse.ops import choice, tuning
 
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -46,6 +48,7 @@ def train(
     die: str | None = None,
     seed_of_rank: int = 0,
     topology_of_rank: int = 0,
+    backend_of_rank: Sequence[str] = (),
     **arguments: Any,
 ) -> dict[str, Any]:
     """
@@ -55,6 +58,7 @@ def train(
         resume: go on from the last checkpoint, if there is one.
         die: a moment of `MOMENTS` at which the process kills itself.
         seed_of_rank, topology_of_rank: added once a rank to the seed of the updates, and of the first topology.
+        backend_of_rank: what each rank finds fastest when it times the backends.
     """
     torch.set_num_threads(1)
     output_dir = os.path.join(folder, name)
@@ -72,6 +76,10 @@ def train(
         dataloader_pin_memory=False,
         **{**settings, **arguments},
     )
+    if backend_of_rank:
+        tuning.time_backends = lambda problem, backends: {
+            backend.name: float(backend.name != backend_of_rank[rank]) for backend in backends
+        }
     callbacks = []
     if seed_of_rank:
         changed = {**args.topology_settings(), "seed": args.seed + seed_of_rank * rank}
@@ -107,6 +115,7 @@ def describe(trainer: DynSparseTrainer) -> dict[str, Any]:
             for entry in trainer.state.log_history
         ],
         "masked": trainer.data_collator.masked,
+        "backends": {str(problem): chosen.backend for problem, chosen in choice.choices_made().items()},
     }
 
 
@@ -197,6 +206,7 @@ def main() -> None:
         except Exception as error:
             rank = os.environ.get("RANK", "0")
             torch.save({"error": f"{type(error).__name__}: {error}"}, os.path.join(folder, f"{run['name']}-{rank}.pt"))
+    PartialState().destroy_process_group()  # its threads may abort a process that ends before them
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ import copy
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -29,8 +31,10 @@ from hf_dynsparse import (
     DynSparseBertForSequenceClassification,
     DynSparseBertForTokenClassification,
     DynSparseBertModel,
+    configure_kernels,
     prune_regrow_,
     sparse_layers,
+    use_backend,
 )
 from tests.toy import toy_batch, toy_config, toy_model, toy_tokenizer
 
@@ -312,3 +316,29 @@ def test_compile_makes_one_graph(cls):
         model.zero_grad()
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that any operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(tensor.shape) for tensor in tree_leaves(result) if torch.is_tensor(tensor)}
+        return result
+
+
+@pytest.mark.parametrize("backend", ["native", "tiled", "workspace"])
+def test_without_the_workspace_no_dense_weight_or_gradient_appears(backend):
+    configure_kernels(dense_workspace=False)
+    # Numbers that nothing else has the shape of: layers of 40 x 40, 56 x 40 and 40 x 56.
+    model = toy_model(hidden_size=40, intermediate_size=56, num_hidden_layers=1).train()
+    dense = {layer.shape for layer in sparse_layers(model).values()}
+    dense |= {shape[::-1] for shape in dense}
+    with use_backend(backend) if backend != "native" else nullcontext(), Shapes() as shapes:
+        model(**toy_batch()).loss.backward()
+    outside = {(40, 40)}  # the dense transformation in the head is as large
+    assert bool((dense - outside) & shapes.seen) == (backend == "workspace")

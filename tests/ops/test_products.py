@@ -1,6 +1,7 @@
 """Every backend against a dense product, output and all gradients."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dynsparse.ops import BACKENDS, block_sparse_linear, tiled, use_backend
-from hf_dynsparse.ops.operators import dds, sdd
+from hf_dynsparse.ops.operators import linear as sparse_linear
+from hf_dynsparse.ops.operators import linear_backward
 
 
 pytestmark = pytest.mark.usefixtures("deterministic")
@@ -154,12 +156,25 @@ def test_low_precision_of_a_layer_of_many_tiles(monkeypatch: pytest.MonkeyPatch,
         check(make_case((32, 32), 16, 0.5, dtype, (32,)))
 
 
+@pytest.mark.parametrize("wanted", list(product((True, False), repeat=3)), ids=str)
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_each_gradient_can_be_wanted_alone(backend: str, wanted: tuple[bool, bool, bool]) -> None:
+    case = make_case((3, 5), 16, 0.4, torch.float32)
+    served = BACKENDS[BACKEND_NAMES.index(serving(backend, torch.float32, 16))]
+    found = served.backward(case.grad, case.input, case.values, case.block_index, (48, 80), wanted)
+    for ours, exact, want in zip(found, case.dense()[1:], wanted, strict=True):
+        assert (ours is not None) == want
+        if ours is not None:
+            torch.testing.assert_close(ours, exact)
+
+
 def test_gradients_that_nobody_wants_are_not_computed() -> None:
     case = make_case((3, 5), 4, 0.4)
     output = block_sparse_linear(case.input, case.values.requires_grad_(), case.block_index, None, case.bias.numel())
-    with Recorder() as recorder:
+    with use_backend("reference"), Recorder() as recorder:
         output.backward(case.grad)
-    assert [name for name in recorder.names if "hf_dynsparse" in name] == ["hf_dynsparse.sdd.default"]
+    assert case.values.grad is not None
+    assert [name for name in recorder.names if "aten.mm" in name] == ["aten.mm.default"]
 
 
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
@@ -171,10 +186,6 @@ def test_gradcheck(backend: str) -> None:
             lambda input, values, bias: block_sparse_linear(input, values, case.block_index, bias, bias.numel()),
             leaves,
         )
-        assert torch.autograd.gradcheck(  # the transposed product has a gradient of its own
-            lambda grad, values: dds(grad, values, case.block_index, None, 4, 9, True),
-            (case.grad.reshape(4, 4).requires_grad_(), leaves[1]),
-        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -183,9 +194,24 @@ def test_operators_keep_the_rules_of_torch(dtype: torch.dtype) -> None:
     leaves = [tensor.requires_grad_() for tensor in (case.input, case.values, case.bias)]
     input, values, bias = leaves
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
-    torch.library.opcheck(dds, (input, values, case.block_index, bias, 12, 20, False), **tolerance)
-    torch.library.opcheck(dds, (case.grad, values, case.block_index, None, 12, 20, True), **tolerance)
-    torch.library.opcheck(sdd, (case.grad, input.detach(), case.block_index, 4, 4), **tolerance)
+    torch.library.opcheck(sparse_linear, (input, values, case.block_index, bias, 12), **tolerance)
+    torch.library.opcheck(sparse_linear, (input, values, case.block_index, None, 12), **tolerance)
+    for wanted in product((True, False), repeat=3):
+        operands = case.grad, input.detach(), values.detach(), case.block_index
+        torch.library.opcheck(linear_backward, (*operands, *wanted), **tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_the_operator_and_the_eager_path_are_the_same(backend: str) -> None:
+    case = make_case((3, 5), 16, 0.4, torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in (case.input, case.values, case.bias)]
+    with use_backend(serving(backend, torch.float32, 16)):
+        results = []
+        for run in (block_sparse_linear, sparse_linear):
+            output = run(case.input, case.values, case.block_index, case.bias, case.bias.numel())
+            results.append((output.detach(), *torch.autograd.grad(output, leaves, case.grad)))
+    for eager, traced in zip(*results, strict=True):
+        assert torch.equal(eager, traced)
 
 
 def test_a_difference_in_dtype_is_an_error() -> None:
@@ -226,22 +252,22 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("block_size", [1, 8, (1, 4)], ids=str)
 @pytest.mark.parametrize("backend", BACKEND_NAMES)
-def test_only_the_reference_makes_a_tensor_as_large_as_the_weight(
+def test_only_reference_and_workspace_make_a_tensor_as_large_as_the_weight(
     backend: str, block_size: int | tuple[int, int]
 ) -> None:
     rows, columns = sides(block_size)
     grid = 64 // rows, 128 // columns
     case = make_case(grid, block_size, 0.1, torch.float32, (5,))
     served = BACKENDS[BACKEND_NAMES.index(serving(backend, torch.float32, block_size))]
-    for product, arguments in (
+    for run, arguments in (
         (served.dds, (case.input, case.values, case.block_index, case.bias, (64, 128), False)),
         (served.dds, (case.grad, case.values, case.block_index, None, (64, 128), True)),
         (served.sdd, (case.grad, case.input, case.block_index, (64, 128), (rows, columns))),
     ):
         with Recorder() as recorder:
-            product(*arguments)
+            run(*arguments)
         assert recorder.names
-        if backend == "reference":
+        if backend in ("reference", "workspace"):
             assert max(recorder.sizes) >= 64 * 128
         else:
             assert max(recorder.sizes) <= 64 * 128 // 2 + rows * columns
@@ -267,3 +293,24 @@ def test_one_graph_survives_a_change_of_topology(backend: str) -> None:
             expected = input.sum(0).expand(12, -1)
             torch.testing.assert_close(layer.values.grad, blocks_of(expected, layer.block_index, (4, 4)))
     assert counter.frame_count == 1
+
+
+def test_a_layer_can_be_exported() -> None:
+    layer, input = make_layer((3, 5), 4, 6).eval(), torch.randn(7, 20, generator=generator())
+    tokens = torch.export.Dim("tokens", min=2)
+    exported = torch.export.export(layer, (input,), dynamic_shapes=({0: tokens},))
+    more = torch.randn(9, 20, generator=generator(1))
+    torch.testing.assert_close(exported.module()(more), layer(more))
+    assert "hf_dynsparse.linear" in str(exported.graph)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 128])
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+def test_inference_mode(backend: str, tokens: int) -> None:
+    layer = make_layer((3, 5), 16, 6)
+    input = torch.randn(tokens, 80, generator=generator())
+    expected = linear(input, dense_weight(layer.values, layer.block_index, layer.shape), layer.bias)
+    with use_backend(serving(backend, torch.float32, 16)), torch.inference_mode():
+        torch.testing.assert_close(layer(input), expected)
+        loaded = make_layer((3, 5), 16, 6)  # its index is an inference tensor, which has no version
+        torch.testing.assert_close(loaded(input), expected)

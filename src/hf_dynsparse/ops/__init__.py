@@ -2,17 +2,21 @@
 Products with a block-sparse matrix: a shipped reference, the backends tested against it, and the choice among them.
 """
 
-from .backends import BACKENDS, Backend, choose_backend, use_backend
-from .operators import block_sparse_linear, observe_sdd
+from .backends import BACKENDS, Backend, Problem
+from .choice import choose_backend, configure_kernels, describe_choice, use_backend
+from .operators import block_sparse_linear, observe_weight_gradient
 from .reference import take_blocks, to_dense
 
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "Problem",
     "block_sparse_linear",
     "choose_backend",
-    "observe_sdd",
+    "configure_kernels",
+    "describe_choice",
+    "observe_weight_gradient",
     "take_blocks",
     "to_dense",
     "use_backend",

@@ -1,116 +1,156 @@
-"""Which implementation serves a product: an ordered table, a pure choice with reasons, and an override."""
+"""The implementations of the products: an ordered table, each with what it can serve."""
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from . import native, reference, tiled
+from . import gather, native, reference, tiled, triton, workspace
+from .reference import Shape
 
 
-logger = logging.getLogger(__name__)
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    What the speed of a backend depends on.
+
+    Args:
+        device (`torch.device`): its type, without a number.
+        dtype (`torch.dtype`): of input and values.
+        block_shape (`tuple[int, int]`): rows and columns of a block.
+        shape (`tuple[int, int]`): `(out_features, in_features)`.
+        nnzb (`int`): active blocks.
+        tokens (`int`): rows of the input, rounded up to a power of two.
+        backward (`bool`): all gradients, or the output.
+        threads (`int`): of the processor; 0 on other devices.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    block_shape: Shape
+    shape: Shape
+    nnzb: int
+    tokens: int
+    backward: bool
+    threads: int
+
+    @classmethod
+    def of(cls, input: torch.Tensor, values: torch.Tensor, shape: Shape, *, backward: bool) -> "Problem":
+        """The problem of a product with `input` (`torch.Tensor` of shape `(tokens, features)`)."""
+        nnzb, rows, columns = values.shape
+        return cls.make(input.device, input.dtype, (rows, columns), shape, nnzb, input.shape[0], backward)
+
+    @classmethod
+    def make(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        block_shape: Shape,
+        shape: Shape,
+        nnzb: int,
+        tokens: int,
+        backward: bool,
+    ) -> "Problem":
+        """A problem with the tokens rounded and the threads that PyTorch uses now."""
+        threads = torch.get_num_threads() if device.type == "cpu" else 0
+        rounded = 1 << max(0, tokens - 1).bit_length()
+        return cls(torch.device(device.type), dtype, block_shape, shape, nnzb, rounded, backward, threads)
+
+    @property
+    def density(self) -> float:
+        """Share of active positions."""
+        return self.nnzb * self.block_shape[0] * self.block_shape[1] / (self.shape[0] * self.shape[1])
+
+    def __str__(self) -> str:
+        (out_features, in_features), (rows, columns) = self.shape, self.block_shape
+        dtype, where = str(self.dtype).removeprefix("torch."), f"{self.threads} threads" if self.threads else "device"
+        return (
+            f"{'backward' if self.backward else 'forward'} {out_features}x{in_features} nnzb={self.nnzb} of "
+            f"{rows}x{columns} {dtype} tokens={self.tokens} {self.device.type} {where}"
+        )
 
 
 @dataclass(frozen=True)
 class Backend:
     """
-    One implementation of the two products.
+    One implementation of the products.
 
     Args:
         name (`str`): how `use_backend` calls it.
         summary (`str`): one line for logs.
         why_not (`Callable`): `(device, dtype, block_shape) -> str | None`: why it cannot serve, or `None` if it can.
-        dds, sdd (`Callable`): the products, with the signatures of `hf_dynsparse.ops.reference`.
-        break_even (`Callable`): `block_shape -> density` above which a dense product is faster.
+        dds, sdd (`Callable`): dense = dense x sparse and sparse = dense x dense; see `hf_dynsparse.ops.reference`.
+        break_even (`Callable`): `(device, block_shape) -> density` above which a dense product is taken for faster
+            while nothing has been timed.
+        device (`str`): type of the device it was made for, or `"any"`.
+        fused_backward (`Callable`, *optional*): what `backward` calls instead of the two products.
     """
 
     name: str
     summary: str
-    why_not: Callable[[torch.device, torch.dtype, tuple[int, int]], str | None]
+    why_not: Callable[[torch.device, torch.dtype, Shape], str | None]
     dds: Callable[..., torch.Tensor]
     sdd: Callable[..., torch.Tensor]
-    break_even: Callable[[tuple[int, int]], float] = lambda block_shape: 1.0
+    break_even: Callable[[torch.device, Shape], float] = lambda device, block_shape: 1.0
+    fused_backward: Callable[..., Gradients] | None = None
+    device: str = "any"
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        input: torch.Tensor,
+        values: torch.Tensor,
+        block_index: torch.Tensor,
+        shape: Shape,
+        wanted: tuple[bool, bool, bool],
+    ) -> Gradients:
+        """
+        The gradients of a layer.
+
+        Args:
+            grad (`torch.Tensor` of shape `(tokens, out_features)`): gradient of the output.
+            input (`torch.Tensor` of shape `(tokens, in_features)`).
+            values, block_index: the weight, of `shape` `(out_features, in_features)`.
+            wanted (`tuple[bool, bool, bool]`): whether those of input, values and bias are wanted.
+
+        Returns:
+            Gradients of input, values and bias; `None` where not wanted.
+        """
+        if self.fused_backward is not None:
+            return self.fused_backward(grad, input, values, block_index, shape, wanted)
+        return (
+            self.dds(grad, values, block_index, None, shape, True) if wanted[0] else None,
+            self.sdd(grad, input, block_index, shape, tuple(values.shape[1:])) if wanted[1] else None,
+            grad.sum(0) if wanted[2] else None,
+        )
 
 
-# In order of preference.
+# In order of preference while nothing has been timed.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("native", "compiled kernels of the processor", native.why_not, native.dds, native.sdd, native.break_even),
-    Backend("tiled", "dense tiles of block rows, plain PyTorch", tiled.why_not, tiled.dds, tiled.sdd),
-    Backend("reference", "whole dense weight, for tests", reference.why_not, reference.dds, reference.sdd),
+    Backend(
+        "native",
+        "compiled kernels of the processor",
+        native.why_not,
+        native.dds,
+        native.sdd,
+        native.break_even,
+        native.backward,
+        device="cpu",
+    ),
+    Backend(
+        "triton",
+        "compiled kernels of the GPU",
+        triton.why_not,
+        triton.dds,
+        triton.sdd,
+        triton.break_even,
+        device="cuda",
+    ),
+    Backend("gather", "gathered blocks, plain PyTorch", gather.why_not, gather.dds, gather.sdd, gather.break_even),
+    Backend("workspace", "a transient dense weight", workspace.why_not, workspace.dds, workspace.sdd),
+    Backend("tiled", "dense tiles, never a whole dense weight", tiled.why_not, tiled.dds, tiled.sdd),
+    Backend("reference", "the slow truth of the tests", reference.why_not, reference.dds, reference.sdd),
 )
-
-# Of the process, not of a context: autograd runs backward passes on threads of its own.
-_override: str | None = None
-_logged: set[tuple[str, str, torch.dtype, tuple[int, int]]] = set()
-
-
-def choose_backend(
-    device: torch.device, dtype: torch.dtype, block_shape: tuple[int, int], density: float = 0.0
-) -> Backend:
-    """
-    The first backend that can serve and is not slower than a dense product at this density, or the one named by
-    `use_backend`. What was chosen and why is logged once.
-
-    Raises:
-        ValueError: if none can; the message gives each backend's reason.
-    """
-    reasons: dict[str, str] = {}
-    for backend in BACKENDS:
-        if _override not in (None, backend.name):
-            continue
-        reason = backend.why_not(device, dtype, block_shape)
-        limit = backend.break_even(block_shape)
-        if reason is None and _override is None and density > limit:
-            reason = f"slower than dense above density {limit}"
-        if reason is None:
-            _log_choice(backend, device, dtype, block_shape, reasons)
-            return backend
-        reasons[backend.name] = reason
-    raise ValueError(
-        f"No backend serves {block_shape[0]} x {block_shape[1]} blocks of {dtype} on {device}: "
-        + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    )
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """
-    Serve every product of the process inside the `with` block by one backend, for tests and debugging.
-
-    Raises:
-        ValueError: if no backend has that name.
-    """
-    if name not in [backend.name for backend in BACKENDS]:
-        raise ValueError(
-            f"`use_backend` takes one of {', '.join(backend.name for backend in BACKENDS)}. Got {name!r}."
-        )
-    global _override
-    before, _override = _override, name
-    try:
-        yield
-    finally:
-        _override = before
-
-
-def _log_choice(
-    backend: Backend,
-    device: torch.device,
-    dtype: torch.dtype,
-    block_shape: tuple[int, int],
-    reasons: dict[str, str],
-) -> None:
-    key = (backend.name, device.type, dtype, block_shape)
-    if key not in _logged:
-        _logged.add(key)
-        passed = "".join(f"; not {name}: {reason}" for name, reason in reasons.items())
-        logger.info(
-            "%s x %s blocks of %s on %s: backend %r (%s)%s",
-            *block_shape,
-            dtype,
-            device.type,
-            backend.name,
-            backend.summary,
-            passed,
-        )

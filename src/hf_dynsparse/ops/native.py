@@ -2,36 +2,58 @@
 The backend of the processor: the kernels of `csrc/`, compiled once per instruction set and called through ctypes.
 
 The library shares PyTorch's OpenMP threads and obeys `torch.set_num_threads`. Bit-reproducible for a given number of
-threads.
+threads. Sums are float32 for every dtype.
 """
 
 import ctypes
-import weakref
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from ..layout import BlockLayout
+from .orders import BlockOrder, block_order, derived
 from .reference import Shape
 
 
-__all__ = ["break_even", "dds", "sdd", "why_not"]
+__all__ = ["backward", "break_even", "dds", "dropout", "sdd", "why_not"]
+
+logger = logging.getLogger(__name__)
 
 # What csrc/block_sparse.cpp instantiates.
 BLOCK_SHAPES = ((1, 1), (1, 4), (4, 4), (8, 8), (16, 16), (32, 32), (64, 64))
+DTYPES = (torch.float32, torch.bfloat16)
 
-# What `best_variant` of the portable library answers -> the library for that processor.
-VARIANTS = {4: "x86_64_v4", 3: "x86_64_v3", 0: "portable"}
+# What `best_variant` of the portable library answers -> the library for that processor; the best first.
+VARIANTS = {5: "x86_64_v4_bf16", 4: "x86_64_v4", 3: "x86_64_v3", 0: "portable"}
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 3
 
 _BUILD = "Build it with a C++ compiler: pip install -e . (or python setup.py build_ext --inplace)"
 
 
 class LibraryUnavailable(Exception):
     """The compiled library of a variant cannot be used; the message says why."""
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of csrc/block_sparse.cpp."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "depth", "threads")] + [
+        (name, ctypes.c_int64) for name in ("tokens", "out_features", "in_features", "nnzb")
+    ]
+
+
+class _Order(ctypes.Structure):
+    """`Order` of csrc/orders.hpp: the addresses of a `BlockOrder`, which it keeps alive."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("offsets", "rows", "columns", "slots")]
+
+    def __init__(self, order: BlockOrder) -> None:
+        self.order = order
+        super().__init__(*(tensor.data_ptr() for tensor in (order.offsets, order.rows, order.columns, order.slots)))
 
 
 @cache
@@ -53,34 +75,71 @@ def load_variant(variant: str) -> ctypes.CDLL:
     found = library.interface_version()
     if found != INTERFACE_VERSION:
         raise LibraryUnavailable(f"{path.name} must have interface {INTERFACE_VERSION}. Got {found}. {_BUILD}")
-    number, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    library.dds.argtypes = [number] * 4 + [size] * 3 + [address] * 7
-    library.sdd.argtypes = [number] * 4 + [size] * 3 + [address] * 2 + [size] + [address] * 4
+    layer, order, address = ctypes.POINTER(_Layer), ctypes.POINTER(_Order), ctypes.c_void_p
+    library.forward.argtypes = [layer, order, *[address] * 4]
+    library.backward.argtypes = [layer, order, order, *[address] * 6]
+    number, size, real = ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    library.dropout.argtypes = [number, number, size, ctypes.c_uint64, ctypes.c_uint32, real, address, address]
+    library.dropout.restype = None
     return library
 
 
-@cache
-def _library() -> ctypes.CDLL | str:
-    """The library for this processor, or why there is none."""
+@contextmanager
+def use_variant(variant: str) -> Iterator[None]:
+    """
+    Use the kernels for another instruction set inside the `with` block, to test or to measure them.
+
+    Raises:
+        LibraryUnavailable: if they are not built, or the processor lacks the instructions.
+    """
+    levels = {name: level for level, name in VARIANTS.items()}
+    best = load_variant("portable").best_variant()
+    if levels.get(variant, best + 1) > best:
+        raise LibraryUnavailable(f"This processor runs {', '.join(levels)} up to {VARIANTS[best]}. Got {variant!r}.")
+    global _forced
+    before, _forced = _forced, (variant, load_variant(variant))
     try:
-        return load_variant(VARIANTS[load_variant("portable").best_variant()])
+        yield
+    finally:
+        _forced = before
+
+
+_forced: tuple[str, ctypes.CDLL] | None = None
+
+
+def _best() -> tuple[str, ctypes.CDLL] | str:
+    """The library for this processor under its name, or why there is none."""
+    return _forced or _find_best()
+
+
+@cache
+def _find_best() -> tuple[str, ctypes.CDLL] | str:
+    try:
+        best = load_variant("portable").best_variant()
     except LibraryUnavailable as reason:
         return str(reason)
+    for level, variant in VARIANTS.items():
+        if level <= best:
+            try:
+                return variant, load_variant(variant)
+            except LibraryUnavailable as reason:  # an old compiler may not know the newest instructions
+                logger.warning("The kernels for %s cannot be used, slower ones serve: %s", variant, reason)
+    raise AssertionError("the portable library was loaded above")
 
 
 def why_not(device: torch.device, dtype: torch.dtype, block_shape: Shape) -> str | None:
     """Why these operands cannot be served, or `None` if they can."""
     if device.type != "cpu":
         return "runs on the processor"
-    if dtype != torch.float32:
-        return "needs float32"
+    if dtype not in DTYPES:
+        return f"needs {' or '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
     if block_shape not in BLOCK_SHAPES:
         return f"needs blocks of {', '.join(f'{rows} x {columns}' for rows, columns in BLOCK_SHAPES)}"
-    library = _library()
-    return library if isinstance(library, str) else None
+    best = _best()
+    return best if isinstance(best, str) else None
 
 
-def break_even(block_shape: Shape) -> float:
+def break_even(device: torch.device, block_shape: Shape) -> float:
     """
     Density above which the dense product is faster: measured at 256 x 256 and 768 x 768, 4,096 tokens, on
     an AVX-512 processor.
@@ -97,105 +156,118 @@ def dds(
     transposed: bool,
 ) -> torch.Tensor:
     """
-    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `hf_dynsparse.ops.operators.dds`.
+    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `hf_dynsparse.ops.reference.dds`.
     """
-    rows, columns = values.shape[1:]
-    walk = _walk(block_index, shape, (rows, columns), by_column=transposed)
+    if transposed:
+        grad_input, _, _ = backward(input, None, values, block_index, shape, (True, False, False))
+        assert grad_input is not None
+        return grad_input if bias is None else grad_input.add_(bias)
+    dtype, block_shape = input.dtype, _block_shape(values)
+    kernel = _kernel_dtype(dtype, block_shape)
     # Named, so that copies live until the call has returned.
-    input, values = input.contiguous(), values.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    output = input.new_empty(input.shape[0], shape[1] if transposed else shape[0])
+    input, values = _readable(input, kernel), _readable(values, kernel)
+    bias = None if bias is None else bias.float().contiguous()
+    output = input.new_empty(input.shape[0], shape[0])
     _call(
-        "dds",
-        (rows, columns),
-        *(transposed, torch.get_num_threads(), input.shape[0], *shape, input.data_ptr()),
-        *(walk.offsets.data_ptr(), (walk.rows if transposed else walk.columns).data_ptr(), walk.slots.data_ptr()),
-        *(values.data_ptr(), None if bias is None else bias.data_ptr(), output.data_ptr()),
+        "forward",
+        _layer(input.shape[0], shape, block_shape, block_index, kernel),
+        [derived(_order, block_index, shape, block_shape, False)],
+        [input, values, bias, output],
     )
-    return output
+    return output.to(dtype)
 
 
 def sdd(
     grad: torch.Tensor, input: torch.Tensor, block_index: torch.Tensor, shape: Shape, block_shape: Shape
 ) -> torch.Tensor:
-    """The active blocks of `grad.T @ input`; see `hf_dynsparse.ops.operators.sdd`."""
-    # The operand that is read again for each line of the other should be the smaller one.
-    by_column = shape[1] > shape[0] and block_shape[0] == block_shape[1]
-    walk = _walk(block_index, shape, block_shape, by_column)
-    grad, input = grad.contiguous(), input.contiguous()
-    output = input.new_empty(block_index.numel(), *block_shape)
+    """The active blocks of `grad.T @ input`; see `hf_dynsparse.ops.reference.sdd`."""
+    values = grad.new_empty(block_index.numel(), *block_shape)  # only its shape is read
+    _, grad_values, _ = backward(grad, input, values, block_index, shape, (False, True, False))
+    assert grad_values is not None
+    return grad_values
+
+
+def backward(
+    grad: torch.Tensor,
+    input: torch.Tensor | None,
+    values: torch.Tensor,
+    block_index: torch.Tensor,
+    shape: Shape,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """
+    The gradients of input, values and bias, each `None` unless wanted: one pass over `grad`; see
+    `Backend.backward`. `input` may be `None` if only others than `values` want one.
+    """
+    dtype, block_shape = grad.dtype, _block_shape(values)
+    kernel = _kernel_dtype(dtype, block_shape)
+    grad, values = _readable(grad, kernel), _readable(values, kernel)
+    input = None if input is None else _readable(input, kernel)
+    grad_input = grad.new_empty(grad.shape[0], shape[1]) if wanted[0] else None
+    grad_values = grad.new_empty(values.shape, dtype=torch.float32) if wanted[1] else None
+    grad_bias = grad.new_empty(shape[0], dtype=torch.float32) if wanted[2] else None
     _call(
-        "sdd",
-        block_shape,
-        *(by_column, torch.get_num_threads(), input.shape[0], *shape, grad.data_ptr(), input.data_ptr()),
-        *(walk.slots.numel(), walk.rows.data_ptr(), walk.columns.data_ptr(), walk.slots.data_ptr()),
-        output.data_ptr(),
+        "backward",
+        _layer(grad.shape[0], shape, block_shape, block_index, kernel),
+        [derived(_order, block_index, shape, block_shape, by_column) for by_column in (False, True)],
+        [grad, input, values, grad_input, grad_values, grad_bias],
+    )
+    grad_input, grad_values, grad_bias = (
+        None if result is None else result.to(dtype) for result in (grad_input, grad_values, grad_bias)
+    )
+    return grad_input, grad_values, grad_bias
+
+
+def dropout(input: torch.Tensor, seed: int, p: float) -> torch.Tensor:
+    """
+    `input` with entries zeroed with probability `p` in (0, 1) and the others divided by `1 - p`. The same `seed` (64
+    bits) zeroes the same places, whatever the number of threads.
+    """
+    best = _best()
+    if isinstance(best, str):
+        raise RuntimeError(f"The native backend cannot run: {best}.")
+    input = input.contiguous()
+    output = torch.empty_like(input)
+    depth = 2 if input.dtype == torch.bfloat16 else 1
+    threshold, scale = min(round(p * 2**32), 2**32 - 1), 1 / (1 - p)
+    best[1].dropout(
+        *(depth, torch.get_num_threads(), input.numel(), seed & (2**64 - 1), threshold, scale),
+        *(input.data_ptr(), output.data_ptr()),
     )
     return output
 
 
-def _call(product: str, block_shape: Shape, *arguments: int | None) -> None:
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(f"The native backend cannot run: {library}.")
-    if getattr(library, product)(*block_shape, *arguments):
-        raise RuntimeError(f"The native backend has no {product} for {block_shape[0]} x {block_shape[1]} blocks.")
+def _block_shape(values: torch.Tensor) -> Shape:
+    _, rows, columns = values.shape
+    return rows, columns
 
 
-@dataclass(frozen=True)
-class Walk:
-    """
-    The active blocks sorted by row, or by column, in the integers of the library: all `torch.int32`.
-
-    Args:
-        offsets (`torch.Tensor` of shape `(block_rows + 1,)` or `(block_columns + 1,)`): start of each row or column.
-        rows, columns (`torch.Tensor` of shape `(nnzb,)`): block row and block column of each.
-        slots (`torch.Tensor` of shape `(nnzb,)`): its place in `values`.
-    """
-
-    offsets: torch.Tensor
-    rows: torch.Tensor
-    columns: torch.Tensor
-    slots: torch.Tensor
+def _kernel_dtype(dtype: torch.dtype, block_shape: Shape) -> torch.dtype:
+    """bfloat16 is multiplied as such where the processor can and blocks hold pairs both ways; else it is widened."""
+    best = _best()
+    paired = not isinstance(best, str) and best[0].endswith("bf16") and block_shape[0] > 1
+    return dtype if paired else torch.float32
 
 
-@dataclass
-class _Derived:
-    """The walks derived from one `block_index` tensor, valid while the tensor is what it was."""
-
-    source: weakref.ref[torch.Tensor]
-    state: tuple[int, int, int]
-    walks: dict[tuple[Shape, Shape, bool], Walk] = field(default_factory=dict)
+def _readable(tensor: torch.Tensor, kernel: torch.dtype) -> torch.Tensor:
+    """`tensor` as the kernels read it: in rows, and in units of four bytes, which pairs may lie across."""
+    tensor = tensor.to(kernel).contiguous()
+    return tensor.clone() if tensor.data_ptr() % 4 else tensor
 
 
-_derived: dict[int, _Derived] = {}
+def _order(block_index: torch.Tensor, shape: Shape, block_shape: Shape, by_column: bool) -> _Order:
+    return _Order(block_order(block_index, shape, block_shape, by_column))
 
 
-def _walk(block_index: torch.Tensor, shape: Shape, block_shape: Shape, by_column: bool) -> Walk:
-    """The walk of a topology; derived again only after the tensor has changed."""
-    if block_index.is_inference():  # has no version: a change would go unnoticed
-        return _derive_walk(block_index, shape, block_shape, by_column)
-    key = id(block_index)
-    state = block_index._version, block_index.data_ptr(), block_index.numel()
-    entry = _derived.get(key)
-    if entry is None or entry.source() is not block_index or entry.state != state:
-        entry = _derived[key] = _Derived(weakref.ref(block_index, lambda dead: _evict(key, dead)), state)
-    walk = entry.walks.get((shape, block_shape, by_column))
-    if walk is None:
-        walk = entry.walks[shape, block_shape, by_column] = _derive_walk(block_index, shape, block_shape, by_column)
-    return walk
+def _layer(tokens: int, shape: Shape, block_shape: Shape, block_index: torch.Tensor, kernel: torch.dtype) -> _Layer:
+    depth = 2 if kernel == torch.bfloat16 else 1
+    return _Layer(*block_shape, depth, torch.get_num_threads(), tokens, *shape, block_index.numel())
 
 
-def _evict(key: int, dead: weakref.ref[torch.Tensor]) -> None:
-    # The id may belong to a newer tensor by now.
-    entry = _derived.get(key)
-    if entry is not None and entry.source is dead:
-        del _derived[key]
-
-
-def _derive_walk(block_index: torch.Tensor, shape: Shape, block_shape: Shape, by_column: bool) -> Walk:
-    layout = BlockLayout(block_index, shape, block_shape)
-    layout.validate()  # an id out of range would read and write foreign memory
-    slots = layout.column_order if by_column else layout.row_order
-    offsets = layout.column_offsets if by_column else layout.row_offsets
-    return Walk(offsets.int(), layout.rows[slots].int(), layout.columns[slots].int(), slots.int())
+def _call(product: str, layer: _Layer, orders: list[_Order], tensors: list[torch.Tensor | None]) -> None:
+    best = _best()
+    if isinstance(best, str):
+        raise RuntimeError(f"The native backend cannot run: {best}.")
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if getattr(best[1], product)(layer, *orders, *addresses):
+        raise RuntimeError(f"The native backend has no {product} for {layer.rows} x {layer.columns} blocks.")

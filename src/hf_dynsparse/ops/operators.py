@@ -1,78 +1,80 @@
 """
-The two products as PyTorch operators, with their gradients: opaque to `torch.compile`, so that a topology update
-changes no traced shape and causes no recompilation.
-
-Names give the density of output and operands, output first: dds is dense = dense x sparse, sdd is sparse = dense x
-dense.
+A block-sparse linear layer as PyTorch operators, with gradients and autocast: opaque to `torch.compile`, so that a
+topology update changes no traced shape and causes no recompilation.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from .backends import choose_backend
+from .backends import Problem
+from .choice import choose_backend
 
 
-@torch.library.custom_op("hf_dynsparse::dds", mutates_args=())
-def dds(
+Observer = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+def _linear(
     input: torch.Tensor,
     values: torch.Tensor,
     block_index: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
-    in_features: int,
-    transposed: bool,
 ) -> torch.Tensor:
     """
-    Dense = dense x sparse: `input @ W.T + bias`, or `input @ W` if `transposed`, with `W` of shape `(out, in)`.
+    `input @ W.T + bias`.
 
     Args:
-        input (`torch.Tensor` of shape `(tokens, in_features)`, or `(tokens, out_features)` if `transposed`).
-        values (`torch.Tensor` of shape `(nnzb, rows, columns)`): the active blocks, of the dtype of `input`.
+        input (`torch.Tensor` of shape `(tokens, in_features)`).
+        values (`torch.Tensor` of shape `(nnzb, rows, columns)`): the active blocks of `W`, of the dtype of `input`.
         block_index (`torch.Tensor` of shape `(nnzb,)`, `torch.int32`): their flat ids.
         bias (`torch.Tensor` of shape `(out_features,)`, *optional*).
 
     Returns:
-        `torch.Tensor` of shape `(tokens, out_features)`, or `(tokens, in_features)` if `transposed`.
+        `torch.Tensor` of shape `(tokens, out_features)`.
     """
-    rows, columns = values.shape[1:]
-    density = values.numel() / (out_features * in_features)
-    backend = choose_backend(input.device, input.dtype, (rows, columns), density)
-    return backend.dds(input, values, block_index, bias, (out_features, in_features), transposed)
+    shape = out_features, input.shape[1]
+    backend = choose_backend(Problem.of(input, values, shape, backward=False))
+    return backend.dds(input, values, block_index, bias, shape, False)
 
 
-@torch.library.custom_op("hf_dynsparse::sdd", mutates_args=())
-def sdd(
+def _linear_backward(
     grad: torch.Tensor,
     input: torch.Tensor,
+    values: torch.Tensor,
     block_index: torch.Tensor,
-    rows: int,
-    columns: int,
-) -> torch.Tensor:
+    of_input: bool,
+    of_values: bool,
+    of_bias: bool,
+) -> list[torch.Tensor]:
     """
-    Sparse = dense x dense: the active blocks of `grad.T @ input`, i.e. the gradient of `values`.
+    The gradients of `linear` that are asked for, in the order input, values, bias.
 
     Args:
-        grad (`torch.Tensor` of shape `(tokens, out_features)`).
-        input (`torch.Tensor` of shape `(tokens, in_features)`).
-        block_index (`torch.Tensor` of shape `(nnzb,)`, `torch.int32`): flat ids of the wanted blocks.
+        grad (`torch.Tensor` of shape `(tokens, out_features)`): gradient of the output.
+        input, values, block_index: the arguments of `linear`.
 
     Returns:
-        `torch.Tensor` of shape `(nnzb, rows, columns)`.
+        `list[torch.Tensor]` of the shapes of what they are gradients of.
     """
-    observer = _observers.get(block_index.data_ptr())
-    if observer is not None:
-        observer(grad, input)
-    density = block_index.numel() * rows * columns / (grad.shape[1] * input.shape[1])
-    backend = choose_backend(input.device, input.dtype, (rows, columns), density)
-    return backend.sdd(grad, input, block_index, (grad.shape[1], input.shape[1]), (rows, columns))
+    if of_values:
+        observer = _observers.get(block_index.data_ptr())
+        if observer is not None:
+            observer(grad, input)
+    shape = grad.shape[1], input.shape[1]
+    backend = choose_backend(Problem.of(grad, values, shape, backward=True))
+    results = backend.backward(grad, input, values, block_index, shape, (of_input, of_values, of_bias))
+    return [result for result in results if result is not None]
 
+
+linear = torch.library.custom_op("hf_dynsparse::linear", _linear, mutates_args=())
+linear_backward = torch.library.custom_op("hf_dynsparse::linear_backward", _linear_backward, mutates_args=())
 
 # By the address of a layer's `block_index`: compiled code calls the operator with the buffer, not with the layer.
-_observers: dict[int, Callable[[torch.Tensor, torch.Tensor], None]] = {}
+_observers: dict[int, Observer] = {}
 
 
-def observe_sdd(block_index: torch.Tensor, observer: Callable[[torch.Tensor, torch.Tensor], None] | None) -> None:
+def observe_weight_gradient(block_index: torch.Tensor, observer: Observer | None) -> None:
     """
     Show `observer` the operands `(grad, input)` of every weight gradient of the layer with this `block_index`; `None`
     ends it. Works inside compiled and checkpointed models, where module hooks do not.
@@ -83,38 +85,62 @@ def observe_sdd(block_index: torch.Tensor, observer: Callable[[torch.Tensor, tor
         _observers[block_index.data_ptr()] = observer
 
 
-@dds.register_fake
-def _(input, values, block_index, bias, out_features, in_features, transposed):  # type: ignore[no-untyped-def]
-    return input.new_empty(input.shape[0], in_features if transposed else out_features)
+@linear.register_fake
+def _(input, values, block_index, bias, out_features):  # type: ignore[no-untyped-def]
+    return input.new_empty(input.shape[0], out_features)
 
 
-@sdd.register_fake
-def _(grad, input, block_index, rows, columns):  # type: ignore[no-untyped-def]
-    return input.new_empty(block_index.shape[0], rows, columns)
+@linear_backward.register_fake
+def _(grad, input, values, block_index, of_input, of_values, of_bias):  # type: ignore[no-untyped-def]
+    shapes = (of_input, input.shape), (of_values, values.shape), (of_bias, grad.shape[1:])
+    return [grad.new_empty(shape) for wanted, shape in shapes if wanted]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    input, values, block_index, bias, ctx.out_features, ctx.in_features, ctx.transposed = inputs
+    input, values, block_index, _, _ = inputs
     ctx.save_for_backward(input, values, block_index)
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, backward=linear_backward):  # type: ignore[no-untyped-def]
     input, values, block_index = ctx.saved_tensors
     # The gradient may arrive expanded (from a sum) or strided; the products want rows.
     grad = grad.contiguous()
-    grad_input = grad_values = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        transposed = not ctx.transposed
-        grad_input = dds(grad, values, block_index, None, ctx.out_features, ctx.in_features, transposed)
-    if ctx.needs_input_grad[1]:
-        left, right = (input, grad) if ctx.transposed else (grad, input)
-        grad_values = sdd(left, right, block_index, values.shape[1], values.shape[2])
-    if ctx.needs_input_grad[3]:
-        grad_bias = grad.sum(0)
-    return grad_input, grad_values, None, grad_bias, None, None, None
+    wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+    results = iter(backward(grad, input, values, block_index, *wanted))
+    of_input, of_values, of_bias = (next(results) if want else None for want in wanted)
+    return of_input, of_values, None, of_bias, None
 
 
-dds.register_autograd(_backward, setup_context=_setup_context)
+linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _EagerLinear(torch.autograd.Function):
+    """`linear` where nothing is traced: about half of the operator's overhead, which is more than a small product."""
+
+    @staticmethod
+    def forward(ctx, input, values, block_index, bias, out_features):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(input, values, block_index)
+        return _linear(input, values, block_index, bias, out_features)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _backward(ctx, grad, _linear_backward)
+
+
+def _apply_linear(
+    input: torch.Tensor,
+    values: torch.Tensor,
+    block_index: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    # Fake tensors, which tracing works with, are of another type.
+    if torch.compiler.is_compiling() or type(input) is not torch.Tensor:
+        return linear(input, values, block_index, bias, out_features)
+    if torch.is_grad_enabled():
+        return _EagerLinear.apply(input, values, block_index, bias, out_features)
+    return _linear(input, values, block_index, bias, out_features)
 
 
 def block_sparse_linear(
@@ -150,5 +176,5 @@ def block_sparse_linear(
         )
     in_features = input.shape[-1]
     flat = input.reshape(-1, in_features).contiguous()  # [tokens, in_features]
-    output = dds(flat, values, block_index, bias, out_features, in_features, False)
+    output = _apply_linear(flat, values, block_index, bias, out_features)
     return output.view(*input.shape[:-1], out_features)

@@ -47,7 +47,19 @@ def dds(
     transposed: bool,
 ) -> torch.Tensor:
     """
-    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `hf_dynsparse.ops.operators.dds`.
+    Dense = dense x sparse: `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient).
+
+    Names give the density of output and operands, output first: dds here, sdd (sparse = dense x dense) below.
+
+    Args:
+        input (`torch.Tensor` of shape `(tokens, in_features)`, or `(tokens, out_features)` if `transposed`).
+        values (`torch.Tensor` of shape `(nnzb, rows, columns)`): the active blocks, of the dtype of `input`.
+        block_index (`torch.Tensor` of shape `(nnzb,)`, `torch.int32`): their flat ids.
+        bias (`torch.Tensor` of shape `(out_features,)`, *optional*).
+        shape (`tuple[int, int]`): `(out_features, in_features)`.
+
+    Returns:
+        `torch.Tensor` of shape `(tokens, out_features)`, or `(tokens, in_features)` if `transposed`.
     """
     weight = to_dense(values, block_index, shape)
     output = input @ (weight if transposed else weight.T)
@@ -57,5 +69,16 @@ def dds(
 def sdd(
     grad: torch.Tensor, input: torch.Tensor, block_index: torch.Tensor, shape: Shape, block_shape: Shape
 ) -> torch.Tensor:
-    """The active blocks of `grad.T @ input`; see `hf_dynsparse.ops.operators.sdd`."""
+    """
+    Sparse = dense x dense: the active blocks of `grad.T @ input`, which are the gradient of `values`.
+
+    Args:
+        grad (`torch.Tensor` of shape `(tokens, out_features)`).
+        input (`torch.Tensor` of shape `(tokens, in_features)`).
+        block_index (`torch.Tensor` of shape `(nnzb,)`, `torch.int32`): flat ids of the wanted blocks.
+        block_shape (`tuple[int, int]`): rows and columns of a block.
+
+    Returns:
+        `torch.Tensor` of shape `(nnzb, rows, columns)`.
+    """
     return take_blocks(grad.T @ input, block_index, block_shape)

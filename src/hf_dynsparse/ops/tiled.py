@@ -28,7 +28,7 @@ def dds(
     transposed: bool,
 ) -> torch.Tensor:
     """
-    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `hf_dynsparse.ops.operators.dds`.
+    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `reference.dds`.
     """
     width = shape[1] if transposed else shape[0]
     output = input.new_empty(input.shape[0], width)
@@ -42,7 +42,7 @@ def dds(
 def sdd(
     grad: torch.Tensor, input: torch.Tensor, block_index: torch.Tensor, shape: Shape, block_shape: Shape
 ) -> torch.Tensor:
-    """The active blocks of `grad.T @ input`; see `hf_dynsparse.ops.operators.sdd`."""
+    """The active blocks of `grad.T @ input`; see `reference.sdd`."""
     rows, columns = block_shape
     block_columns = shape[1] // columns
     index = block_index.long()

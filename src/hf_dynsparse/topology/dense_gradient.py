@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from ..nn import BlockSparseLinear
-from ..ops import observe_sdd
+from ..ops import observe_weight_gradient
 
 
 class DenseGradientProbe:
@@ -22,7 +22,7 @@ class DenseGradientProbe:
         self.layers = tuple(layers)
         self.gradients: dict[BlockSparseLinear, torch.Tensor] = {}
         for layer in self.layers:
-            observe_sdd(layer.block_index, partial(self._accumulate, layer))
+            observe_weight_gradient(layer.block_index, partial(self._accumulate, layer))
 
     def _accumulate(self, layer: BlockSparseLinear, grad: torch.Tensor, input: torch.Tensor) -> None:
         product = (grad.T @ input).to(torch.promote_types(grad.dtype, torch.float32))  # [out, in]
@@ -56,5 +56,5 @@ class DenseGradientProbe:
     def remove(self) -> None:
         """Detach from the layers and free the gradients."""
         for layer in self.layers:
-            observe_sdd(layer.block_index, None)
+            observe_weight_gradient(layer.block_index, None)
         self.gradients.clear()

@@ -113,6 +113,11 @@ class DynSparseBertConfig(BertConfig):
         }
         return cls(**{**arguments, **overrides})
 
+    def to_stock(self) -> BertConfig:
+        """The configuration of the dense model of the same size, without what is ours."""
+        ours = {*DynSparseBertConfig.__annotations__, "model_type", "architectures", "transformers_version"}
+        return BertConfig(**{key: value for key, value in self.to_dict().items() if key not in ours})
+
     @property
     def block_shape(self) -> tuple[int, int]:
         """`(rows, columns)` of one block."""

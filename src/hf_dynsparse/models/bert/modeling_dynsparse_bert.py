@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForPreTraining,
@@ -61,12 +60,10 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
     @torch.no_grad()
     def to_dense(self) -> BertPreTrainedModel:
         """A copy as the stock transformers class, e.g. [`~transformers.BertForMaskedLM`], with the same outputs."""
-        ours = {*DynSparseBertConfig.__annotations__, "model_type", "architectures", "transformers_version"}
-        settings = {key: value for key, value in self.config.to_dict().items() if key not in ours}
         stock = type(self).__mro__[2]
         # Built on meta and filled: the dense weights exist once.
         with torch.device("meta"):
-            dense: BertPreTrainedModel = stock(BertConfig(**settings))
+            dense: BertPreTrainedModel = stock(self.config.to_stock())
         state = dict(self.state_dict())
         for name, layer in sparse_layers(self).items():
             for key in [key for key in state if key.startswith(f"{name}.") and not key.endswith(".bias")]:

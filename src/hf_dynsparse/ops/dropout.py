@@ -1,0 +1,56 @@
+"""
+Dropout on a processor without its cost: the mask is a hash of a seed and of each entry's place.
+
+PyTorch draws every entry of a mask from one serial generator, which takes as long as a sparse product. Here only the
+seed comes from that generator, so saving and restoring its state repeats a run, and no mask is kept for the backward
+pass.
+"""
+
+import torch
+
+from . import native
+
+
+@torch.library.custom_op("hf_dynsparse::dropout", mutates_args=())
+def seeded_dropout(input: torch.Tensor, seed: torch.Tensor, p: float) -> torch.Tensor:
+    """
+    `input` with entries zeroed with probability `p` and the others divided by `1 - p`.
+
+    Args:
+        input (`torch.Tensor`, float32 or bfloat16, on the processor).
+        seed (`torch.Tensor` of shape `()`, `torch.int64`): the same seed zeroes the same places.
+        p (`float`): in (0, 1).
+    """
+    return native.dropout(input, int(seed), p)
+
+
+@seeded_dropout.register_fake
+def _(input, seed, p):  # type: ignore[no-untyped-def]
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, seed, ctx.p = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    (seed,) = ctx.saved_tensors
+    return seeded_dropout(grad.contiguous(), seed, ctx.p), None, None
+
+
+seeded_dropout.register_autograd(_backward, setup_context=_setup_context)
+
+
+def dropout(input: torch.Tensor, p: float, training: bool = True) -> torch.Tensor:
+    """`torch.nn.functional.dropout`, by a seeded mask where the kernels of the processor can, with other draws."""
+    possible = input.device.type == "cpu" and input.dtype in native.DTYPES and _has_kernels()
+    if not training or not 0.0 < p < 1.0 or not possible:
+        return torch.nn.functional.dropout(input, p, training)
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+    return seeded_dropout(input, seed, p)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
+    return native.why_not(torch.device("cpu"), torch.float32, (1, 1)) is None
