@@ -9,6 +9,7 @@ Pre-train an always-sparse BERT by masked language modelling, with a topology th
     accelerate launch examples/run_mlm_dynsparse.py ... --resume_from_checkpoint last # go on after an interruption
     accelerate launch examples/run_mlm_dynsparse.py ... --dense_baseline              # the dense twin
     accelerate launch examples/run_mlm_dynsparse.py ... --static                      # sparse, pattern fixed
+    accelerate launch examples/run_mlm_dynsparse.py ... --teacher runs/dense          # learn from a dense model too
 
 Writes into the output folder: the model and tokenizer (`from_pretrained` loads them), summary.json, training.png,
 block_map.png, and checkpoints from which a run resumes bit for bit.
@@ -31,8 +32,16 @@ import transformers
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, TrainerState, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    TrainerState,
+    set_seed,
+)
 
 from hf_dynsparse import (
     DynSparseBertConfig,
@@ -45,6 +54,7 @@ from hf_dynsparse import (
     sparse_learning_rate,
     topology_summary,
 )
+from hf_dynsparse.checkpoint import find_run_to_resume
 from hf_dynsparse.data import (
     DataCollatorForWholeWordMasking,
     build_next_sentence_pairs,
@@ -52,6 +62,8 @@ from hf_dynsparse.data import (
     split_sentences,
     train_wordpiece_tokenizer,
 )
+from hf_dynsparse.finetuning import load_teacher
+from hf_dynsparse.layout import parse_block_size
 from hf_dynsparse.plots import plot_block_map, plot_training
 from hf_dynsparse.summary import format_summary, summarize_run
 from hf_dynsparse.topology import update_steps
@@ -171,7 +183,7 @@ def main() -> None:
     """Parse, check, prepare, train, evaluate, report."""
     try:
         model_args, data_args, args = parse_arguments()
-        checkpoint = find_checkpoint(args)
+        checkpoint = find_run_to_resume(args.output_dir, args.resume_from_checkpoint)
         check_data(model_args, data_args, args)
         check_topology(args, checkpoint)
         config = build_config(model_args, checkpoint)
@@ -220,20 +232,25 @@ def main() -> None:
         logger.info("learning rate %.3g, by the rule for sparsity %g", args.learning_rate, model.config.sparsity)
 
     pictured = remember_initial_topology(model, args, checkpoint)
-    trainer = DynSparseTrainer(
-        model,
-        args,
-        data_collator=DataCollatorForWholeWordMasking(
-            tokenizer,
-            mlm_probability=data_args.mlm_probability,
-            whole_word_mask=data_args.whole_word_mask,
-            seed=args.seed,
-            pad_to_multiple_of=data_args.max_seq_length if data_args.pad_to_max_length else None,
-        ),
-        train_dataset=sequences["train"],
-        eval_dataset=sequences["validation"],
-        processing_class=tokenizer,
-    )
+    try:
+        head = AutoModelForPreTraining if data_args.nsp else AutoModelForMaskedLM
+        trainer = DynSparseTrainer(
+            model,
+            args,
+            teacher=load_teacher(head, args.teacher, token=model_args.token) if args.teacher else None,
+            data_collator=DataCollatorForWholeWordMasking(
+                tokenizer,
+                mlm_probability=data_args.mlm_probability,
+                whole_word_mask=data_args.whole_word_mask,
+                seed=args.seed,
+                pad_to_multiple_of=data_args.max_seq_length if data_args.pad_to_max_length else None,
+            ),
+            train_dataset=sequences["train"],
+            eval_dataset=sequences["validation"],
+            processing_class=tokenizer,
+        )
+    except (ValueError, OSError) as error:
+        stop(error)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
@@ -260,26 +277,6 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
     if model_args.static or model_args.dense_baseline:
         args.num_topology_updates, args.topology_update_every = 0, None
     return model_args, data_args, args
-
-
-def find_checkpoint(args: RunArguments) -> str | None:
-    """The checkpoint to resume from; refuses an output folder that holds another run."""
-    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    wanted = args.resume_from_checkpoint
-    if wanted == "last":
-        return last
-    if wanted is not None:
-        if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
-            raise FileNotFoundError(
-                f"`--resume_from_checkpoint` must name a checkpoint folder or `last`. Got {wanted}."
-            )
-        return wanted
-    if last is not None or os.path.exists(os.path.join(args.output_dir, "summary.json")):
-        raise ValueError(
-            f"`--output_dir` must not hold another run. Got {args.output_dir}, which does. Give a new folder, or "
-            "--resume_from_checkpoint last to go on with that run."
-        )
-    return None
 
 
 def check_topology(args: RunArguments, checkpoint: str | None) -> None:
@@ -332,18 +329,12 @@ def build_config(model_args: ModelArguments, checkpoint: str | None) -> DynSpars
     source = model_args.config_name or model_args.model_name_or_path
     if source:
         return AutoConfig.from_pretrained(source, revision=model_args.model_revision, token=model_args.token)
-    sides = model_args.block_size.split("x")
-    if not all(side.isdecimal() for side in sides):
-        raise ValueError(
-            f"`--block_size` must be a number such as 16, or two such as 1x4. Got {model_args.block_size!r}."
-        )
-    sides = [int(side) for side in sides]
     if model_args.preset not in DENSE_LEARNING_RATES:
         raise ValueError(f"`--preset` must be one of {', '.join(DENSE_LEARNING_RATES)}. Got {model_args.preset!r}.")
     config = DynSparseBertConfig.preset(
         model_args.preset,
         sparsity=0.0 if model_args.dense_baseline else model_args.sparsity,
-        block_size=sides[0] if len(sides) == 1 else sides,
+        block_size=parse_block_size(model_args.block_size),
         distribution=model_args.distribution,
     )
     if model_args.config_overrides:
@@ -411,7 +402,7 @@ def load_tokenizer(
     model_args: ModelArguments, raw: DatasetDict, args: RunArguments, checkpoint: str | None
 ) -> PreTrainedTokenizerBase:
     """The named tokenizer, that of the run to resume, or a WordPiece vocabulary trained on the text."""
-    source = model_args.tokenizer_name or model_args.model_name_or_path or checkpoint
+    source = model_args.tokenizer_name or model_args.model_name_or_path or checkpoint or args.teacher
     if source is None:
         source = os.path.join(args.output_dir, "tokenizer")
         if args.process_index == 0:

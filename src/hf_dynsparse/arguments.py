@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .distillation import check_distillation
 from .ops.choice import TUNING_MODES
 from .topology import PRUNE_SCORES, REGROW_RULES, SCHEDULES, pruning_ratio_at
 from .topology.scores import resolve_score
@@ -57,6 +58,20 @@ class DynSparseTrainingArguments(TrainingArguments):
     )
     group_lasso: float = field(
         default=0.0, metadata={"help": "Strength of the decoupled group lasso on blocks; 0 turns it off."}
+    )
+
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "A model to learn from beside the labels (knowledge distillation), of the same task and "
+            "tokenizer: a folder or Hub name."
+        },
+    )
+    distillation_temperature: float = field(
+        default=2.0, metadata={"help": "Divides the logits of teacher and student before they are compared."}
+    )
+    distillation_weight: float = field(
+        default=0.5, metadata={"help": "Share of the teacher in the loss; 1 leaves the labels out."}
     )
 
     kernel_tuning: str = field(
@@ -112,6 +127,7 @@ class DynSparseTrainingArguments(TrainingArguments):
             )
         if self.kernel_tuning not in TUNING_MODES:
             raise ValueError(f"`kernel_tuning` must be one of {', '.join(TUNING_MODES)}. Got {self.kernel_tuning!r}.")
+        check_distillation(self.distillation_temperature, self.distillation_weight)
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative. Got {self.group_lasso}.")
         super().__post_init__()

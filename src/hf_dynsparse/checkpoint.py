@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from transformers.trainer_utils import get_last_checkpoint
+
 
 logger = logging.getLogger(__name__)
 
@@ -31,3 +33,32 @@ def publish_checkpoint(run_dir: str | Path, name: str) -> None:
         os.replace(final, staging / f"{name}.replaced")
     os.replace(staging / name, final)
     shutil.rmtree(staging)
+
+
+def find_run_to_resume(output_dir: str | Path, resume_from_checkpoint: str | None) -> str | None:
+    """
+    The checkpoint folder that a script must go on from, `None` for a new run.
+
+    Args:
+        output_dir (`str` or `Path`): where the run is written.
+        resume_from_checkpoint (`str`, *optional*): a checkpoint folder, or `"last"`: the newest in `output_dir`.
+
+    Raises:
+        FileNotFoundError: if the checkpoint is none.
+        ValueError: if a new run would be written over another.
+    """
+    last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+    if resume_from_checkpoint == "last":
+        return last
+    if resume_from_checkpoint is not None:
+        if not (Path(resume_from_checkpoint) / "trainer_state.json").is_file():
+            raise FileNotFoundError(
+                f"`--resume_from_checkpoint` must name a checkpoint folder or `last`. Got {resume_from_checkpoint}."
+            )
+        return resume_from_checkpoint
+    if last is not None or (Path(output_dir) / "summary.json").exists():
+        raise ValueError(
+            f"`--output_dir` must not hold another run. Got {output_dir}, which does. Give a new folder, or "
+            "--resume_from_checkpoint last to go on with that run."
+        )
+    return None

@@ -23,6 +23,20 @@ def as_block_shape(block_size: int | tuple[int, int] | list[int]) -> tuple[int, 
     return sides
 
 
+def parse_block_size(text: str) -> int | tuple[int, int]:
+    """
+    Read a block size from a command line: `"16"`, or `"1x4"` for rows x columns.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise ValueError(f"`--block_size` must be a number such as 16, or two such as 1x4. Got {text!r}.")
+    rows, columns = as_block_shape([int(side) for side in (sides * 2)[:2]])
+    return rows if len(sides) == 1 else (rows, columns)
+
+
 def block_grid(shape: tuple[int, int], block_shape: tuple[int, int], name: str = "the matrix") -> tuple[int, int]:
     """
     Number of block rows and block columns of a matrix of `shape` `(out_features, in_features)`.

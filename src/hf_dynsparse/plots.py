@@ -212,6 +212,48 @@ def plot_comparison(
         _label_ends(right)
 
 
+def plot_sparsity_sweep(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: str | PathLike[str], title: str = ""
+) -> None:
+    """
+    Draw scores against sparsity, a panel a task. Several scores at one sparsity (seeds) become their mean, with a bar
+    from the lowest to the highest; a line whose points all lie at sparsity 0 becomes a horizontal one.
+
+    Args:
+        panels (`Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]`):
+            Task -> name of the line -> `(sparsity, score)`. A name that ends in `", teacher"` is dashed, in the
+            colour of the line without.
+        path (`str` or `PathLike`):
+            File to write; its suffix chooses the format. Missing folders are made.
+        title (`str`, *optional*, defaults to `""`):
+            Title of the picture.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    if not any(line for lines in panels.values() for line in lines.values()):
+        raise ValueError("`panels` must hold at least one score. Got none. Finish a run first.")
+    names = list(dict.fromkeys(name.removesuffix(", teacher") for lines in panels.values() for name in lines))
+    with _picture(path, 1, len(panels), (4.6 * len(panels), 3.8), title, squeeze=False) as (_, grid):
+        for axes, (task, lines) in zip(grid[0], panels.items(), strict=True):
+            for name, points in lines.items():
+                colour = COLOURS[names.index(name.removesuffix(", teacher")) % len(COLOURS)]
+                dashes = "--" if name.endswith(", teacher") else "-"
+                levels = sorted({sparsity for sparsity, _ in points})
+                scores = [[score for sparsity, score in points if sparsity == level] for level in levels]
+                means = [float(np.mean(found)) for found in scores]
+                if levels == [0.0]:
+                    axes.axhline(means[0], label=name, color="#808080", linestyle=":")
+                    continue
+                bars = [[mean - min(s) for mean, s in zip(means, scores, strict=True)]]
+                bars.append([max(s) - mean for mean, s in zip(means, scores, strict=True)])
+                axes.errorbar(levels, means, bars, label=name, color=colour, linestyle=dashes, marker="o", capsize=2)
+            axes.set_title(task)
+            axes.set_xlabel("sparsity")
+        grid[0][0].set_ylabel("score")
+        grid[0][-1].legend(frameon=False)
+
+
 def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of the entries that hold `key`, in the order of the steps."""
     points = sorted((entry["step"], entry[key]) for entry in log_history if key in entry)

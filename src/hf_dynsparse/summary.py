@@ -81,6 +81,44 @@ def summarize_run(trainer: DynSparseTrainer, metrics: dict[str, float], seq_len:
         "encoder_bytes": checkpoint_bytes(folder, ".encoder."),
         "dense_encoder_bytes": dense_bytes(model, ".encoder."),
         "learning_rate": trainer.args.learning_rate,
+        **_circumstances(trainer),
+    }
+
+
+def summarize_finetuning(trainer: DynSparseTrainer, metrics: dict[str, float]) -> dict[str, Any]:
+    """
+    Numbers of a finished fine-tuning run.
+
+    Args:
+        metrics (`dict[str, float]`): of the last evaluation, with the prefix `eval_`.
+    """
+    args: Any = trainer.args
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    topology = topology_summary(model)
+    clock = ("runtime", "per_second", "dynsparse/", "epoch")
+    return {
+        "metrics": {
+            name.removeprefix("eval_"): value
+            for name, value in metrics.items()
+            if not any(word in name for word in clock)
+        },
+        "mode": args.finetune_mode if topology.layers else "dense",
+        "sparsity": topology.sparsity,
+        "block_shapes": sorted({layer.block_shape for layer in topology.layers}),
+        "topology_updates": trainer.topology.metrics.get("topology_updates", 0) if trainer.topology else 0,
+        "teacher": args.teacher and Path(args.teacher).name,
+        "distillation_weight": args.distillation_weight if args.teacher else 0.0,
+        "epochs": trainer.state.epoch,
+        "steps": trainer.state.global_step,
+        "flops": trainer.state.total_flos,
+        "tokens_per_second": trainer.throughput.tokens_per_second,
+        "learning_rate": args.learning_rate,
+        **_circumstances(trainer),
+    }
+
+
+def _circumstances(trainer: DynSparseTrainer) -> dict[str, Any]:
+    return {
         "seed": trainer.args.seed,
         "versions": {
             "python": platform.python_version(),

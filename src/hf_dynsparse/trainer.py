@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from .arguments import DynSparseTrainingArguments
 from .callback import EpochAware, EpochCallback, KernelCallback, ThroughputCallback, TopologyCallback, track_model_
 from .checkpoint import STAGING_FOLDER, publish_checkpoint, remove_interrupted_save
+from .distillation import Distillation
 from .flops import flops_per_sequence
 from .memory import keep_freed_memory
 from .nn import sparse_layers
@@ -32,6 +33,10 @@ class DynSparseTrainer(Trainer):
     Adds to every log entry `dynsparse/flops` and `dynsparse/tokens_per_second`, and the metrics of
     [`TopologyCallback`] under `dynsparse/`. A model without sparse layers trains as usual: the dense baseline.
 
+    Args:
+        teacher (`nn.Module`, *optional*): a model with the same head to learn from beside the labels, weighted by
+            `args.distillation_weight`; training only, evaluation measures the task.
+
     Attributes:
         topology (`TopologyCallback` or `None`): the callback that updates the topology; `None` for a dense model.
         kernels (`KernelCallback`): settles the backends of the run.
@@ -45,10 +50,17 @@ class DynSparseTrainer(Trainer):
         model: nn.Module,
         args: DynSparseTrainingArguments | None = None,
         *,
+        teacher: nn.Module | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
         args = DynSparseTrainingArguments(output_dir="trainer_output") if args is None else args
+        if args.teacher is not None and teacher is None:
+            raise ValueError(f"`args.teacher` is {args.teacher!r}: load that model and give it as `teacher` too.")
+        self.distillation = None
+        if teacher is not None:
+            self.distillation = Distillation(teacher, args.distillation_temperature, args.distillation_weight)
+            self.distillation.check_student(model)
         self._staging_dir: str | None = None
         self.throughput = ThroughputCallback()
         callbacks = list(callbacks or ())
@@ -64,6 +76,8 @@ class DynSparseTrainer(Trainer):
             seed_dropout_(model)
         # Throughput last, so that the time of a topology update counts.
         super().__init__(model, args, callbacks=[*callbacks, self.throughput], **kwargs)
+        if teacher is not None:
+            self._move_model_to_device(teacher, args.device)
         collator: Any = self.data_collator
         self._eval_collator = collator
         if isinstance(collator, EpochAware):
@@ -105,9 +119,30 @@ class DynSparseTrainer(Trainer):
         """One forward and backward pass; counts the tokens of all ranks, and settles the backends at the first."""
         tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        self.kernels.settle(model, tokens, autocast)
+        models = [model] if self.distillation is None else [model, self.distillation.teacher]
+        self.kernels.settle(nn.ModuleList(models), tokens, autocast)
         self.throughput.tokens += tokens * self.args.world_size
         return super().training_step(model, inputs, *rest, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As in transformers; while training with a teacher, its part is mixed in."""
+        if self.distillation is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)  # label smoothing takes the labels out of `inputs`
+        task_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        distilled = self.distillation.loss(given, outputs, items)
+        if items is not None and self.args.average_tokens_across_devices:
+            distilled = distilled * self.accelerator.num_processes  # the items of all ranks, as in the task's loss
+        weight = self.distillation.weight
+        loss = (1.0 - weight) * task_loss + weight * distilled
+        return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Training FLOPs of this batch by the paper's count; 0 for a model or input that it does not cover."""
@@ -124,6 +159,9 @@ class DynSparseTrainer(Trainer):
             self.store_flos()
             logs["dynsparse/flops"] = self.state.total_flos
             logs["dynsparse/tokens_per_second"] = self.throughput.tokens_per_second
+            distilled = self.distillation.take_mean() if self.distillation and "loss" in logs else None
+            if distilled is not None:
+                logs["dynsparse/distillation_loss"] = distilled
             if self.topology is not None:
                 logs.update({f"dynsparse/{name}": value for name, value in self.topology.metrics.items()})
         super().log(logs, start_time)

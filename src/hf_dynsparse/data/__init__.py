@@ -3,16 +3,21 @@
 from .collators import DataCollatorForWholeWordMasking
 from .corpus import EmbeddedCorpus, embedded_corpus
 from .documents import read_documents, split_sentences
+from .glue import GLUE_TASKS, GlueTask, glue_metrics, read_glue
 from .next_sentence import build_next_sentence_pairs
 from .tokenizer import train_wordpiece_tokenizer
 
 
 __all__ = [
+    "GLUE_TASKS",
     "DataCollatorForWholeWordMasking",
     "EmbeddedCorpus",
+    "GlueTask",
     "build_next_sentence_pairs",
     "embedded_corpus",
+    "glue_metrics",
     "read_documents",
+    "read_glue",
     "split_sentences",
     "train_wordpiece_tokenizer",
 ]

@@ -1,0 +1,197 @@
+#!/usr/bin/env python
+"""
+Fine-tune many models on many GLUE tasks, and compare: one table, one picture.
+
+    # sparse pre-trained models: dense control, pattern locked, made dense, evolving
+    python examples/finetune_study.py --glue_dir glue_data --output_dir runs/glue --tasks mrpc stsb --seeds 0 1 2 \
+        --start dense=runs/dense b16=runs/b16 --modes locked dense dynamic
+    # a dense pre-trained model, made sparse in many ways, with and without its fine-tuned self as a teacher
+    python examples/finetune_study.py --glue_dir glue_data --output_dir runs/pruned --tasks sst2 --seeds 0 \
+        --start bert=bert-base-uncased --sparsities 0.5 0.9 --block_sizes 1 16 1x4 --teacher
+
+Runs that are finished already are skipped, so an interrupted study goes on where it stopped. Writes a folder a run,
+results.json, table.md and, after --picture, accuracy against sparsity.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from hf_dynsparse import DynSparseBertConfig
+from hf_dynsparse.data import GLUE_TASKS
+from hf_dynsparse.finetuning import FINETUNE_MODES
+from hf_dynsparse.plots import plot_sparsity_sweep
+
+
+SCRIPT = Path(__file__).with_name("run_glue_dynsparse.py")
+
+
+class Run(NamedTuple):
+    """One fine-tuning run."""
+
+    arm: str
+    task: str
+    seed: int
+    flags: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Its place in the study's folder."""
+        return f"{self.task}/{self.arm}/seed-{self.seed}"
+
+
+def main() -> None:
+    """Plan, run what is missing, collect."""
+    args = parse_arguments()
+    waves = plan(args)
+    output = Path(args.output_dir)
+    failed = []
+    with tqdm(total=sum(map(len, waves)), unit="run") as progress, ThreadPoolExecutor(args.jobs) as pool:
+        for wave in waves:  # teachers before those who learn from them
+            for run, error in pool.map(lambda run: execute(run, args), wave):
+                progress.update()
+                if error:
+                    failed.append(run)
+                    progress.write(f"{run.folder} failed, see {output / run.folder}.log: {error}")
+    results = collect(output, [run for wave in waves for run in wave])
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    table = format_table(results, args.tasks)
+    (output / "table.md").write_text(table + "\n")
+    print(table)
+    if args.picture:
+        draw(results, args)
+    if failed:
+        sys.exit(f"{len(failed)} of {sum(map(len, waves))} runs failed.")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """From the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True, help="folder of the study")
+    parser.add_argument("--glue_dir", help="folder with the official files; default: the Hub")
+    parser.add_argument("--start", nargs="+", required=True, metavar="NAME=MODEL", help="what is fine-tuned")
+    parser.add_argument("--tasks", nargs="+", required=True, choices=list(GLUE_TASKS), metavar="TASK")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--modes", nargs="+", default=["locked"], choices=list(FINETUNE_MODES), help="for models with sparse layers"
+    )
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[], help="for dense models: make them sparse")
+    parser.add_argument("--block_sizes", nargs="+", default=["16"], help="with --sparsities: B or ROWSxCOLUMNS")
+    parser.add_argument("--teacher", action="store_true", help="repeat sparse runs with the dense run as teacher")
+    parser.add_argument("--flags", default="", help="further flags of run_glue_dynsparse.py for every run")
+    parser.add_argument("--dense_flags", default="", help="for runs that train dense weights")
+    parser.add_argument("--sparse_flags", default="", help="for runs that train sparse weights")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--picture", help="file for the picture of scores against sparsity")
+    args = parser.parse_args()
+    for start in args.start:
+        if "=" not in start:
+            parser.error(f"--start takes NAME=MODEL, for example b16=runs/b16. Got {start!r}.")
+    return args
+
+
+def plan(args: argparse.Namespace) -> list[list[Run]]:
+    """All runs, in two waves: the second learns from the first."""
+    first, second = [], []
+    for start in args.start:
+        name, model = start.split("=", 1)
+        config = AutoConfig.from_pretrained(model)
+        is_sparse = isinstance(config, DynSparseBertConfig) and config.sparsity > 0
+        for task in args.tasks:
+            for seed in args.seeds:
+                for arm, flags in arms(name, is_sparse, args):
+                    first.append(Run(arm, task, seed, ("--model_name_or_path", model, *flags)))
+                    if args.teacher and "--sparsity" in flags:
+                        teacher = str(Path(args.output_dir) / Run(name, task, seed, ()).folder)
+                        learns = (*first[-1].flags, "--teacher", teacher)
+                        second.append(Run(f"{arm}-teacher", task, seed, learns))
+    return [first, second]
+
+
+def arms(name: str, is_sparse: bool, args: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What is done with one model: name and flags."""
+    dense, sparse = (tuple(shlex.split(flags)) for flags in (args.dense_flags, args.sparse_flags))
+    if is_sparse:
+        for mode in args.modes:
+            yield f"{name}-{mode}", ("--finetune_mode", mode, *(dense if mode == "dense" else sparse))
+        return
+    yield name, dense
+    for sparsity in args.sparsities:
+        for block in args.block_sizes:
+            flags = ("--sparsity", str(sparsity), "--block_size", block, *sparse)
+            yield f"{name}-s{sparsity:g}-b{block}", flags
+
+
+def execute(run: Run, args: argparse.Namespace) -> tuple[Run, str | None]:
+    """Run it unless it is finished; returns the last line of what it printed if it fails."""
+    folder = Path(args.output_dir) / run.folder
+    if (folder / "summary.json").exists():
+        return run, None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    glue = ["--glue_dir", args.glue_dir] if args.glue_dir else []
+    common = ["--task_name", run.task, "--seed", str(run.seed), "--output_dir", str(folder), *glue]
+    once = ["--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true"]
+    command = [sys.executable, str(SCRIPT), *common, *once, *run.flags, *shlex.split(args.flags)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    Path(f"{folder}.log").write_text(done.stdout)
+    if done.returncode == 0:
+        return run, None
+    return run, (done.stdout.strip().splitlines() or ["no output"])[-1]
+
+
+def collect(output: Path, runs: list[Run]) -> list[dict[str, Any]]:
+    """The summaries of the finished runs, each with its arm and its score: the mean of the task's metrics, x 100."""
+    results = []
+    for run in runs:
+        file = output / run.folder / "summary.json"
+        if file.exists():
+            summary = json.loads(file.read_text())
+            scores = [summary["metrics"][name] for name in GLUE_TASKS[run.task].metrics]
+            results.append({"arm": run.arm, **summary, "score": 100 * statistics.fmean(scores)})
+    return results
+
+
+def format_table(results: list[dict[str, Any]], tasks: list[str]) -> str:
+    """A row an arm, a column a task: mean over the seeds, and the standard deviation if there are several."""
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    about: dict[str, dict[str, Any]] = {}
+    for result in results:
+        scores[result["arm"], result["task"]].append(result["score"])
+        about.setdefault(result["arm"], result)
+    names = [f"{task} ({'/'.join(GLUE_TASKS[task].metrics)})" for task in tasks]
+    lines = [f"| run | sparsity | mode | {' | '.join(names)} |", f"|---|---|---|{'---|' * len(tasks)}"]
+    for arm, first in about.items():
+        cells = []
+        for task in tasks:
+            found = scores[arm, task]
+            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+            cells.append(f"{statistics.fmean(found):.1f}{spread}" if found else "-")
+        lines.append(f"| {arm} | {first['sparsity']:.3f} | {first['mode']} | {' | '.join(cells)} |")
+    first = results[0] if results else {}
+    lines += ["", f"{first.get('hardware')}; " + ", ".join(f"{k} {v}" for k, v in first.get("versions", {}).items())]
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Score against sparsity, a panel a task, a line for each block size, with and without a teacher."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {task: defaultdict(list) for task in args.tasks}
+    for result in results:
+        blocks = "dense" if not result["block_shapes"] else "x".join(map(str, result["block_shapes"][0]))
+        line = blocks + (", teacher" if result["teacher"] else "")
+        panels[result["task"]][line].append((result["sparsity"], result["score"]))
+    plot_sparsity_sweep(panels, args.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,438 @@
+#!/usr/bin/env python
+"""
+Fine-tune a sparse or dense encoder on a GLUE task, or on sentences of your own.
+
+    # a sparse checkpoint, pattern fixed; official GLUE files in glue_data/SST-2, glue_data/CoLA, ...
+    accelerate launch examples/run_glue_dynsparse.py \
+        --model_name_or_path runs/medium-s90-b16 --task_name sst2 --glue_dir glue_data --output_dir runs/sst2
+    # the same pattern made dense, or evolving
+    accelerate launch examples/run_glue_dynsparse.py ... --finetune_mode dense
+    # a dense BERT made sparse by its largest blocks, learning from the dense one
+    accelerate launch examples/run_glue_dynsparse.py \
+        --model_name_or_path bert-base-uncased --sparsity 0.8 --block_size 4 --teacher runs/sst2-dense ...
+    # your own sentences: columns sentence1, sentence2 (or one text column) and label
+    accelerate launch examples/run_glue_dynsparse.py --train_file train.csv --validation_file valid.csv ...
+
+Writes into the output folder: model and tokenizer, README.md (a card), all_results.json, summary.json, training.png,
+and predictions of the test set with --do_predict.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import datasets
+import numpy as np
+import torch
+from datasets import DatasetDict, load_dataset
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from hf_dynsparse import DynSparseTrainer, topology_summary
+from hf_dynsparse.checkpoint import find_run_to_resume
+from hf_dynsparse.data import GLUE_TASKS, glue_metrics, read_glue
+from hf_dynsparse.finetuning import (
+    FinetuningArguments,
+    load_metric,
+    load_pretrained,
+    load_teacher,
+    prepare_finetuning_,
+)
+from hf_dynsparse.layout import parse_block_size
+from hf_dynsparse.plots import plot_training
+from hf_dynsparse.summary import summarize_finetuning
+
+
+logger = logging.getLogger("run_glue_dynsparse")
+
+FILE_FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+
+
+@dataclass
+class ModelArguments:
+    """What is fine-tuned."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A sparse checkpoint, or any dense encoder: folder or Hub name. Required."}
+    )
+    sparsity: float | None = field(
+        default=None,
+        metadata={"help": "Make a dense checkpoint sparse: leave out this share, keep the blocks of largest L1 norm."},
+    )
+    block_size: str | None = field(
+        default=None, metadata={"help": "With --sparsity: side of a block, or ROWSxCOLUMNS such as 1x4. Default: 16."}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and prepared data are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start with a new head where the checkpoint's has another number of labels."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What it is fine-tuned on."""
+
+    task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(GLUE_TASKS)}."})
+    glue_dir: str | None = field(
+        default=None, metadata={"help": "Folder with the official files: CoLA/train.tsv, SST-2/train.tsv, ..."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub or in a folder. Default with --task_name: nyu-mll/glue."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local .csv, .tsv, .json, .jsonl or .parquet with a column `label`."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
+    test_file: str | None = field(default=None, metadata={"help": "The same for prediction; labels not needed."})
+    metric_path: str | None = field(
+        default=None, metadata={"help": "Folder with the script of `evaluate`'s metric, to do without the Hub."}
+    )
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens per example; longer ones are cut."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad to --max_seq_length instead of the longest of a batch."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Prepare the data again."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many examples for training."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many for evaluation."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only so many for prediction."})
+
+
+@dataclass
+class RunArguments(FinetuningArguments):
+    """How it is fine-tuned: all arguments of the transformers Trainer; rates and epochs follow --finetune_mode."""
+
+    output_dir: str = field(default="dynsparse-glue", metadata={"help": "Where everything of the run is written."})
+    do_train: bool = field(default=True, metadata={"help": "Train; --do_train false only evaluates or predicts."})
+    do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation set at the end."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples per process and micro-batch."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "The same for evaluation."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    logging_steps: float = field(default=0.02, metadata={"help": "Steps between log entries, or a share of the run."})
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of each process. Default: the cores, shared among the processes."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, or `last`: the newest of --output_dir, if there is one."}
+    )
+
+
+def main() -> None:
+    """Parse, check, prepare, train, evaluate, predict, report."""
+    try:
+        model_args, data_args, args = parse_arguments()
+        check_arguments(model_args, data_args, args)
+        block_size = parse_block_size(model_args.block_size) if model_args.block_size else None
+        checkpoint = find_run_to_resume(args.output_dir, args.resume_from_checkpoint)
+    except (ValueError, OSError) as error:
+        stop(error)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    for name in ("run_glue_dynsparse", "hf_dynsparse"):
+        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
+    datasets.utils.logging.set_verbosity_warning()
+    if args.device.type == "cpu":
+        # `accelerate launch` leaves one thread to each process unless it is told otherwise.
+        torch.set_num_threads(args.num_threads or max(1, (os.cpu_count() or 1) // args.world_size))
+    set_seed(args.seed)
+
+    hub = {"revision": model_args.model_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
+    try:
+        raw = load_examples(model_args, data_args)
+        columns, labels = understand(raw, data_args)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.tokenizer_name or model_args.model_name_or_path,
+            trust_remote_code=model_args.trust_remote_code,
+            **hub,
+        )
+        config = AutoConfig.from_pretrained(model_args.config_name, **hub) if model_args.config_name else None
+        head = {
+            "num_labels": len(labels) or 1,
+            "problem_type": "single_label_classification" if labels else "regression",
+            "id2label": dict(enumerate(labels or ["LABEL_0"])),
+            "label2id": {label: number for number, label in enumerate(labels or ["LABEL_0"])},
+        }
+        if config is not None:
+            for name, value in head.items():
+                setattr(config, name, value)
+            head = {}
+        model = load_pretrained(
+            AutoModelForSequenceClassification,
+            model_args.model_name_or_path,
+            sparsity=model_args.sparsity,
+            block_size=block_size,
+            config=config,
+            ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+            trust_remote_code=model_args.trust_remote_code,
+            **head,
+            **hub,
+        )
+        teacher = None
+        if args.teacher:
+            teacher = load_teacher(AutoModelForSequenceClassification, args.teacher, **{**hub, "revision": "main"})
+        prepare_finetuning_(model, args)
+        with args.main_process_first(desc="tokenize"):
+            examples = tokenize(raw, columns, tokenizer, data_args, model.config.max_position_embeddings)
+        trainer = DynSparseTrainer(
+            model,
+            args,
+            teacher=teacher,
+            train_dataset=examples["train"] if args.do_train else None,
+            eval_dataset=examples["validation"] if args.do_eval else None,
+            compute_metrics=scorer(data_args, labels),
+            data_collator=None if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+        )
+    except (ValueError, OSError, StrictDataclassError) as error:
+        stop(error)
+    if args.do_train:
+        logger.info("%d training examples; %s", len(examples["train"]), topology_summary(model))
+
+    results: dict[str, float] = {}
+    if args.do_train:
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", outcome.metrics)
+        trainer.save_metrics("train", outcome.metrics)
+        trainer.save_state()
+    if args.do_eval:
+        results = trainer.evaluate()
+        if data_args.task_name == "mnli" and "validation_mismatched" in examples:
+            results |= trainer.evaluate(examples["validation_mismatched"], metric_key_prefix="eval_mm")
+        trainer.log_metrics("eval", results)
+        trainer.save_metrics("eval", results)
+    if args.do_predict:
+        for split in [split for split in examples if split.startswith("test")]:
+            predict(trainer, examples[split], labels, f"{data_args.task_name or 'test'}{split.removeprefix('test')}")
+    if args.do_train and trainer.is_world_process_zero():
+        report(trainer, results, model_args, data_args)
+    card = describe(model_args, data_args)
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    elif args.do_train:
+        trainer.create_model_card(**card)
+    trainer.accelerator.end_training()
+
+
+def stop(error: Exception) -> NoReturn:
+    """End with one line that says what is wrong."""
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).strip().splitlines()[-1].strip()}")
+
+
+def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
+    """From the command line, or from one JSON file given as the only argument."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), description=__doc__)
+    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
+        return parser.parse_json_file(os.path.abspath(sys.argv[1]))
+    return parser.parse_args_into_dataclasses()
+
+
+def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> None:
+    """Refuse what cannot work before anything is read or built."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("`--model_name_or_path` must name a checkpoint, a folder or on the Hub. Got none.")
+    if data_args.task_name is not None:
+        data_args.task_name = data_args.task_name.lower().replace("-", "")
+        if data_args.task_name not in GLUE_TASKS:
+            raise ValueError(f"`--task_name` must be one of {', '.join(GLUE_TASKS)}. Got {data_args.task_name!r}.")
+    if data_args.glue_dir is not None and data_args.task_name is None:
+        raise ValueError("`--glue_dir` needs a `--task_name`. Got none.")
+    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
+    if not any((data_args.task_name, data_args.dataset_name, *files.values())):
+        raise ValueError("Give the data: `--task_name`, `--dataset_name`, or `--train_file` and `--validation_file`.")
+    for split, file in files.items():
+        if file is not None and Path(file).suffix.lstrip(".") not in FILE_FORMATS:
+            raise ValueError(f"`--{split}_file` must end in one of .{', .'.join(FILE_FORMATS)}. Got {file}.")
+        if file is not None and not os.path.isfile(file):
+            raise FileNotFoundError(f"`--{split}_file` must name a file. Got {file}, which does not exist.")
+    given = {split for split, file in files.items() if file}
+    if given and len({Path(file).suffix for file in files.values() if file}) > 1:
+        raise ValueError(f"The files must have one format. Got {', '.join(file for file in files.values() if file)}.")
+    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    for split in [split for split in wanted if wanted[split] and given and split not in given]:
+        flag = {"train": "train", "validation": "eval", "test": "predict"}[split]
+        raise ValueError(f"`--do_{flag}` needs a `--{split}_file`. Got none. Give it, or `--do_{flag} false`.")
+    if data_args.max_seq_length < 8:
+        raise ValueError(f"`--max_seq_length` must be at least 8. Got {data_args.max_seq_length}.")
+
+
+def load_examples(model_args: ModelArguments, data_args: DataArguments) -> DatasetDict:
+    """The splits as they are: sentences and labels."""
+    files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
+    files = {split: file for split, file in files.items() if file}
+    if files:
+        suffix = Path(next(iter(files.values()))).suffix.lstrip(".")
+        options = {"delimiter": "\t", "quoting": 3} if suffix == "tsv" else {}
+        return load_dataset(FILE_FORMATS[suffix], data_files=files, cache_dir=model_args.cache_dir, **options)
+    if data_args.glue_dir is not None:
+        raw = read_glue(data_args.glue_dir, data_args.task_name)
+    else:
+        name = data_args.dataset_name or "nyu-mll/glue"
+        part = data_args.dataset_config_name or (data_args.task_name if data_args.dataset_name is None else None)
+        raw = load_dataset(name, part, cache_dir=model_args.cache_dir, token=model_args.token)
+    for part in ("validation", "test"):
+        if part not in raw and f"{part}_matched" in raw:
+            raw[part] = raw.pop(f"{part}_matched")
+    return raw
+
+
+def understand(raw: DatasetDict, data_args: DataArguments) -> tuple[list[str], list[str]]:
+    """The one or two columns of text, and the names of the labels: none for regression."""
+    first = next(iter(raw.values()))
+    if data_args.task_name is not None and set(GLUE_TASKS[data_args.task_name].sentences) <= set(first.column_names):
+        task = GLUE_TASKS[data_args.task_name]
+        return list(task.sentences), list(task.labels)
+    if "label" not in first.column_names:
+        raise ValueError(f"The data must have a column `label`. Got {', '.join(first.column_names)}.")
+    text = [name for name, kind in first.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    text = [name for name in text if name not in ("label", "idx", "id")]
+    columns = ["sentence1", "sentence2"] if {"sentence1", "sentence2"} <= set(text) else text[:2]
+    if not columns:
+        raise ValueError(f"The data must have a column of text. Got {', '.join(first.column_names)}.")
+    if "float" in getattr(first.features["label"], "dtype", ""):
+        return columns, []
+    names = getattr(first.features["label"], "names", None)
+    known = sorted({label for split, rows in raw.items() if not split.startswith("test") for label in rows["label"]})
+    return columns, names or [str(label) for label in known]
+
+
+def tokenize(
+    raw: DatasetDict,
+    columns: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataArguments,
+    max_positions: int,
+) -> DatasetDict:
+    """Token ids and labels, cut to the tokens asked for and the model's positions."""
+    length = min(data_args.max_seq_length, tokenizer.model_max_length, max_positions)
+    if length < data_args.max_seq_length:
+        logger.warning("`--max_seq_length` %d is more than the model takes: %d.", data_args.max_seq_length, length)
+    limits = {
+        "train": data_args.max_train_samples,
+        "validation": data_args.max_eval_samples,
+        "test": data_args.max_predict_samples,
+    }
+    # Strings, or numbers that are not ids, become ids; -1 of an unlabelled test set stays out.
+    label = next(iter(raw.values())).features.get("label")
+    ids = None
+    if not hasattr(label, "names") and "float" not in getattr(label, "dtype", ""):
+        ids = {name: number for number, name in enumerate(understand(raw, data_args)[1])}
+
+    def prepare(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        padding = "max_length" if data_args.pad_to_max_length else False
+        text = (batch[name] for name in columns)
+        prepared = dict(tokenizer(*text, max_length=length, truncation=True, padding=padding))
+        if "label" in batch:
+            prepared["label"] = batch["label"] if ids is None else [ids.get(str(name), -1) for name in batch["label"]]
+        return prepared
+
+    prepared = {}
+    for split, rows in raw.items():
+        limit = limits.get(split.split("_")[0])
+        if limit is not None:
+            rows = rows.select(range(min(limit, len(rows))))
+        prepared[split] = rows.map(
+            prepare,
+            batched=True,
+            remove_columns=rows.column_names,
+            load_from_cache_file=not data_args.overwrite_cache,
+            desc=f"tokenize {split}",
+        )
+    for split, flag in (("train", "--do_train"), ("validation", "--do_eval")):
+        if split not in prepared:
+            logger.warning("There is no %s split: %s needs one.", split, flag)
+    return DatasetDict(prepared)
+
+
+def scorer(data_args: DataArguments, labels: list[str]) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Turns logits and labels into the task's metrics."""
+    task = data_args.task_name
+    if task is not None:
+        metric = load_metric("glue", task, data_args.metric_path, fallback=lambda **given: glue_metrics(task, **given))
+
+    def score(outcome: EvalPrediction) -> dict[str, float]:
+        predictions = answers(outcome.predictions, labels)
+        if task is not None:
+            scores = metric(predictions=predictions, references=outcome.label_ids)
+        elif labels:
+            scores = {"accuracy": float((predictions == outcome.label_ids).mean())}
+        else:
+            scores = {"mse": float(((predictions - outcome.label_ids) ** 2).mean())}
+        if len(scores) > 1:
+            scores["combined_score"] = float(np.mean(list(scores.values())))
+        return scores
+
+    return score
+
+
+def answers(predictions: Any, labels: list[str]) -> np.ndarray:
+    """Class ids, or numbers, from the model's logits."""
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    return logits.argmax(-1) if labels else logits.squeeze(-1)
+
+
+def predict(trainer: DynSparseTrainer, rows: datasets.Dataset, labels: list[str], name: str) -> None:
+    """Write predict_results_<name>.txt: index and prediction, as the GLUE server takes them."""
+    unlabelled = rows.remove_columns([name for name in rows.column_names if name == "label"])
+    found = answers(trainer.predict(unlabelled).predictions, labels)
+    if trainer.is_world_process_zero():
+        lines = [f"{i}\t{labels[int(x)] if labels else format(float(x), '.3f')}" for i, x in enumerate(found)]
+        path = Path(str(trainer.args.output_dir)) / f"predict_results_{name}.txt"
+        path.write_text("\n".join(["index\tprediction", *lines]) + "\n")
+        logger.info("%d predictions in %s", len(lines), path)
+
+
+def report(
+    trainer: DynSparseTrainer, results: dict[str, float], model_args: ModelArguments, data_args: DataArguments
+) -> None:
+    """Write summary.json and training.png, and say what was reached."""
+    folder = Path(str(trainer.args.output_dir))
+    about = {
+        "task": data_args.task_name or Path(data_args.train_file or str(data_args.dataset_name)).stem,
+        "start": Path(str(model_args.model_name_or_path)).name,
+    }
+    summary = about | summarize_finetuning(trainer, results)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    try:
+        plot_training(trainer.state.log_history, folder / "training.png", title=folder.name)
+    except ImportError as error:
+        logger.warning("No picture: %s", error)
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
+    print(f"\nResults in {folder}: {scores}; {summary['sparsity']:.1%} sparse")
+
+
+def describe(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
+    """What the card says beside the results."""
+    card: dict[str, Any] = {
+        "finetuned_from": model_args.model_name_or_path,
+        "tasks": "text-classification",
+        "tags": ["dynsparse", "block-sparse"],
+    }
+    if data_args.task_name is not None:
+        task = data_args.task_name
+        card |= {"language": "en", "dataset_tags": "glue", "dataset_args": task, "dataset": f"GLUE {task.upper()}"}
+    return card
+
+
+if __name__ == "__main__":
+    main()

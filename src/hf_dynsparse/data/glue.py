@@ -1,0 +1,166 @@
+"""The nine GLUE tasks: what their columns are, how their files are read, and what they are scored by."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Value
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """
+    One task (arXiv:1804.07461, section 3).
+
+    Attributes:
+        folder: name of its folder in the official download.
+        sentences: columns of the data set on the Hub.
+        columns: where they stand in the official files: names of the header, or positions if there is none.
+        label: column of the label, likewise.
+        labels: names of the classes in the order of their ids, as on the Hub; none for regression.
+        metrics: keys of `METRICS`; the first one decides which checkpoint is best.
+        splits: split of the data set, by the name of its file without the ending.
+    """
+
+    folder: str
+    sentences: tuple[str, ...]
+    columns: tuple[str | int, ...]
+    label: str | int
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    splits: Mapping[str, str] | None = None
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the label is a number."""
+        return not self.labels
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_PAIR = ("sentence1", "sentence2")
+_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+_MNLI_SPLITS = _SPLITS | {
+    f"{file}_{part}": f"{split}_{part}"
+    for file, split in (("dev", "validation"), ("test", "test"))
+    for part in ("matched", "mismatched")
+}
+
+GLUE_TASKS = {
+    "cola": GlueTask("CoLA", ("sentence",), (3,), 1, ("unacceptable", "acceptable"), ("matthews_correlation",)),
+    "mnli": GlueTask(
+        "MNLI",
+        ("premise", "hypothesis"),
+        _PAIR,
+        "gold_label",
+        ("entailment", "neutral", "contradiction"),
+        splits=_MNLI_SPLITS,
+    ),
+    "mrpc": GlueTask(
+        "MRPC",
+        _PAIR,
+        ("#1 String", "#2 String"),
+        "Quality",
+        ("not_equivalent", "equivalent"),
+        ("f1", "accuracy"),
+    ),
+    "qnli": GlueTask("QNLI", ("question", "sentence"), ("question", "sentence"), "label", _ENTAILMENT),
+    "qqp": GlueTask(
+        "QQP",
+        ("question1", "question2"),
+        ("question1", "question2"),
+        "is_duplicate",
+        ("not_duplicate", "duplicate"),
+        ("f1", "accuracy"),
+    ),
+    "rte": GlueTask("RTE", _PAIR, _PAIR, "label", _ENTAILMENT),
+    "sst2": GlueTask("SST-2", ("sentence",), ("sentence",), "label", ("negative", "positive")),
+    "stsb": GlueTask("STS-B", _PAIR, _PAIR, "score", (), ("pearson", "spearmanr")),
+    "wnli": GlueTask("WNLI", _PAIR, _PAIR, "label", ("not_entailment", "entailment")),
+}
+
+
+def read_glue(folder: str | Path, task: str) -> DatasetDict:
+    """
+    The splits of one task from the official tab-separated files in `folder`, with the columns of the Hub's `glue`:
+    the sentences, `label` (class id, or `float32` for STS-B; -1 or absent in test files) and `idx`.
+
+    Raises:
+        FileNotFoundError: if there is no training or development file.
+        ValueError: for a file without the task's columns, a row without its fields, or an unknown label.
+    """
+    about = GLUE_TASKS[task]
+    path = Path(folder) / about.folder
+    splits = {}
+    for file, split in (about.splits or _SPLITS).items():
+        if (path / f"{file}.tsv").is_file():
+            splits[split] = _read_tsv(path / f"{file}.tsv", about, has_labels=not split.startswith("test"))
+    if not splits.keys() - {"test"}:
+        raise FileNotFoundError(
+            f"`{task}` must have files such as train.tsv and dev.tsv in {path}. Got none. Give the folder that holds "
+            f"{about.folder}/, as in the official download."
+        )
+    return DatasetDict(splits)
+
+
+def _read_tsv(file: Path, task: GlueTask, *, has_labels: bool) -> Dataset:
+    # Nothing is quoted, and only `\n` ends a line: sentences hold single quotes and exotic line separators.
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+    without_header = isinstance(task.label, int) and has_labels
+    header = [] if without_header else [name.strip() for name in rows.pop(0)]
+    if without_header:
+        positions = dict(zip(task.sentences, task.columns, strict=True)) | {"label": task.label}
+    else:
+        names = task.columns if isinstance(task.columns[0], str) else task.sentences
+        wanted = dict(zip(task.sentences, names, strict=True)) | ({"label": task.label} if has_labels else {})
+        missing = [name for name in wanted.values() if name not in header]
+        if missing:
+            raise ValueError(f"{file} must have the columns {list(wanted.values())}. Got {header}: {missing} missing.")
+        positions = {column: header.index(name) for column, name in wanted.items()}
+    for number, row in enumerate(rows, start=1 if without_header else 2):
+        if len(row) <= max(positions.values()):
+            raise ValueError(
+                f"Each line of {file} must have at least {max(positions.values()) + 1} fields between tabs. Got "
+                f"{len(row)} in line {number}."
+            )
+    columns: dict[str, list] = {name: [row[place].strip() for row in rows] for name, place in positions.items()}
+    if has_labels:
+        columns["label"] = [_as_label(text, task, file) for text in columns["label"]]
+    else:
+        columns["label"] = [-1] * len(rows)
+    columns["idx"] = list(range(len(rows)))
+    kind = Value("float32") if task.is_regression else ClassLabel(names=list(task.labels))
+    return Dataset.from_dict(columns).cast_column("label", kind)
+
+
+def _as_label(text: str, task: GlueTask, file: Path) -> float | int:
+    if task.is_regression:
+        return float(text)
+    if text in task.labels:
+        return task.labels.index(text)
+    if text.isdecimal() and int(text) < len(task.labels):
+        return int(text)
+    raise ValueError(f"Labels of {file} must be among {', '.join(task.labels)}. Got {text!r}.")
+
+
+def glue_metrics(task: str, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+    """
+    The scores of a task by scikit-learn and scipy, under the names and in the units of `evaluate`'s `glue`: shares and
+    correlations, not percent.
+
+    Args:
+        task (`str`): a key of `GLUE_TASKS`.
+        predictions, references (`Sequence` of length `rows`): class ids, or numbers for STS-B.
+    """
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    compute = {
+        "accuracy": accuracy_score,
+        "f1": f1_score,
+        "matthews_correlation": matthews_corrcoef,
+        "pearson": lambda references, predictions: pearsonr(references, predictions)[0],
+        "spearmanr": lambda references, predictions: spearmanr(references, predictions)[0],
+    }
+    references, predictions = np.asarray(references), np.asarray(predictions)
+    return {name: float(compute[name](references, predictions)) for name in GLUE_TASKS[task].metrics}
