@@ -343,7 +343,8 @@ def tokenize(
         text = (batch[name] for name in columns)
         prepared = dict(tokenizer(*text, max_length=length, truncation=True, padding=padding))
         if "label" in batch:
-            prepared["label"] = batch["label"] if ids is None else [ids.get(str(name), -1) for name in batch["label"]]
+            # Not `label`: that column keeps the type that it had.
+            prepared["labels"] = batch["label"] if ids is None else [ids.get(str(name), -1) for name in batch["label"]]
         return prepared
 
     prepared = {}
@@ -393,7 +394,7 @@ def answers(predictions: Any, labels: list[str]) -> np.ndarray:
 
 def predict(trainer: DynSparseTrainer, rows: datasets.Dataset, labels: list[str], name: str) -> None:
     """Write predict_results_<name>.txt: index and prediction, as the GLUE server takes them."""
-    unlabelled = rows.remove_columns([name for name in rows.column_names if name == "label"])
+    unlabelled = rows.remove_columns([name for name in rows.column_names if name == "labels"])
     found = answers(trainer.predict(unlabelled).predictions, labels)
     if trainer.is_world_process_zero():
         lines = [f"{i}\t{labels[int(x)] if labels else format(float(x), '.3f')}" for i, x in enumerate(found)]

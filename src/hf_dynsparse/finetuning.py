@@ -142,13 +142,14 @@ def load_pretrained(
     known = config or AutoConfig.from_pretrained(
         name_or_path, **{name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
     )
-    if isinstance(known, DynSparseBertConfig) or getattr(known, "quantization_config", None) is not None:
+    is_sparse = isinstance(known, DynSparseBertConfig) and known.sparsity > 0
+    if is_sparse or getattr(known, "quantization_config", None) is not None:
         raise ValueError(
             f"`sparsity` is for dense checkpoints. Got {sparsity} for {name_or_path}, which is sparse or quantized "
             "already. Leave it out."
         )
     blocks = 16 if block_size is None else block_size
-    if known.model_type == "bert":
+    if known.model_type in ("bert", DynSparseBertConfig.model_type):
         sparse_class = auto_class._model_mapping[DynSparseBertConfig]
         if config is not None:
             kwargs = {**config.to_diff_dict(), **kwargs}

@@ -1,0 +1,226 @@
+"""run_glue_dynsparse.py and finetune_study.py as users run them, on tiny data made here."""
+
+import json
+import random
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from hf_dynsparse import sparse_layers
+from hf_dynsparse.data import GLUE_TASKS, glue_metrics
+from tests.data.test_glue import OFFICIAL
+from tests.toy import WORDS, toy_model, toy_tokenizer
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TOY = (
+    "--max_steps 3 --per_device_train_batch_size 8 --num_threads 1 --max_seq_length 24 --save_strategy no"
+    " --eval_strategy no --disable_tqdm true --kernel_tuning off --logging_steps 1 --use_cpu true --report_to none"
+)
+
+
+def sentence(draw):
+    return " ".join(draw.choice(WORDS[:44]) for _ in range(draw.randint(3, 12)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """`start`, a sparse pre-trained model; `glue`, the nine tasks in official files; files of one's own."""
+    folder = tmp_path_factory.mktemp("glue")
+    draw = random.Random(0)
+    toy_model().save_pretrained(folder / "start")
+    toy_tokenizer().save_pretrained(folder / "start")
+    toy_model(sparsity=0.0).save_pretrained(folder / "dense")
+    toy_tokenizer().save_pretrained(folder / "dense")
+    for task, about in GLUE_TASKS.items():
+        header, row = OFFICIAL[task]
+        path = folder / "glue" / about.folder
+        path.mkdir(parents=True)
+        for file, count in (("train", 24), ("dev", 12)):
+            lines = [header] if header else []
+            for number in range(count):
+                label = format(5 * draw.random(), ".2f") if not about.labels else str(number % len(about.labels))
+                cells = dict(enumerate(row)) if not header else dict(zip(header, row, strict=True))
+                cells |= {name: sentence(draw) for name in about.columns} | {about.label: label}
+                lines.append(list(cells.values()))
+            (path / f"{file}.tsv").write_text("".join("\t".join(line) + "\n" for line in lines))
+    test = "index\tsentence1\tsentence2\n" + "".join(f"{i}\t{sentence(draw)}\t{sentence(draw)}\n" for i in range(5))
+    (folder / "glue" / "STS-B" / "test.tsv").write_text(test)
+    (folder / "glue" / "RTE" / "test.tsv").write_text(test)
+    own = [{"text": sentence(draw), "label": draw.choice(["good", "bad", "so-so"])} for _ in range(20)]
+    (folder / "own.json").write_text("".join(json.dumps(row) + "\n" for row in own))
+    (folder / "own.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in own))
+    numbers = "".join(f"{row['text']},{draw.random():.3f}\n" for row in own)
+    (folder / "numbers.csv").write_text(f"text,label\n{numbers}")
+    (folder / "unlabelled.csv").write_text("text,mark\na,b\n")
+    return folder
+
+
+@pytest.fixture
+def run(data, tmp_path, monkeypatch):
+    """Run the script in this process; gives back its output folder."""
+    threads = torch.get_num_threads()
+
+    def run_script(flags, output="out", start="start"):
+        common = f"--model_name_or_path {data / start} --cache_dir {data / 'cache'} --output_dir {tmp_path / output}"
+        script = EXAMPLES / "run_glue_dynsparse.py"
+        monkeypatch.setattr(sys, "argv", shlex.split(f"{script} {TOY} {common} {flags}"))
+        runpy.run_path(str(script), run_name="__main__")
+        return tmp_path / output
+
+    yield run_script
+    torch.set_num_threads(threads)
+
+
+def predictions_of(folder, rows, tokenizer, columns):
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    text = [[row[name] for row in rows] for name in columns]
+    inputs = tokenizer(*text, max_length=24, truncation=True, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits.numpy()
+
+
+@pytest.mark.parametrize("task", GLUE_TASKS)
+def test_every_task(run, data, task):
+    from hf_dynsparse.data import read_glue
+
+    output = run(f"--task_name {task} --glue_dir {data / 'glue'}")
+    results = json.loads((output / "all_results.json").read_text())
+    about, rows = GLUE_TASKS[task], read_glue(data / "glue", task)["validation"]
+    logits = predictions_of(output, rows, toy_tokenizer(), about.sentences)
+    found = logits.argmax(-1) if about.labels else logits.squeeze(-1)
+    for name, score in glue_metrics(task, found, rows["label"]).items():
+        assert results[f"eval_{name}"] == pytest.approx(score, rel=1e-4), name
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["task"], summary["mode"], summary["sparsity"]) == (task, "locked", 0.75)
+    assert set(about.metrics) <= set(summary["metrics"])
+    config = json.loads((output / "config.json").read_text())
+    assert config["model_type"] == "dynsparse_bert"
+    if about.labels:
+        assert list(config["id2label"].values()) == list(about.labels)
+    card = (output / "README.md").read_text()
+    assert f"GLUE {task.upper()}" in card
+    assert "block-sparse" in card
+
+
+@pytest.mark.parametrize(("mode", "sparsity"), [("dense", 0.0), ("dynamic", 0.75)])
+def test_modes(run, data, mode, sparsity):
+    output = run(f"--task_name sst2 --glue_dir {data / 'glue'} --finetune_mode {mode} --max_steps 12")
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["mode"], summary["sparsity"]) == (mode, sparsity)
+    assert (summary["topology_updates"] > 0) == (mode == "dynamic")
+    loaded = AutoModelForSequenceClassification.from_pretrained(output)
+    assert bool(sparse_layers(loaded)) == (mode == "dynamic")
+
+
+def test_a_dense_start_with_a_teacher(run, data):
+    teacher = run(f"--task_name mrpc --glue_dir {data / 'glue'}", output="teacher", start="dense")
+    flags = f"--task_name mrpc --glue_dir {data / 'glue'} --sparsity 0.5 --block_size 1x4 --teacher {teacher}"
+    output = run(flags, start="dense")
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["sparsity"], summary["block_shapes"], summary["teacher"]) == (0.5, [[1, 4]], "teacher")
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert all(entry["dynsparse/distillation_loss"] >= 0 for entry in log if "loss" in entry)
+
+
+def test_predictions(run, data):
+    output = run(f"--task_name rte --glue_dir {data / 'glue'} --do_predict true")
+    lines = (output / "predict_results_rte.txt").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    assert [line.split("\t")[0] for line in lines[1:]] == ["0", "1", "2", "3", "4"]
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
+    only = run(f"--task_name rte --glue_dir {data / 'glue'} --do_train false --do_predict true", output="again")
+    assert (only / "predict_results_rte.txt").exists()
+    assert not (only / "model.safetensors").exists()
+
+
+def test_predictions_of_numbers(run, data):
+    output = run(f"--task_name stsb --glue_dir {data / 'glue'} --do_predict true")
+    lines = (output / "predict_results_stsb.txt").read_text().splitlines()[1:]
+    assert all(np.isfinite(float(line.split("\t")[1])) for line in lines)
+
+
+@pytest.mark.parametrize("file", ["own.csv", "own.json"])
+def test_files_of_ones_own(run, data, file):
+    output = run(f"--train_file {data / file} --validation_file {data / file}")
+    config = json.loads((output / "config.json").read_text())
+    assert list(config["id2label"].values()) == ["bad", "good", "so-so"]
+    assert 0 <= json.loads((output / "summary.json").read_text())["metrics"]["accuracy"] <= 1
+
+
+def test_numbers_of_ones_own(run, data):
+    output = run(f"--train_file {data / 'numbers.csv'} --validation_file {data / 'numbers.csv'}")
+    assert json.loads((output / "summary.json").read_text())["metrics"]["mse"] > 0
+
+
+def test_resume(run, data):
+    flags = f"--task_name sst2 --glue_dir {data / 'glue'} --max_steps 4 --save_strategy steps --save_steps 2"
+    whole = run(f"{flags} --save_total_limit 5", output="whole")
+    shutil.copytree(whole / "checkpoint-2", whole.parent / "part" / "checkpoint-2")
+    resumed = run(f"{flags} --resume_from_checkpoint last", output="part")
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--task_name sst3", "must be one of cola, mnli"),
+        ("", "Give the data"),
+        ("--glue_dir nowhere", "needs a `--task_name`"),
+        ("--task_name sst2 --glue_dir nowhere", "train.tsv and dev.tsv in nowhere/SST-2. Got none"),
+        ("--task_name sst2 --glue_dir {data}/glue --block_size 4", "needs a `sparsity`"),
+        ("--task_name sst2 --glue_dir {data}/glue --sparsity 0.5", "which is sparse or quantized already"),
+        ("--task_name sst2 --glue_dir {data}/glue --block_size 4xx", "Got '4xx'"),
+        ("--task_name sst2 --glue_dir {data}/glue --finetune_mode locked --num_topology_updates 3", "dynamic"),
+        ("--train_file {data}/own.csv", "`--do_eval` needs a `--validation_file`"),
+        ("--train_file {data}/none.csv --do_eval false", "which does not exist"),
+        ("--train_file {data}/glue --do_eval false", "must end in one of"),
+        ("--train_file {data}/own.csv --validation_file {data}/own.json", "one format"),
+        ("--train_file {data}/unlabelled.csv --do_eval false", "must have a column `label`. Got text, mark"),
+        ("--task_name mrpc --glue_dir {data}/glue --teacher {data}/dense", "which lacks"),
+    ],
+)
+def test_errors_come_before_any_work(run, data, tmp_path, flags, error):
+    with pytest.raises(SystemExit) as stopped:
+        run(flags.format(data=data))
+    message = str(stopped.value)
+    assert message.startswith("run_glue_dynsparse.py: error: ")
+    assert error in message
+    assert "\n" not in message
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_another_run_is_not_written_over(run, data):
+    flags = f"--task_name sst2 --glue_dir {data / 'glue'}"
+    run(flags)
+    with pytest.raises(SystemExit, match="must not hold another run"):
+        run(flags)
+
+
+@pytest.mark.slow
+def test_a_study(data, tmp_path, monkeypatch, capsys):
+    script = EXAMPLES / "finetune_study.py"
+    command = (
+        f"{script} --output_dir {tmp_path} --glue_dir {data / 'glue'} --start own={data / 'dense'} --tasks sst2"
+        f" --sparsities 0.5 --block_sizes 1x4 --teacher --jobs 2 --picture {tmp_path / 'study.png'}"
+        f" --flags '{TOY} --cache_dir {data / 'cache'}'"
+    )
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    runpy.run_path(str(script), run_name="__main__")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {result["arm"] for result in results} == {"own", "own-s0.5-b1x4", "own-s0.5-b1x4-teacher"}
+    assert {result["teacher"] for result in results} == {None, "seed-0"}
+    for result in results:
+        assert result["score"] == pytest.approx(100 * result["metrics"]["accuracy"])
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
+    runpy.run_path(str(script), run_name="__main__")  # finished runs are not run again
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
