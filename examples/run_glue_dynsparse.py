@@ -424,11 +424,9 @@ def report(
 
 def describe(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
     """What the card says beside the results."""
-    card: dict[str, Any] = {
-        "finetuned_from": model_args.model_name_or_path,
-        "tasks": "text-classification",
-        "tags": ["dynsparse", "block-sparse"],
-    }
+    card: dict[str, Any] = {"tasks": "text-classification", "tags": ["dynsparse", "block-sparse"]}
+    if not os.path.isdir(str(model_args.model_name_or_path)):  # a card may name models of the Hub only
+        card["finetuned_from"] = model_args.model_name_or_path
     if data_args.task_name is not None:
         task = data_args.task_name
         card |= {"language": "en", "dataset_tags": "glue", "dataset_args": task, "dataset": f"GLUE {task.upper()}"}

@@ -18,8 +18,9 @@ class Place(NamedTuple):
     never: Set[str] = frozenset()  # parts of the package that lie on an allowed floor, but not for this one
 
 
-MODELS = {"torch", "transformers", "huggingface_hub"}
+MODELS = {"torch", "transformers", "huggingface_hub", "safetensors"}
 DATA = {"torch", "transformers", "datasets", "tokenizers", "numpy", "huggingface_hub", "tqdm"}
+SCORES = {"sklearn", "scipy"}
 TRAINER = {"torch", "transformers", "accelerate", "huggingface_hub", "safetensors", "numpy"}
 
 # A file, or a folder with all that is in it unless a file of it is named as well.
@@ -34,10 +35,14 @@ PLACES = {
     "optim.py": Place(1, {"torch"}),
     "distillation.py": Place(1, {"torch"}),
     "topology/": Place(2, {"torch"}),
+    "body.py": Place(3, {"torch", "transformers"}),
     "flops.py": Place(3, {"torch", "transformers"}),
+    "peft.py": Place(3, {"torch", "transformers", "peft"}),
+    "quantizer.py": Place(3, {"torch", "transformers"}, never={"topology/"}),
     "seeded_dropout.py": Place(3, {"torch", "transformers"}),
     "models/": Place(3, MODELS, never={"topology/"}),  # a loaded model is a plain model
     "data/": Place(3, DATA, never={"topology/", "models/"}),
+    "data/glue.py": Place(3, DATA | SCORES, never={"topology/", "models/"}),
     "trainer.py": Place(4, TRAINER),
     "finetuning.py": Place(4, TRAINER | {"evaluate"}),
     "arguments.py": Place(4, TRAINER),
@@ -47,7 +52,7 @@ PLACES = {
     "plots.py": Place(5, {"matplotlib", "numpy"}),
     "__init__.py": Place(6, set()),  # the public list
 }
-LAZY = {"matplotlib"}  # optional: imported where used, so that the package works without them
+LAZY = {"matplotlib", "sklearn", "scipy"}  # optional: imported where used, so that the package works without them
 
 
 def place_of(file: str) -> str | None:

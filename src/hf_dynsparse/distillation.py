@@ -58,7 +58,8 @@ class Distillation:
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature, self.weight = temperature, weight
         self._accepted = set(inspect.signature(teacher.forward).parameters) - set(LABELS)
-        self._sum, self._count = 0.0, 0
+        self._sum: torch.Tensor | float = 0.0
+        self._count = 0
 
     def check_student(self, student: nn.Module) -> None:
         """

@@ -9,7 +9,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .arguments import DynSparseTrainingArguments
 from .models import DynSparseBertConfig
-from .nn import densify_, sparse_layers, topology_summary
+from .nn import sparse_layers, topology_summary
+from .quantizer import DynSparseQuantizationConfig, densify_
 
 
 logger = logging.getLogger(__name__)
@@ -55,10 +56,10 @@ class FinetuningArguments(DynSparseTrainingArguments):
             "choices": list(FINETUNE_MODES),
         },
     )
-    learning_rate: float | None = field(
+    learning_rate: float | None = field(  # type: ignore[assignment]  # until `prepare_finetuning_`
         default=None, metadata={"help": f"Peak rate. Default: the recipe of the mode ({_recipes('learning_rate')})."}
     )
-    num_train_epochs: float | None = field(
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": f"Epochs. Default: the recipe of the mode ({_recipes('num_train_epochs')})."}
     )
     pruning_ratio: float = field(
@@ -152,10 +153,9 @@ def load_pretrained(
     if known.model_type in ("bert", DynSparseBertConfig.model_type):
         sparse_class = auto_class._model_mapping[DynSparseBertConfig]
         if config is not None:
-            kwargs = {**config.to_diff_dict(), **kwargs}
+            kwargs["config"] = DynSparseBertConfig.from_stock(config, sparsity=sparsity, block_size=blocks)
+            return sparse_class.from_pretrained(name_or_path, **kwargs)
         return sparse_class.from_pretrained(name_or_path, sparsity=sparsity, block_size=blocks, **kwargs)
-    from .quantizer import DynSparseQuantizationConfig
-
     settings = DynSparseQuantizationConfig(sparsity=sparsity, block_size=blocks)
     return auto_class.from_pretrained(name_or_path, config=config, quantization_config=settings, **kwargs)
 

@@ -42,7 +42,7 @@ def dense_bytes(model: PreTrainedModel, part: str = "") -> int:
     """
     Bytes of the parameters of the same model with dense layers, tied ones once: counted on meta, nothing is allocated.
     """
-    config = model.config.__class__.from_dict({**model.config.to_dict(), "sparsity": 0.0})
+    config = model.config.__class__.from_dict({**model.config.to_dict(), "sparsity": 0.0, "nnzb": None})
     with torch.device("meta"):
         twin = type(model)(config)
     size = next(model.parameters()).element_size()
@@ -62,7 +62,7 @@ def summarize_run(trainer: DynSparseTrainer, metrics: dict[str, float], seq_len:
         trainer.state,
         Path(str(trainer.args.output_dir)),
     )
-    dense_config = DynSparseBertConfig.from_dict({**model.config.to_dict(), "sparsity": 0.0})
+    dense_config = DynSparseBertConfig.from_dict({**model.config.to_dict(), "sparsity": 0.0, "nnzb": None})
     sparse_flops = flops_per_sequence(model, seq_len)
     topology = trainer.topology.metrics if trainer.topology else {}
     return {

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
@@ -106,28 +107,29 @@ def read_glue(folder: str | Path, task: str) -> DatasetDict:
 def _read_tsv(file: Path, task: GlueTask, *, has_labels: bool) -> Dataset:
     # Nothing is quoted, and only `\n` ends a line: sentences hold single quotes and exotic line separators.
     rows = [line.split("\t") for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+    wanted = dict(zip(task.sentences, task.columns, strict=True)) | {"label": task.label}
     without_header = isinstance(task.label, int) and has_labels
-    header = [] if without_header else [name.strip() for name in rows.pop(0)]
     if without_header:
-        positions = dict(zip(task.sentences, task.columns, strict=True)) | {"label": task.label}
+        positions = {column: int(place) for column, place in wanted.items()}
     else:
-        names = task.columns if isinstance(task.columns[0], str) else task.sentences
-        wanted = dict(zip(task.sentences, names, strict=True)) | ({"label": task.label} if has_labels else {})
-        missing = [name for name in wanted.values() if name not in header]
+        header = [name.strip() for name in rows.pop(0)]
+        if not has_labels:
+            del wanted["label"]
+        # Test files of a task without headers have one, with the Hub's names.
+        names = {column: name if isinstance(name, str) else column for column, name in wanted.items()}
+        missing = [name for name in names.values() if name not in header]
         if missing:
-            raise ValueError(f"{file} must have the columns {list(wanted.values())}. Got {header}: {missing} missing.")
-        positions = {column: header.index(name) for column, name in wanted.items()}
+            raise ValueError(f"{file} must have the columns {list(names.values())}. Got {header}: {missing} missing.")
+        positions = {column: header.index(name) for column, name in names.items()}
+    fields = max(positions.values()) + 1
     for number, row in enumerate(rows, start=1 if without_header else 2):
-        if len(row) <= max(positions.values()):
+        if len(row) < fields:
             raise ValueError(
-                f"Each line of {file} must have at least {max(positions.values()) + 1} fields between tabs. Got "
-                f"{len(row)} in line {number}."
+                f"Each line of {file} must have at least {fields} fields between tabs. "
+                f"Got {len(row)} in line {number}."
             )
     columns: dict[str, list] = {name: [row[place].strip() for row in rows] for name, place in positions.items()}
-    if has_labels:
-        columns["label"] = [_as_label(text, task, file) for text in columns["label"]]
-    else:
-        columns["label"] = [-1] * len(rows)
+    columns["label"] = [_as_label(text, task, file) for text in columns["label"]] if has_labels else [-1] * len(rows)
     columns["idx"] = list(range(len(rows)))
     kind = Value("float32") if task.is_regression else ClassLabel(names=list(task.labels))
     return Dataset.from_dict(columns).cast_column("label", kind)
@@ -155,12 +157,12 @@ def glue_metrics(task: str, predictions: Sequence[float], references: Sequence[f
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    compute = {
+    compute: dict[str, Any] = {
         "accuracy": accuracy_score,
         "f1": f1_score,
         "matthews_correlation": matthews_corrcoef,
         "pearson": lambda references, predictions: pearsonr(references, predictions)[0],
         "spearmanr": lambda references, predictions: spearmanr(references, predictions)[0],
     }
-    references, predictions = np.asarray(references), np.asarray(predictions)
-    return {name: float(compute[name](references, predictions)) for name in GLUE_TASKS[task].metrics}
+    truth, found = np.asarray(references), np.asarray(predictions)
+    return {name: float(compute[name](truth, found)) for name in GLUE_TASKS[task].metrics}

@@ -1,13 +1,16 @@
 """What a DynSparse BERT is: the stock configuration plus sparsity, block size and distribution."""
 
+import logging
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 
 from ...distributions import DISTRIBUTIONS, active_blocks
-from ...layout import as_block_shape, check_sparsity
+from ...layout import as_block_shape, block_grid, check_sparsity
 
+
+logger = logging.getLogger(__name__)
 
 # layers, hidden, heads, intermediate (Turc et al., arXiv:1908.08962; the family of arXiv:2108.06277, section 4)
 PRESETS: dict[str, tuple[int, int, int, int]] = {
@@ -54,6 +57,10 @@ class DynSparseBertConfig(BertConfig):
             Side of a square block; 1 is unstructured. Must divide both sides of every encoder matrix.
         distribution (`str`, defaults to `"uniform"`):
             How the density is spread over the layers: `"uniform"` (the paper) or `"erk"`.
+        nnzb (`dict[str, int]`, *optional*):
+            Number of active blocks of each sparse layer, by its name inside the encoder such as
+            `"layer.0.attention.self.query"`; a layer not named is dense. Overrides `sparsity` and `distribution`:
+            `sparsity` is then what it amounts to, for information.
         sparse_prediction (`bool`, defaults to `True`):
             Whether the masked-language-modelling head computes logits at masked positions only while training.
 
@@ -72,6 +79,7 @@ class DynSparseBertConfig(BertConfig):
     sparsity: float | int = 0.9
     block_size: int | list[int] | tuple[int, int] = 16
     distribution: str = "uniform"
+    nnzb: dict[str, int] | None = None
     sparse_prediction: bool = True
 
     def validate_heads(self) -> None:
@@ -88,8 +96,23 @@ class DynSparseBertConfig(BertConfig):
         as_block_shape(self.block_size)
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"`distribution` must be one of {', '.join(DISTRIBUTIONS)}. Got {self.distribution!r}.")
-        if self.sparsity > 0:
+        if self.nnzb is None:
             self.nnzb_per_layer()
+
+    def validate_nnzb(self) -> None:
+        """Check numbers of active blocks against the shapes of the encoder."""
+        shapes = encoder_shapes(self)
+        for name, nnzb in (self.nnzb or {}).items():
+            if name not in shapes:
+                raise ValueError(
+                    f"`nnzb` must name layers of the encoder. Got {name!r}. Choose from {', '.join(shapes)}."
+                )
+            rows, columns = block_grid(shapes[name], self.block_shape, f"`{name}`")
+            if not 1 <= nnzb <= rows * columns:
+                raise ValueError(
+                    f"`nnzb` of {name} must lie in [1, {rows * columns}]. Got {nnzb}. Leave the layer out to make it "
+                    "dense."
+                )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "DynSparseBertConfig":
@@ -113,10 +136,41 @@ class DynSparseBertConfig(BertConfig):
         }
         return cls(**{**arguments, **overrides})
 
+    @classmethod
+    def from_stock(cls, config: BertConfig, **overrides: Any) -> "DynSparseBertConfig":
+        """The configuration of a sparse model with the dimensions of a dense one; the inverse of `to_stock`."""
+        return cls.from_dict(_without_identity(config.to_dict()), **overrides)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers. A dense BERT is read as one of ours, which says so if nothing tells how sparse."""
+        config_dict, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") != "bert":
+            return config_dict, unused
+        if not {"sparsity", "block_size", "nnzb"} & kwargs.keys():
+            logger.warning(
+                "%s is a dense BERT and neither `sparsity` nor `block_size` is given: the defaults apply, sparsity %g "
+                "and block size %s.",
+                pretrained_model_name_or_path,
+                cls.sparsity,
+                cls.block_size,
+            )
+        return _without_identity(config_dict), unused
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; `sparsity`, `block_size` and the like are checked together with the dimensions."""
+        # Else the defaults would be checked first, and what is given not at all.
+        ours = {name: kwargs.pop(name) for name in _OURS & kwargs.keys()}
+        return super().from_dict({**config_dict, **ours}, **_without_identity(kwargs))
+
     def to_stock(self) -> BertConfig:
         """The configuration of the dense model of the same size, without what is ours."""
-        ours = {*DynSparseBertConfig.__annotations__, "model_type", "architectures", "transformers_version"}
-        return BertConfig(**{key: value for key, value in self.to_dict().items() if key not in ours})
+        return BertConfig(
+            **{key: value for key, value in _without_identity(self.to_dict()).items() if key not in _OURS}
+        )
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -125,6 +179,8 @@ class DynSparseBertConfig(BertConfig):
 
     def nnzb_per_layer(self) -> dict[str, int]:
         """Number of active blocks of each encoder layer, by its name inside the encoder; empty for a dense model."""
+        if self.nnzb is not None:
+            return dict(self.nnzb)
         if not self.sparsity:
             return {}
         return active_blocks(encoder_shapes(self), self.sparsity, self.block_shape, self.distribution)
@@ -132,6 +188,17 @@ class DynSparseBertConfig(BertConfig):
     def num_active_entries(self) -> int:
         """Active entries `nnz` of all encoder matrices."""
         rows, columns = self.block_shape
-        if not self.sparsity:
-            return sum(out * inp for out, inp in encoder_shapes(self).values())
-        return sum(self.nnzb_per_layer().values()) * rows * columns
+        nnzb = self.nnzb_per_layer()
+        return sum(
+            nnzb[name] * rows * columns if name in nnzb else out_features * in_features
+            for name, (out_features, in_features) in encoder_shapes(self).items()
+        )
+
+
+_OURS = frozenset(DynSparseBertConfig.__annotations__)
+
+
+def _without_identity(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as a dictionary, less what says whose it is."""
+    identity = {"model_type", "architectures", "transformers_version"}
+    return {key: value for key, value in config_dict.items() if key not in identity}

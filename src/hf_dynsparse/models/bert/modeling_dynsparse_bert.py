@@ -1,8 +1,10 @@
 """BERT with a block-sparse encoder: the stock forward passes over an encoder that is never allocated dense."""
 
-from typing import Any
+import logging
+from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     BertForMaskedLM,
@@ -13,6 +15,7 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     BertPreTrainedModel,
+    PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import MaskedLMOutput
@@ -27,11 +30,15 @@ from transformers.models.bert.modeling_bert import (
 
 from ...layout import random_block_index
 from ...nn import BlockSparseLinear, sparse_layers
+from ..loading import count_nonzero_blocks, load_whole, unreadable
 from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes
 
 
+logger = logging.getLogger(__name__)
+
+
 class DynSparseBertPreTrainedModel(BertPreTrainedModel):
-    """Initialisation, saving and export shared by all DynSparse BERT models."""
+    """Initialisation, loading, saving, import and export shared by all DynSparse BERT models."""
 
     config: DynSparseBertConfig
     # Inherited losses are means over a batch, although their forward takes any argument: the Trainer must be told.
@@ -51,10 +58,117 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        As in transformers, from a DynSparse BERT or a dense BERT, in a folder or on the Hub.
+
+        Of a dense checkpoint every encoder matrix keeps its blocks of largest L1 norm, ties to the lower id, as many
+        as the configuration says: `sparsity`, `block_size` and `distribution` are arguments like any other of the
+        configuration.
+
+        No model is half random: a checkpoint must hold every tensor of the embeddings and the encoder. Heads and
+        poolers may be missing, or with `ignore_mismatched_sizes=True` have other shapes, and then start afresh.
+
+        Raises:
+            ValueError: naming tensor and file, if a tensor is missing or of another shape, a block index is not int32,
+                out of range or repeated, or a file cannot be read.
+
+        Example:
+            ```python
+            >>> model = DynSparseBertForMaskedLM.from_pretrained("bert-base-uncased", sparsity=0.9, block_size=16)
+            ```
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise unreadable(pretrained_model_name_or_path, error) from error
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        stock_load = BertPreTrainedModel._load_pretrained_model
+        # Expected keys are an adapter's, which comes on top of a loaded model; nothing at all asks for a fresh one.
+        if expected_keys is not None or state_dict == {}:
+            return stock_load(model, state_dict, checkpoint_files, load_config, expected_keys)
+        return load_whole(stock_load, model, state_dict, checkpoint_files, load_config)
+
+    @classmethod
+    def from_dense(cls, model: PreTrainedModel, config: DynSparseBertConfig) -> Self:
+        """
+        A sparse copy of a stock BERT in memory: every encoder matrix keeps its blocks of largest L1 norm, ties to the
+        lower id. A head that `model` does not have starts afresh. Nothing is shared with `model`.
+
+        Args:
+            model (`PreTrainedModel`): of the stock class with the same head, or a [`~transformers.BertModel`].
+            config (`DynSparseBertConfig`): of the same dimensions, such as `DynSparseBertConfig.from_stock(...)`.
+
+        Raises:
+            ValueError: naming the first tensor that has other dimensions in `config`.
+
+        Example:
+            ```python
+            >>> config = DynSparseBertConfig.from_stock(bert.config, sparsity=0.9, block_size=16)
+            >>> model = DynSparseBertForMaskedLM.from_dense(bert, config)
+            ```
+        """
+        # Copies: a loaded model takes over the very tensors that it is given.
+        state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        sparse: Any = cls.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
+        return sparse.to(model.device).train(model.training)
+
+    @classmethod
+    def from_nonzeros(cls, name_or_path_or_model: Any, block_size: int | tuple[int, int] = 1, **kwargs: Any) -> Self:
+        """
+        A sparse copy of a dense BERT that was pruned: it has the active blocks which hold an entry other than zero,
+        layer by layer, and the same outputs. `config.nnzb` says how many.
+
+        An encoder matrix stays dense if less than 1 % of its entries are zero, or if no block of it is. Embeddings,
+        pooler and heads stay dense, with the zeros that they have.
+
+        Args:
+            name_or_path_or_model (`str`, `os.PathLike` or `PreTrainedModel`): a checkpoint, or a model in memory.
+            block_size (`int` or `tuple[int, int]`, defaults to 1): that of the pruning; 1 if it was unstructured.
+            kwargs: for a checkpoint: passed to `from_pretrained`, such as `num_labels`.
+
+        Raises:
+            ValueError: if there is no zero block in any layer, or the checkpoint is refused by `from_pretrained`.
+
+        Example:
+            ```python
+            >>> name = "Intel/bert-base-uncased-sparse-90-unstructured-pruneofa"
+            >>> model = DynSparseBertForMaskedLM.from_nonzeros(name)
+            ```
+        """
+        dense = name_or_path_or_model
+        if not isinstance(dense, PreTrainedModel):
+            dense = cls.from_pretrained(dense, sparsity=0.0, **kwargs)
+        elif kwargs:
+            raise ValueError(
+                f"Only a checkpoint takes arguments of `from_pretrained`. Got a model and {', '.join(kwargs)}. Leave "
+                "them out."
+            )
+        config = DynSparseBertConfig.from_stock(dense.config, sparsity=0.0, block_size=block_size, nnzb=None)
+        encoder = dense.base_model.encoder
+        weights = {name: encoder.get_submodule(name).weight for name in encoder_shapes(config)}
+        nnzb = count_nonzero_blocks(weights, config.block_shape)
+        if not nnzb:
+            rows, columns = config.block_shape
+            raise ValueError(
+                f"`from_nonzeros` must find zero blocks of {rows} x {columns}. Got none in the encoder of "
+                f"{dense.name_or_path or type(dense).__name__}. Give a smaller `block_size`, or prune here: "
+                "`from_pretrained(..., sparsity=0.9)`."
+            )
+        config.nnzb = nnzb
+        config.sparsity = 1.0 - config.num_active_entries() / sum(weight.numel() for weight in weights.values())
+        logger.info("%d of %d layers are sparse; sparsity %.4f.", len(nnzb), len(weights), config.sparsity)
+        return cls.from_dense(dense, config)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers: values and block indices travel as they are. A densified model says so in its config."""
         if not sparse_layers(self):
-            self.config.sparsity = 0.0
+            self.config.sparsity, self.config.nnzb = 0.0, None
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()

@@ -1,0 +1,221 @@
+"""Loading: a dense checkpoint becomes sparse on its way in, and no checkpoint is loaded by half."""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+from transformers.modeling_utils import load_state_dict
+
+from ..layout import block_grid
+from ..nn import DENSE_PARTS, BlockSparseLinear, sparse_layers
+
+
+logger = logging.getLogger(__name__)
+
+_GIVEN = "the given `state_dict`"
+
+
+class KeepLargestBlocks(ConversionOps):
+    """A dense weight to `values` and `block_index` of the layer that takes it, by `BlockSparseLinear.from_dense`."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        ((weight,),) = input_dict.values()
+        name = kwargs["full_layer_name"].rpartition(".")[0]
+        layer = kwargs["model"].get_submodule(name)
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        kept = BlockSparseLinear.from_dense(linear, layer.block_shape, nnzb=layer.nnzb)
+        return {f"{name}.values": kept.values.detach(), f"{name}.block_index": kept.block_index}
+
+
+def dense_conversions(model: PreTrainedModel) -> list[WeightConverter]:
+    """
+    What turns the dense weights of a checkpoint into those of the sparse layers of `model`. It names these layers one
+    by one: the others stay dense, and take their weights as they are.
+    """
+    layers = sparse_layers(model.base_model)
+    if not layers:
+        return []
+    names = "|".join(map(re.escape, layers))
+    return [WeightConverter(rf"({names})\.weight", [r"\1.values", r"\1.block_index"], [KeepLargestBlocks()])]
+
+
+def count_nonzero_blocks(weights: Mapping[str, torch.Tensor], block_shape: tuple[int, int]) -> dict[str, int]:
+    """
+    Active blocks `nnzb` of each dense weight of shape `(out_features, in_features)` that is worth being sparse: one
+    with 1 % zeros or more, and with a zero block. At least one, if all are zero.
+
+    Raises:
+        ValueError: if the block does not divide a weight.
+    """
+    rows, columns = block_shape
+    nnzb = {}
+    for name, weight in weights.items():
+        grid = block_grid((weight.shape[0], weight.shape[1]), block_shape, f"`{name}`")
+        nonzero = weight != 0
+        active = int(nonzero.reshape(grid[0], rows, grid[1], columns).any(3).any(1).sum())
+        zeros = weight.numel() - int(nonzero.sum())
+        if 100 * zeros >= weight.numel() and active < grid[0] * grid[1]:
+            nnzb[name] = max(1, active)
+    return nnzb
+
+
+def load_whole(
+    load: Callable[..., Any],
+    model: Any,
+    state_dict: Mapping[str, torch.Tensor] | None,
+    files: list[str] | None,
+    load_config: Any,
+) -> Any:
+    """
+    Fill `model`, which stands on meta, by transformers' own `load`: dense weights made sparse, and only if the
+    checkpoint has all that is needed. Before that is known nothing is read but headers.
+
+    Raises:
+        ValueError: naming tensor and file.
+    """
+    source = _describe(files) if state_dict is None and files else _GIVEN
+    load_config = replace(load_config, weight_mapping=[*load_config.weight_mapping, *dense_conversions(model)])
+    converted = _check_checkpoint(model, _tensors_of(state_dict, files), source, load_config)
+    loaded = load(model, state_dict, files, load_config)
+    for name, layer in sparse_layers(model).items():
+        if layer.block_index.device.type != "meta":  # as under a `device_map` with "disk"
+            layer.layout.validate(f"`{name}` in {source}")
+    # Else saving would undo what loading did: dense weights, and old names that no resumed run would find.
+    model._weight_conversions = []
+    if converted:
+        logger.info(
+            "%s is dense: %d layers keep their blocks of largest L1 norm (block size %s, sparsity %g).",
+            source,
+            converted,
+            model.config.block_size,
+            model.config.sparsity,
+        )
+    return loaded
+
+
+def unreadable(name_or_path: Any, error: Exception) -> ValueError:
+    """The error for a file that is no safetensors file: the first such in a folder, or somewhere in a repository."""
+    place = name_or_path
+    for file in sorted(Path(name_or_path).glob("*.safetensors")):
+        try:
+            load_state_dict(file, map_location="meta")
+        except SafetensorError:
+            place = file
+            break
+    return ValueError(
+        f"A checkpoint must consist of whole safetensors files. Got {place}, which cannot be read: {error}. Copy or "
+        "download it again."
+    )
+
+
+class _Held(NamedTuple):
+    """A tensor of a checkpoint: its name there, itself (on meta if it stands in a file), and where it is."""
+
+    key: str
+    tensor: torch.Tensor
+    place: str
+
+
+def _tensors_of(state_dict: Mapping[str, torch.Tensor] | None, files: list[str] | None) -> list[_Held]:
+    if state_dict is not None:
+        return [_Held(key, tensor, _GIVEN) for key, tensor in state_dict.items()]
+    return [
+        _Held(key, tensor, str(file))
+        for file in files or ()
+        for key, tensor in load_state_dict(file, map_location="meta").items()
+    ]
+
+
+def _describe(files: list[str]) -> str:
+    """The file of a checkpoint; of several, the index that lists them."""
+    if len(files) == 1:
+        return str(files[0])
+    folder = Path(files[0]).parent
+    return str(next(iter(sorted(folder.glob("*.index*.json"))), folder))
+
+
+def _check_checkpoint(model: PreTrainedModel, tensors: list[_Held], source: str, load_config: Any) -> int:
+    """Number of layers to convert, if every tensor of embeddings and encoder is there, in the right shape."""
+    expected = model.state_dict()
+    renamings = [transform for transform in load_config.weight_mapping if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in load_config.weight_mapping if isinstance(transform, WeightConverter)]
+    held, converted = set[str](), 0
+    # Indices last: the shape of `values` says more about what is wrong.
+    for item in sorted(tensors, key=lambda item: item.key.endswith(".block_index")):
+        # The loader's own rules: old names, dense weights, with or without the prefix of the base model.
+        name, pattern = rename_source_key(item.key, renamings, converters, model.base_model_prefix, expected)
+        if name not in expected:
+            continue
+        held.add(name)
+        shape = tuple(expected[name].shape)
+        if pattern is not None:
+            layer_name = name.rpartition(".")[0]
+            held.add(f"{layer_name}.block_index")
+            shape = sparse_layers(model)[layer_name].shape
+            converted += 1
+        _check_tensor(item, name, shape, load_config.ignore_mismatched_sizes)
+    # A tied tensor is there if its twin is.
+    held |= {twin for name, twin in model.all_tied_weights_keys.items() if name in held}
+    missing = [name for name in expected if name not in held and not _is_head(name)]
+    if missing:
+        raise ValueError(
+            "A checkpoint must hold every tensor of the embeddings and the encoder. "
+            + _what_is_missing(model, missing, [name for name in held if not _is_head(name)], tensors, source)
+        )
+    return converted
+
+
+def _check_tensor(item: _Held, name: str, shape: tuple[int, ...], ignore_mismatched_heads: bool) -> None:
+    got = tuple(item.tensor.shape)
+    # The loader would cast another dtype without a word.
+    if item.key.endswith(".block_index") and item.tensor.dtype != torch.int32:
+        raise ValueError(
+            f"`{item.key}` must be of dtype torch.int32. Got {item.tensor.dtype} in {item.place}. The checkpoint is "
+            "damaged: load an intact one."
+        )
+    if got == shape or (ignore_mismatched_heads and _is_head(name)):
+        return
+    if _is_head(name):
+        fix = "Change `num_labels`, or pass `ignore_mismatched_sizes=True` to start this head afresh."
+    elif item.key.endswith((".values", ".block_index")):
+        fix = (
+            "Load it with the `sparsity`, `block_size`, `distribution` and `nnzb` that it was saved with: leave them "
+            "out, and mend config.json if it was changed."
+        )
+    else:
+        fix = "Give the configuration the dimensions of the checkpoint."
+    raise ValueError(f"`{item.key}` must have shape {shape} by the configuration. Got {got} in {item.place}. {fix}")
+
+
+def _what_is_missing(
+    model: PreTrainedModel, missing: list[str], found: list[str], tensors: list[_Held], source: str
+) -> str:
+    if not found:
+        few = ", ".join(f"`{item.key}`" for item in tensors[:3]) or "nothing"
+        return f"Got {source} with none of {type(model).__name__}: it holds {few}. Load a BERT or a DynSparse BERT."
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return (
+        f"Got {source} without `{missing[0]}`{more}. It is incomplete, or config.json does not describe it: compare "
+        "`num_hidden_layers`, `sparsity` and `nnzb`."
+    )
+
+
+def _is_head(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in DENSE_PARTS)
