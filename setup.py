@@ -88,9 +88,14 @@ install_requires = [
 ]
 
 extras = {}
+extras["glue"] = ["scikit-learn"]  # scores; scipy comes with it
+extras["peft"] = ["peft>=0.21.2,<0.22"]  # LoRA layers build on how this minor version registers them
 extras["plots"] = ["matplotlib>=3.8"]
 extras["triton"] = ["triton>=3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"]
-extras["test"] = ["pytest>=9.0", "pytest-xdist", "scikit-learn", *extras["plots"], *extras["triton"]]
+extras["test"] = [
+    *("pytest>=9.0", "pytest-xdist"),
+    *(extras["glue"] + extras["peft"] + extras["plots"] + extras["triton"]),
+]
 extras["quality"] = ["ruff>=0.17", "mypy>=2.4"]
 
 setup(

@@ -43,7 +43,7 @@ from transformers import (
 )
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
-from hf_dynsparse.checkpoint import find_run_to_resume
+from hf_dynsparse.checkpoint import check_same_model, find_run_to_resume
 from hf_dynsparse.data import GLUE_TASKS, glue_metrics, read_glue
 from hf_dynsparse.finetuning import (
     FinetuningArguments,
@@ -191,6 +191,8 @@ def main() -> None:
         if args.teacher:
             teacher = load_teacher(AutoModelForSequenceClassification, args.teacher, **{**hub, "revision": "main"})
         prepare_finetuning_(model, args)
+        if checkpoint is not None:
+            check_same_model(model, checkpoint)
         with args.main_process_first(desc="tokenize"):
             examples = tokenize(raw, columns, tokenizer, data_args, model.config.max_position_embeddings)
         trainer = DynSparseTrainer(

@@ -166,6 +166,8 @@ def test_resume(run, data):
     shutil.copytree(whole / "checkpoint-2", whole.parent / "part" / "checkpoint-2")
     resumed = run(f"{flags} --resume_from_checkpoint last", output="part")
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="must have the model of its checkpoint. Got `bert.encoder"):
+        run(f"{flags} --resume_from_checkpoint last --finetune_mode dense", output="part")
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from .models import (
     DynSparseBertForTokenClassification,
     DynSparseBertModel,
 )
-from .nn import BlockSparseLinear, densify_, sparse_layers, sparsify_, topology_summary
+from .nn import BlockSparseLinear, sparse_layers, topology_summary
 from .ops import configure_kernels, use_backend
 from .optim import group_lasso_, sparse_learning_rate
+from .quantizer import DynSparseQuantizationConfig, densify_, sparsify_
 from .seeded_dropout import seed_dropout_
 from .topology import TopologyUpdater, prune_regrow_
 from .trainer import DynSparseTrainer
@@ -36,6 +37,7 @@ __all__ = [
     "DynSparseBertForSequenceClassification",
     "DynSparseBertForTokenClassification",
     "DynSparseBertModel",
+    "DynSparseQuantizationConfig",
     "DynSparseTrainer",
     "DynSparseTrainingArguments",
     "KernelCallback",

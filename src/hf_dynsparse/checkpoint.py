@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import safe_open
+from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 
@@ -62,3 +64,27 @@ def find_run_to_resume(output_dir: str | Path, resume_from_checkpoint: str | Non
             "--resume_from_checkpoint last to go on with that run."
         )
     return None
+
+
+def check_same_model(model: PreTrainedModel, checkpoint: str | Path) -> None:
+    """
+    Refuse to go on with another model than that of `checkpoint`: the Trainer would take the weights whose names agree,
+    and leave the others as they are.
+
+    Raises:
+        ValueError: naming the first tensor that the checkpoint lacks, or has in another shape.
+    """
+    saved: dict[str, list[int]] = {}
+    for file in Path(checkpoint).glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            saved |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    exploration = (".ever_active", ".active_since")  # a run without it may be followed by one with
+    for name, tensor in model.state_dict().items():
+        if saved and name not in tied and not name.endswith(exploration) and saved.get(name) != list(tensor.shape):
+            theirs = tuple(saved[name]) if name in saved else "none"
+            raise ValueError(
+                f"A resumed run must have the model of its checkpoint. Got `{name}` of shape {tuple(tensor.shape)}, "
+                f"but {checkpoint} has {theirs}. Start from the same model, with the same sparsity, block size and "
+                "fine-tuning mode, or write to a new folder."
+            )

@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel
 
 from .arguments import DynSparseTrainingArguments
 from .models import DynSparseBertConfig
@@ -153,7 +153,8 @@ def load_pretrained(
     if known.model_type in ("bert", DynSparseBertConfig.model_type):
         sparse_class = auto_class._model_mapping[DynSparseBertConfig]
         if config is not None:
-            kwargs["config"] = DynSparseBertConfig.from_stock(config, sparsity=sparsity, block_size=blocks)
+            dense_config = cast(BertConfig, config)
+            kwargs["config"] = DynSparseBertConfig.from_stock(dense_config, sparsity=sparsity, block_size=blocks)
             return sparse_class.from_pretrained(name_or_path, **kwargs)
         return sparse_class.from_pretrained(name_or_path, sparsity=sparsity, block_size=blocks, **kwargs)
     settings = DynSparseQuantizationConfig(sparsity=sparsity, block_size=blocks)

@@ -1,12 +1,12 @@
 """Floating-point operations per sequence, by the paper's count (arXiv:2108.06277, appendix on FLOPs)."""
 
-from fnmatch import fnmatchcase
-
 from torch import nn
 from transformers import BertConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from .body import body_modules
 from .models.bert.configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes
-from .nn import DENSE_PARTS, BlockSparseLinear
+from .nn import BlockSparseLinear
 
 
 def flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, seq_len: int) -> int:
@@ -15,8 +15,9 @@ def flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, seq_len: i
     `3 * (2 * T * nnz + 4 * T² * hidden * layers)`.
 
     Args:
-        config_or_model (`BertConfig` or `PreTrainedModel`): a DynSparse or stock BERT configuration, or a model with a
-            configuration that names `hidden_size` and `num_hidden_layers`; a model's layers are counted as they are.
+        config_or_model (`BertConfig` or `PreTrainedModel`): a DynSparse or stock BERT configuration, or a model of
+            one stack (encoder or decoder) whose configuration knows `hidden_size` and `num_hidden_layers`. A model's
+            layers are counted as they are, its attention as if every token saw all others.
         seq_len (`int`): tokens per sequence, `T`.
 
     Example:
@@ -40,10 +41,9 @@ def inference_flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, 
     return 2 * seq_len * nnz + 4 * seq_len**2 * config.hidden_size * config.num_hidden_layers
 
 
-def _active_entries(model: nn.Module) -> int:
+def _active_entries(model: PreTrainedModel) -> int:
     return sum(
         module.values.numel() if isinstance(module, BlockSparseLinear) else module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, BlockSparseLinear)
-        or (isinstance(module, nn.Linear) and not any(fnmatchcase(name, pattern) for pattern in DENSE_PARTS))
+        for module in body_modules(model).values()
+        if isinstance(module, nn.Linear | Conv1D | BlockSparseLinear)
     )

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from .arguments import DynSparseTrainingArguments
 from .callback import EpochAware, EpochCallback, KernelCallback, ThroughputCallback, TopologyCallback, track_model_
-from .checkpoint import STAGING_FOLDER, publish_checkpoint, remove_interrupted_save
+from .checkpoint import STAGING_FOLDER, check_same_model, publish_checkpoint, remove_interrupted_save
 from .distillation import Distillation
 from .flops import flops_per_sequence
 from .memory import keep_freed_memory
@@ -168,7 +168,10 @@ class DynSparseTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # A second call of `train` finds a model whose recording ended with the first.
-        track_model_(self.accelerator.unwrap_model(self.model))
+        own = self.accelerator.unwrap_model(self.model)
+        track_model_(own)
+        if isinstance(own, PreTrainedModel):
+            check_same_model(own, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_output_dir(self, trial: Any) -> str:

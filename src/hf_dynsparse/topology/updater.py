@@ -63,7 +63,7 @@ class TopologyUpdater:
         seed (`int`): the same on every rank.
 
     Raises:
-        ValueError: for arguments out of range, or a model without sparse layers.
+        ValueError: for arguments out of range, a model without sparse layers, or frozen values to update.
 
     Example:
         ```python
@@ -103,6 +103,14 @@ class TopologyUpdater:
         needs |= resolve_score(regrow_rule, "regrow_rule", REGROW_RULES).needs
         self.update_steps = update_steps(total_steps, num_updates, update_every, first_step, last_step)
         pruning_ratio_at(0, max(1, len(self.update_steps)), pruning_ratio, schedule)
+        frozen = [name for name, layer in self.layers.items() if not layer.values.requires_grad]
+        if self.update_steps and frozen:
+            raise ValueError(
+                "A topology update regrows blocks at zero, so values must train. Got frozen values in "
+                f"{len(frozen)} of {len(self.layers)} sparse layers, first `{frozen[0]}`. Train them, or ask for no "
+                "updates: `num_topology_updates=0` in DynSparseTrainingArguments, `num_updates=0` here. With LoRA "
+                "only the adapters train."
+            )
         self.optimizer = optimizer
         self.pruning_ratio, self.schedule, self.seed = pruning_ratio, schedule, seed
         self.prune_score, self.regrow_rule, self.readmit = prune_score, regrow_rule, readmit

@@ -1,0 +1,38 @@
+"""The body of a transformers model: what may become sparse, and what the FLOP counts cover."""
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+# Dense inside a body too: poolers, embeddings and their projections, routers, and the heads of models that have no
+# base model. Not "*head*": attention is "multi_head_attention" in CTRL, and its projections are "q_head" in Funnel.
+DENSE_IN_BODY = (
+    "*pooler*",
+    "*embed*",
+    "*classifier*",
+    "*classification_head*",
+    "*lm_head*",
+    "*qa_outputs*",
+    "*_gate",
+    "*.gate",
+    "head.*",
+    "*.head.*",
+)
+
+
+def body_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """
+    The modules of `model` by name, in module order, without heads, poolers and embeddings. A head is what stands
+    outside the base model of the architecture, whatever its name.
+    """
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(prefix)
+        and module is not head
+        and not any(fnmatchcase(name.removeprefix(prefix), pattern) for pattern in DENSE_IN_BODY)
+    }
