@@ -90,6 +90,26 @@ def finished(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
     return run(tmp_path_factory.mktemp("finished") / "out")
 
 
+def test_a_teacher(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    output = run(tmp_path / "out", f"--teacher {finished} --distillation_weight 1.0")
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in log if "loss" in entry]
+    assert len(steps) == 4
+    for entry in steps:
+        assert entry["loss"] == pytest.approx(entry["dynsparse/distillation_loss"], rel=1e-3)
+    # Without a tokenizer of its own the student takes the teacher's.
+    assert (output / "tokenizer.json").read_text() == (finished / "tokenizer.json").read_text()
+
+
+def test_a_teacher_of_another_vocabulary(run: Callable[..., Path], finished: Path, text: Path, tmp_path: Path) -> None:
+    tokenizer = hf_dynsparse.data.train_wordpiece_tokenizer(
+        (text / "train.txt").read_text().splitlines(), vocab_size=99
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(SystemExit, match="must have the same `vocab_size`. Got 300 and"):
+        run(tmp_path / "out", f"--teacher {finished} --tokenizer_name {tmp_path / 'tokenizer'}")
+
+
 def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 

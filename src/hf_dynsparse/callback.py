@@ -143,7 +143,8 @@ class TopologyCallback(TrainerCallback, ExportableState):
             return
         rates = {parameter: group["lr"] for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
         for layer in self._updater.layers.values():
-            group_lasso_(layer.values, float(rates[layer.values]), self.group_lasso)
+            if layer.values in rates:  # not under LoRA, which trains its adapters only
+                group_lasso_(layer.values, float(rates[layer.values]), self.group_lasso)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
