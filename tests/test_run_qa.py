@@ -423,7 +423,7 @@ BAD = {
     ),
     "another model": (
         "--resume_from_checkpoint {finished}/checkpoint-2 --model_name_or_path {data}/dense --sparsity 0.5",
-        ("checkpoint-2", "query.values", "--sparsity"),
+        ("checkpoint-2", "query.values", "same sparsity"),
     ),
     "teacher without a head": ("--teacher {data}/dense", ("teacher", "qa_outputs")),
     "no such metric": ("--metric_path {data}/hub", ("hub",)),
