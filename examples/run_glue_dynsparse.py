@@ -52,7 +52,10 @@ from hf_dynsparse.finetuning import (
     load_teacher,
     prepare_finetuning_,
 )
+from hf_dynsparse.hub import fetch_checkpoint
+from hf_dynsparse.hub.trainer import open_hub_repository
 from hf_dynsparse.layout import parse_block_size
+from hf_dynsparse.model_card import describe_data, describe_start
 from hf_dynsparse.plots import plot_training
 from hf_dynsparse.summary import summarize_finetuning
 
@@ -85,6 +88,9 @@ class ModelArguments:
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Start with a new head where the checkpoint's has another number of labels."}
     )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the trained model, for its card, e.g. apache-2.0."}
+    )
 
 
 @dataclass
@@ -115,6 +121,9 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many examples for training."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many for evaluation."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only so many for prediction."})
+    language: str | None = field(
+        default=None, metadata={"help": "Language of the texts, for the card; that of --task_name is en."}
+    )
 
 
 @dataclass
@@ -134,7 +143,11 @@ class RunArguments(FinetuningArguments):
         default=None, metadata={"help": "CPU threads of each process. Default: the cores, shared among the processes."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint folder, or `last`: the newest of --output_dir, if there is one."}
+        default=None,
+        metadata={
+            "help": "A checkpoint folder; `last`: the newest of --output_dir, if there is one; or what --hub_strategy "
+            "checkpoint pushed, as user/name or user/name@revision."
+        },
     )
 
 
@@ -144,7 +157,10 @@ def main() -> None:
         model_args, data_args, args = parse_arguments()
         check_arguments(model_args, data_args, args)
         block_size = parse_block_size(model_args.block_size) if model_args.block_size else None
-        checkpoint = find_run_to_resume(args.output_dir, args.resume_from_checkpoint)
+        asked = fetch_checkpoint(args.resume_from_checkpoint, model_args.token)
+        checkpoint = find_run_to_resume(args.output_dir, asked)
+        if args.push_to_hub and args.process_index == 0:
+            open_hub_repository(args)
     except (ValueError, OSError) as error:
         stop(error)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -228,11 +244,10 @@ def main() -> None:
             predict(trainer, examples[split], labels, f"{data_args.task_name or 'test'}{split.removeprefix('test')}")
     if args.do_train and trainer.is_world_process_zero():
         report(trainer, results, model_args, data_args)
-    card = describe(model_args, data_args)
     if args.push_to_hub:
-        trainer.push_to_hub(**card)
+        trainer.push_to_hub()
     elif args.do_train:
-        trainer.create_model_card(**card)
+        trainer.create_model_card()
     trainer.accelerator.end_training()
 
 
@@ -410,11 +425,7 @@ def report(
 ) -> None:
     """Write summary.json and training.png, and say what was reached."""
     folder = Path(str(trainer.args.output_dir))
-    about = {
-        "task": data_args.task_name or Path(data_args.train_file or str(data_args.dataset_name)).stem,
-        "start": Path(str(model_args.model_name_or_path)).name,
-    }
-    summary = about | summarize_finetuning(trainer, results)
+    summary = about_run(model_args, data_args) | summarize_finetuning(trainer, results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     try:
         plot_training(trainer.state.log_history, folder / "training.png", title=folder.name)
@@ -424,15 +435,26 @@ def report(
     print(f"\nResults in {folder}: {scores}; {summary['sparsity']:.1%} sparse")
 
 
-def describe(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
-    """What the card says beside the results."""
-    card: dict[str, Any] = {"tasks": "text-classification", "tags": ["dynsparse", "block-sparse"]}
-    if not os.path.isdir(str(model_args.model_name_or_path)):  # a card may name models of the Hub only
-        card["finetuned_from"] = model_args.model_name_or_path
-    if data_args.task_name is not None:
-        task = data_args.task_name
-        card |= {"language": "en", "dataset_tags": "glue", "dataset_args": task, "dataset": f"GLUE {task.upper()}"}
-    return card
+def about_run(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
+    """What the card tells and the trainer does not know."""
+    task, name, file = data_args.task_name, data_args.dataset_name, data_args.validation_file
+    if task is not None and name is None:
+        split = "validation_matched" if task == "mnli" else "validation"
+        data = describe_data("nyu-mll/glue", config=task, split=split) | {"name": f"GLUE {task.upper()}"}
+    else:
+        data = describe_data(
+            str(name or data_args.train_file),
+            config=data_args.dataset_config_name,
+            evaluated_on=file and Path(file).name,
+        )
+    return {
+        "task": task or Path(data_args.train_file or str(name)).stem,
+        **describe_start(model_args.model_name_or_path),
+        "pattern": "the blocks of largest L1 norm" if model_args.sparsity else "that of the checkpoint",
+        "data": data,
+        "language": data_args.language or ("en" if task else None),
+        "license": model_args.license,
+    }
 
 
 if __name__ == "__main__":

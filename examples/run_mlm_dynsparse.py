@@ -11,8 +11,8 @@ Pre-train an always-sparse BERT by masked language modelling, with a topology th
     accelerate launch examples/run_mlm_dynsparse.py ... --static                      # sparse, pattern fixed
     accelerate launch examples/run_mlm_dynsparse.py ... --teacher runs/dense          # learn from a dense model too
 
-Writes into the output folder: the model and tokenizer (`from_pretrained` loads them), summary.json, training.png,
-block_map.png, and checkpoints from which a run resumes bit for bit.
+Writes into the output folder: the model and tokenizer (`from_pretrained` loads them), README.md (a card),
+summary.json, training.png, block_map.png, and checkpoints from which a run resumes bit for bit.
 """
 
 import gzip
@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import datasets
 import torch
@@ -63,7 +63,10 @@ from hf_dynsparse.data import (
     train_wordpiece_tokenizer,
 )
 from hf_dynsparse.finetuning import load_teacher
+from hf_dynsparse.hub import fetch_checkpoint
+from hf_dynsparse.hub.trainer import open_hub_repository
 from hf_dynsparse.layout import parse_block_size
+from hf_dynsparse.model_card import describe_data, describe_start
 from hf_dynsparse.plots import plot_block_map, plot_training
 from hf_dynsparse.summary import format_summary, summarize_run
 from hf_dynsparse.topology import update_steps
@@ -115,6 +118,9 @@ class ModelArguments:
     dtype: str | None = field(
         default=None, metadata={"help": "Type of the weights when --model_name_or_path is loaded, e.g. bfloat16."}
     )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the trained model, for its card, e.g. apache-2.0."}
+    )
 
 
 @dataclass
@@ -143,6 +149,7 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation sequences."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Prepare the data again."})
+    language: str | None = field(default=None, metadata={"help": "Language of the text, for the card, e.g. en."})
 
 
 @dataclass
@@ -175,7 +182,11 @@ class RunArguments(DynSparseTrainingArguments):
     )
     logging_steps: float = field(default=0.02, metadata={"help": "Steps between log entries, or a share of the run."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint folder, or `last`: the newest of --output_dir, if there is one."}
+        default=None,
+        metadata={
+            "help": "A checkpoint folder; `last`: the newest of --output_dir, if there is one; or what --hub_strategy "
+            "checkpoint pushed, as user/name or user/name@revision."
+        },
     )
 
 
@@ -183,7 +194,10 @@ def main() -> None:
     """Parse, check, prepare, train, evaluate, report."""
     try:
         model_args, data_args, args = parse_arguments()
-        checkpoint = find_run_to_resume(args.output_dir, args.resume_from_checkpoint)
+        asked = fetch_checkpoint(args.resume_from_checkpoint, model_args.token)
+        checkpoint = find_run_to_resume(args.output_dir, asked)
+        if args.push_to_hub and args.process_index == 0:
+            open_hub_repository(args)
         check_data(model_args, data_args, args)
         check_topology(args, checkpoint)
         config = build_config(model_args, checkpoint)
@@ -256,9 +270,12 @@ def main() -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        report(trainer, metrics, data_args.max_seq_length, pictured)
+        about = about_run(model_args, data_args, str(raw["validation"].split))
+        report(trainer, about | summarize_run(trainer, metrics, data_args.max_seq_length), pictured)
     if args.push_to_hub:
         trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
     trainer.accelerator.end_training()
 
 
@@ -512,10 +529,28 @@ def remember_initial_topology(
     return pictured
 
 
-def report(trainer: DynSparseTrainer, metrics: dict[str, float], seq_len: int, pictured: str | None) -> None:
+def about_run(model_args: ModelArguments, data_args: DataArguments, split: str) -> dict[str, Any]:
+    """What the card tells and the trainer does not know; `split` is that of the validation text."""
+    name = data_args.dataset_name or data_args.train_file
+    data = {"name": "embedded corpus of hf_dynsparse", "split": split}
+    if name is not None:
+        file = data_args.validation_file and Path(data_args.validation_file).name
+        held_out = f"held out of {Path(name).name}" if split == "train" else None
+        config = data_args.dataset_config_name
+        data = describe_data(name, config=config, split=split, evaluated_on=file or held_out)
+    start = model_args.model_name_or_path
+    return {
+        **describe_start(start),
+        "pattern": "that of the checkpoint" if start else "uniformly random blocks",
+        "data": data,
+        "language": data_args.language,
+        "license": model_args.license,
+    }
+
+
+def report(trainer: DynSparseTrainer, summary: dict[str, Any], pictured: str | None) -> None:
     """Write summary.json and the pictures, and say what was reached."""
     folder = Path(trainer.args.output_dir)
-    summary = summarize_run(trainer, metrics, seq_len)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     try:
         draw(trainer, folder, pictured)

@@ -69,7 +69,10 @@ from hf_dynsparse.finetuning import (
     load_teacher,
     prepare_finetuning_,
 )
+from hf_dynsparse.hub import fetch_checkpoint
+from hf_dynsparse.hub.trainer import open_hub_repository
 from hf_dynsparse.layout import parse_block_size
+from hf_dynsparse.model_card import describe_data, describe_start
 from hf_dynsparse.plots import plot_training
 from hf_dynsparse.summary import summarize_finetuning
 
@@ -99,6 +102,9 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the trained model, for its card, e.g. apache-2.0."}
+    )
 
 
 @dataclass
@@ -142,6 +148,7 @@ class DataArguments:
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only so many for prediction."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Prepare the data again."})
+    language: str | None = field(default=None, metadata={"help": "Language of the texts, for the card, e.g. en."})
 
 
 @dataclass
@@ -162,7 +169,11 @@ class RunArguments(FinetuningArguments):
         default=None, metadata={"help": "CPU threads of each process. Default: the cores, shared among the processes."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint folder, or `last`: the newest of --output_dir, if there is one."}
+        default=None,
+        metadata={
+            "help": "A checkpoint folder; `last`: the newest of --output_dir, if there is one; or what --hub_strategy "
+            "checkpoint pushed, as user/name or user/name@revision."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -178,7 +189,10 @@ def main() -> None:
         model_args, data_args, args = parse_arguments()
         check_arguments(model_args, data_args, args)
         block_size = parse_block_size(model_args.block_size) if model_args.block_size else None
-        checkpoint = find_run_to_resume(args.output_dir, args.resume_from_checkpoint)
+        asked = fetch_checkpoint(args.resume_from_checkpoint, model_args.token)
+        checkpoint = find_run_to_resume(args.output_dir, asked)
+        if args.push_to_hub and args.process_index == 0:
+            open_hub_repository(args)
     except (ValueError, OSError) as error:
         stop(error)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -250,11 +264,10 @@ def main() -> None:
         write_answers(answer(trainer.predict(only_inputs(features["test"])).predictions), "predict", args)
     if args.do_train and trainer.is_world_process_zero():
         report(trainer, results, model_args, data_args)
-    card = describe(model_args, data_args)
     if args.push_to_hub:
-        trainer.push_to_hub(**card)
+        trainer.push_to_hub()
     elif args.do_train:
-        trainer.create_model_card(**card)
+        trainer.create_model_card()
     trainer.accelerator.end_training()
 
 
@@ -437,11 +450,7 @@ def report(
 ) -> None:
     """Write summary.json and training.png, and say what was reached."""
     folder = Path(str(trainer.args.output_dir))
-    about = {
-        "task": Path(data_args.train_file or str(data_args.dataset_name)).stem,
-        "start": Path(str(model_args.model_name_or_path)).name,
-    }
-    summary = about | summarize_finetuning(trainer, results)
+    summary = about_run(model_args, data_args) | summarize_finetuning(trainer, results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     try:
         plot_training(trainer.state.log_history, folder / "training.png", title=folder.name)
@@ -451,20 +460,17 @@ def report(
     print(f"\nResults in {folder}: {scores}; {summary['sparsity']:.1%} sparse")
 
 
-def describe(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
-    """What the card says beside the results."""
-    card: dict[str, Any] = {
-        "finetuned_from": model_args.model_name_or_path,
-        "tasks": "question-answering",
-        "tags": ["dynsparse", "block-sparse", "question-answering"],
+def about_run(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
+    """What the card tells and the trainer does not know."""
+    name, file = str(data_args.dataset_name or data_args.train_file), data_args.validation_file
+    return {
+        "task": Path(name).stem,
+        **describe_start(model_args.model_name_or_path),
+        "pattern": "the blocks of largest L1 norm" if model_args.sparsity else "that of the checkpoint",
+        "data": describe_data(name, config=data_args.dataset_config_name, evaluated_on=file and Path(file).name),
+        "language": data_args.language,
+        "license": model_args.license,
     }
-    if data_args.dataset_name is None or os.path.isdir(data_args.dataset_name):
-        # Not on the Hub: a name in the text, no link.
-        card |= {"dataset_tags": [], "dataset": Path(data_args.dataset_name or str(data_args.train_file)).stem}
-    else:
-        name = data_args.dataset_name
-        card |= {"dataset_tags": name, "dataset": name, "dataset_args": data_args.dataset_config_name}
-    return card
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Stop and resume: bit for bit, from any step, after any crash."""
 
 import logging
+import os
+import re
+import shutil
 
 import pytest
 import torch
@@ -10,7 +13,14 @@ from transformers import AutoModelForMaskedLM, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dynsparse import DynSparseTrainer, sparse_layers
-from hf_dynsparse.checkpoint import STAGING_FOLDER, publish_checkpoint, remove_interrupted_save
+from hf_dynsparse.checkpoint import (
+    CHECKSUM_FILE,
+    STAGING_FOLDER,
+    check_training_state,
+    last_checkpoint,
+    publish_checkpoint,
+    remove_interrupted_save,
+)
 from tests.toy import toy_model, toy_trainer
 
 
@@ -155,7 +165,7 @@ def test_a_crash_while_saving(tmp_path, monkeypatch, caplog, point):
 
     def crash(*args, **kwargs):
         if crashing.state.global_step == 6:
-            raise OSError("No space left on device")
+            raise RuntimeError("crash")
         return original(*args, **kwargs)
 
     if point == "publish":
@@ -164,7 +174,7 @@ def test_a_crash_while_saving(tmp_path, monkeypatch, caplog, point):
     else:
         original = getattr(crashing, point)
         monkeypatch.setattr(crashing, point, crash)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RuntimeError, match="crash"):
         crashing.train()
     monkeypatch.undo()
     assert get_last_checkpoint(str(folder)) == str(folder / "checkpoint-4")
@@ -218,3 +228,74 @@ def test_an_interrupted_save_is_removed_with_a_warning(tmp_path, caplog):
     remove_interrupted_save(tmp_path)
     assert "interrupted" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_an_interrupted_replacement_is_undone(tmp_path):
+    staged(tmp_path, "checkpoint-3", "old")
+    publish_checkpoint(tmp_path, "checkpoint-3")
+    staged(tmp_path, "checkpoint-3", "new")
+    # Killed between the two renames.
+    (tmp_path / "checkpoint-3").rename(tmp_path / STAGING_FOLDER / "checkpoint-3.replaced")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert (tmp_path / "checkpoint-3" / "file").read_text() == "old"
+    remove_interrupted_save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+@pytest.fixture(scope="module")
+def run_of_six(tmp_path_factory):
+    """Checkpoints at steps 2, 4 and 6 of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("run_of_six")
+    trainer_of(folder, max_steps=6).train()
+    return folder
+
+
+@pytest.fixture
+def checkpoint(run_of_six, tmp_path):
+    """One of them, to be damaged."""
+    return shutil.copytree(run_of_six / "checkpoint-4", tmp_path / "checkpoint-4")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, os.remove, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_damaged_training_state_is_refused(checkpoint, name, damage):
+    check_training_state(checkpoint)
+    damage(checkpoint / name)
+    with pytest.raises(ValueError, match=f"{re.escape(str(checkpoint))}.*{name}.*: resume from another"):
+        check_training_state(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, "\x00", '"a"', '{"optimizer.pt": null}'])
+def test_damaged_checksums_are_refused(checkpoint, text):
+    (checkpoint / CHECKSUM_FILE).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(checkpoint))):
+        check_training_state(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "model.safetensors"])
+@pytest.mark.parametrize("resume", [str, lambda checkpoint: True])
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path, checkpoint, name, resume):
+    flip_a_bit(checkpoint / name)
+    trainer = trainer_of(tmp_path, seed=1)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"checkpoint-4.*{name}|`.*{name}"):
+        trainer.train(resume_from_checkpoint=resume(checkpoint))
+    for key, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, before[key])
+
+
+def test_an_older_checkpoint_has_no_checksums(tmp_path, run_of_six, checkpoint, caplog):
+    (checkpoint / CHECKSUM_FILE).unlink()
+    trainer_of(tmp_path, seed=1, max_steps=6).train(resume_from_checkpoint=str(checkpoint))
+    assert f"{checkpoint} carries no checksums of its training state" in caplog.text
+    assert_same_checkpoint(run_of_six / "checkpoint-6", tmp_path / "checkpoint-6")

@@ -3,7 +3,14 @@ import sys
 import numpy as np
 import pytest
 
-from hf_dynsparse.plots import _block_mean, _flops_of, plot_block_map, plot_comparison, plot_training
+from hf_dynsparse.plots import (
+    _block_mean,
+    _flops_of,
+    plot_block_map,
+    plot_comparison,
+    plot_layer_maps,
+    plot_training,
+)
 
 
 image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed")
@@ -123,3 +130,19 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install hf_dynsparse\[plots\]"):
         plot_training(run_log(), tmp_path / "training.png")
+
+
+def test_layer_maps(tmp_path):
+    sides = {"query": (8, 8), "up": (32, 8), "down": (8, 400)}
+    maps = {f"encoder.{name}": block_maps(*grid, density=0.5)[0] for name, grid in sides.items()}
+    plot_layer_maps(maps, tmp_path / "wide.png", title="three layers")
+    height, width, _ = read_picture(tmp_path / "wide.png").shape
+    plot_layer_maps(maps, tmp_path / "tall.png", columns=1)
+    taller, narrower, _ = read_picture(tmp_path / "tall.png").shape
+    assert taller > 2 * height
+    assert narrower < width
+
+
+def test_a_dense_model_has_no_layer_map(tmp_path):
+    with pytest.raises(ValueError, match="must hold at least one layer. Got none"):
+        plot_layer_maps({}, tmp_path / "none.png")

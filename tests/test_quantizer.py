@@ -482,7 +482,7 @@ DAMAGES = {
     ),
     "an index of another type": (
         change("block_index", lambda index: index.long()),
-        rf"`block_index` of `{QUERY}` in FOLDER must be a 1-D int32 tensor. Got torch.int64",
+        rf"`{QUERY}.block_index` must be of dtype torch.int32. Got torch.int64 in FOLDER/model.safetensors",
     ),
     "another block size": (change_config(block_size=4), r"`roberta.*.values` must have shape \(4, 4, 4\)"),
     "a block that does not fit": (change_config(block_size=7), r"must divide both sides of `roberta"),

@@ -274,8 +274,8 @@ def test_what_is_written(finished: Path) -> None:
     assert (summary["mode"], summary["sparsity"], summary["steps"], summary["task"]) == ("locked", 0.75, 4, "train")
     assert 2 < summary["metrics"]["loss"] < 5
     card = (finished / "README.md").read_text()
-    assert "- question-answering" in card
-    assert "on the train dataset" in card
+    assert "pipeline_tag: question-answering" in card
+    assert "on `train.json`" in card
     assert "- dynsparse" in card
     assert (finished / "training.png").read_bytes().startswith(b"\x89PNG")
     model, info = AutoModelForQuestionAnswering.from_pretrained(finished, output_loading_info=True)

@@ -279,15 +279,15 @@ class Poison(TrainerCallback):
 
 
 @pytest.mark.parametrize("rule", ["random", "gradient"])
-def test_an_update_on_nan_is_skipped(tmp_path, caplog, rule):
+def test_an_update_on_nan_is_skipped_and_the_next_step_is_not_made(tmp_path, caplog, rule):
     model = toy_model()
     trainer = toy_trainer(tmp_path, model, regrow_rule=rule, max_steps=7)
     trainer.add_callback(Poison(step=4))
-    trainer.args.logging_nan_inf_filter = False
     trainer.add_callback(seen := Topologies())
-    trainer.train()
-    # Updates after steps 2, 4 and 5: the second and the third would act on NaN.
-    assert [record.args[0] for record in caplog.records if "is skipped" in record.message] == [2, 3]
+    with pytest.raises(FloatingPointError, match="Got loss nan and gradient norm nan in step 5"):
+        trainer.train()
+    # Updates after steps 2, 4 and 5: the second would act on NaN.
+    assert [record.args[0] for record in caplog.records if "is skipped" in record.message] == [2]
     assert "`bert.encoder.layer.0.attention.self.query` holds NaN" in caplog.text
     for name, index in seen.topologies[1].items():
         assert torch.equal(index, seen.topologies[-1][name])

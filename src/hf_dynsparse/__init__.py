@@ -2,9 +2,13 @@
 
 from .arguments import DynSparseTrainingArguments
 from .callback import KernelCallback, TopologyCallback
+from .estimate import estimate_run
+from .export import export_bsr, export_dense, export_onnx, export_program, read_bsr, sparsify_checkpoint
 from .flops import flops_per_sequence, inference_flops_per_sequence
+from .inspection import inspect_checkpoint
 from .layout import BlockLayout
 from .memory import keep_freed_memory
+from .model_card import write_model_card
 from .models import (
     DynSparseBertConfig,
     DynSparseBertForMaskedLM,
@@ -19,6 +23,7 @@ from .nn import BlockSparseLinear, sparse_layers, topology_summary
 from .ops import configure_kernels, use_backend
 from .optim import group_lasso_, sparse_learning_rate
 from .quantizer import DynSparseQuantizationConfig, densify_, sparsify_
+from .remote_code import save_with_code
 from .seeded_dropout import seed_dropout_
 from .topology import TopologyUpdater, prune_regrow_
 from .trainer import DynSparseTrainer
@@ -45,15 +50,25 @@ __all__ = [
     "TopologyUpdater",
     "configure_kernels",
     "densify_",
+    "estimate_run",
+    "export_bsr",
+    "export_dense",
+    "export_onnx",
+    "export_program",
     "flops_per_sequence",
     "group_lasso_",
     "inference_flops_per_sequence",
+    "inspect_checkpoint",
     "keep_freed_memory",
     "prune_regrow_",
+    "read_bsr",
+    "save_with_code",
     "seed_dropout_",
     "sparse_layers",
     "sparse_learning_rate",
     "sparsify_",
+    "sparsify_checkpoint",
     "topology_summary",
     "use_backend",
+    "write_model_card",
 ]

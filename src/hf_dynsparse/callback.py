@@ -7,9 +7,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -29,6 +29,12 @@ from .topology.exploration import is_tracked, untrack_exploration_
 
 
 logger = logging.getLogger(__name__)
+
+# Not tested, or known to keep no tensor in which a block could be found.
+REFUSED = {
+    DistributedType.DEEPSPEED: "DeepSpeed, which flattens parameters and moments",
+    DistributedType.FSDP: "FSDP1, which flattens parameters",
+}
 
 
 class TopologyCallback(TrainerCallback, ExportableState):
@@ -93,6 +99,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        check_parallelism(args)
         # The buffers must exist before a checkpoint is loaded into the model.
         if kwargs["model"] is not None:
             track_model_(kwargs["model"])
@@ -101,11 +108,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model: nn.Module = kwargs["model"]
-        if args.deepspeed or args.fsdp or any(isinstance(value, DTensor) for value in model.parameters()):
-            raise ValueError(
-                "Topology updates need every rank to hold whole layers. Got DeepSpeed or FSDP, which split them: "
-                "launch with plain data parallelism (DDP)."
-            )
+        check_parallelism(args)
         for name, layer in sparse_layers(model).items():
             layer.layout.validate(f"`{name}`")
             if state.global_step == 0:
@@ -206,6 +209,34 @@ def default_num_updates(total_steps: int) -> int:
     The paper's optimum for 16 x 16 blocks, 80 updates a run; fewer in a run too short for five steps between them.
     """
     return min(80, max(0, total_steps - 1) // 5)
+
+
+def check_parallelism(args: TrainingArguments) -> None:
+    """
+    Refuse what keeps parameters or moments in a form of its own, and what accelerate would silently leave out.
+
+    Raises:
+        ValueError: for DeepSpeed, FSDP1, FSDP on processors, and processes that were launched together but do not
+            know of each other.
+    """
+    state = AcceleratorState()
+    if state.distributed_type == DistributedType.FSDP and state.is_fsdp2:
+        return
+    received = REFUSED.get(state.distributed_type)
+    if received is None and args.fsdp:
+        received = "FSDP on processors, which accelerate leaves out"
+    if received is not None:
+        raise ValueError(
+            "Sparse layers train in one process, by DDP (`distributed_type: MULTI_GPU`), or by FSDP2 on accelerators "
+            f"(`distributed_type: FSDP`, `fsdp_version: 2`). Got {received}. Launch with one of the files in "
+            "examples/accelerate."
+        )
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() != state.num_processes:
+        raise ValueError(
+            f"Processes that were launched together must train together. Got {torch.distributed.get_world_size()} of "
+            "them, and each would train alone, for accelerate looks for GPUs and finds none. Add `--use_cpu` "
+            "(`TrainingArguments(use_cpu=True)`)."
+        )
 
 
 def track_model_(model: nn.Module) -> None:

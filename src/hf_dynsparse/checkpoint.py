@@ -1,19 +1,34 @@
 """Checkpoints that exist whole or not at all: written aside, then renamed."""
 
+import json
 import logging
 import os
 import shutil
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
+from .integrity import verify_weights
+
 
 logger = logging.getLogger(__name__)
 
 # Not named checkpoint-*: nothing that looks for the last checkpoint may find a half-written one.
 STAGING_FOLDER = "incomplete-save"
+
+# What a resumed run reads beside the weights, which carry checksums of their own; and the file with theirs.
+STATE_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+CHECKSUM_FILE = "checksums.json"
+
+
+def last_checkpoint(run_dir: str | Path) -> str | None:
+    """The newest complete checkpoint in `run_dir`, if there is any."""
+    _put_back_replaced(run_dir)
+    return get_last_checkpoint(str(run_dir)) if Path(run_dir).is_dir() else None
 
 
 def remove_interrupted_save(run_dir: str | Path) -> None:
@@ -23,7 +38,13 @@ def remove_interrupted_save(run_dir: str | Path) -> None:
         logger.warning(
             "%s holds a save that was interrupted; it is removed. Complete checkpoints are untouched.", staging
         )
-        shutil.rmtree(staging)
+        discard_save(run_dir)
+
+
+def discard_save(run_dir: str | Path) -> None:
+    """Remove the staging folder, if there is one."""
+    _put_back_replaced(run_dir)
+    shutil.rmtree(Path(run_dir) / STAGING_FOLDER, ignore_errors=True)
 
 
 def publish_checkpoint(run_dir: str | Path, name: str) -> None:
@@ -35,6 +56,55 @@ def publish_checkpoint(run_dir: str | Path, name: str) -> None:
         os.replace(final, staging / f"{name}.replaced")
     os.replace(staging / name, final)
     shutil.rmtree(staging)
+
+
+def write_checksums(checkpoint: str | Path) -> None:
+    """Write the checksums of the training state of a checkpoint beside it."""
+    files = [file for pattern in STATE_FILES for file in sorted(Path(checkpoint).glob(pattern))]
+    text = json.dumps({file.name: _checksum(file) for file in files}, indent=2)
+    Path(checkpoint, CHECKSUM_FILE).write_text(f"{text}\n", encoding="utf-8")
+
+
+def check_training_state(checkpoint: str | Path) -> None:
+    """
+    Check that the training state of a checkpoint is there and as it was saved: the Trainer would go on without
+    moments if they are missing, and would not notice other numbers. A checkpoint without checksums passes with a line
+    in the log.
+
+    Raises:
+        ValueError: naming the file that is missing or damaged.
+    """
+    list_file = Path(checkpoint, CHECKSUM_FILE)
+    if not list_file.is_file():
+        logger.warning("%s carries no checksums of its training state, which is taken as it is.", checkpoint)
+        return
+    try:
+        saved = dict(json.loads(list_file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"Checksums must be a table. Got {list_file}, which is none: {error}. {_FIX}") from error
+    files = {file.name: file for file in Path(checkpoint).iterdir()}
+    for name, checksum in saved.items():
+        if name not in files:
+            raise ValueError(f"A resumed run needs its whole training state. Got {checkpoint} without {name}. {_FIX}")
+        if (got := _checksum(files[name])) != checksum:
+            raise ValueError(
+                f"A resumed run needs its training state as it was saved. Got {files[name]} with checksum {got} "
+                f"instead of {checksum}. {_FIX}"
+            )
+
+
+def check_weights(checkpoint: str | Path) -> None:
+    """
+    Check that the weights of a checkpoint are what was saved; see [`verify_weights`].
+
+    Raises:
+        ValueError: naming tensor and file, or a pickle in the place of safetensors.
+    """
+    files = sorted(Path(checkpoint).glob("model*.safetensors"))
+    pickles = sorted(Path(checkpoint).glob("pytorch_model*.bin"))
+    if pickles and not files:
+        raise ValueError(f"The weights of a checkpoint must be safetensors. Got {pickles[0]}, a pickle. {_FIX}")
+    verify_weights(files)
 
 
 def find_run_to_resume(output_dir: str | Path, resume_from_checkpoint: str | None) -> str | None:
@@ -49,7 +119,7 @@ def find_run_to_resume(output_dir: str | Path, resume_from_checkpoint: str | Non
         FileNotFoundError: if the checkpoint is none.
         ValueError: if a new run would be written over another.
     """
-    last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+    last = last_checkpoint(output_dir)
     if resume_from_checkpoint == "last":
         return last
     if resume_from_checkpoint is not None:
@@ -88,3 +158,23 @@ def check_same_model(model: PreTrainedModel, checkpoint: str | Path) -> None:
                 f"but {checkpoint} has {theirs}. Start from the same model, with the same sparsity, block size and "
                 "fine-tuning mode, or write to a new folder."
             )
+
+
+_FIX = "The checkpoint is damaged, or was changed afterwards: resume from another."
+
+
+def _put_back_replaced(run_dir: str | Path) -> None:
+    """Undo what was interrupted between the two renames of `publish_checkpoint`."""
+    for replaced in Path(run_dir, STAGING_FOLDER).glob("*.replaced"):
+        if not Path(run_dir, replaced.stem).exists():
+            with suppress(FileNotFoundError):  # another rank was faster
+                os.replace(replaced, Path(run_dir, replaced.stem))
+
+
+def _checksum(file: Path) -> str:
+    """CRC-32, as of the weights."""
+    checksum = 0
+    with file.open("rb") as content:
+        while chunk := content.read(1 << 24):
+            checksum = zlib.crc32(chunk, checksum)
+    return f"{checksum:08x}"

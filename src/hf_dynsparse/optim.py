@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from .shards import local_rows, zero_rows_
+
 
 def sparse_learning_rate(dense_learning_rate: float, sparsity: float) -> float:
     """
@@ -53,7 +55,7 @@ def clear_moments_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, sl
         TypeError: for optimiser state that cannot be told apart by block.
     """
     for moment in check_optimizer_state(optimizer, parameter):
-        moment[slots] = 0
+        zero_rows_(moment, slots)
 
 
 @torch.no_grad()
@@ -67,6 +69,7 @@ def group_lasso_(values: torch.Tensor, learning_rate: float, strength: float, we
     Args:
         values (`torch.Tensor` of shape `(nnzb, rows, columns)`): changed in place.
     """
+    values, _ = local_rows(values)
     side = math.sqrt(values.shape[1] * values.shape[2])
     norm = values.square().sum((1, 2), keepdim=True).add_(1e-6).sqrt_()
     values.sub_(values / norm, alpha=learning_rate * strength * weight_std * math.sqrt(side))

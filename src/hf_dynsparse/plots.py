@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ STYLE: dict[Any, Any] = {
     "figure.titlesize": 11,
 }
 MAX_CELLS = 1024  # per side of a block map; beyond, a cell shows the mean of several blocks
+MAX_PANEL_CELLS = 192  # the same where a panel shows one of many layers
 LOG_RATIO = 10.0  # runs whose total FLOPs differ by more share a logarithmic axis
 
 
@@ -163,6 +165,53 @@ def plot_block_map(
         if factor > 1:
             label = f"share active of {factor} x {factor} blocks"
             figure.colorbar(image, ax=list(panels), label=label, shrink=0.7, aspect=30)
+
+
+def plot_layer_maps(
+    block_maps: Mapping[str, np.ndarray], path: str | PathLike[str], title: str = "", columns: int = 6
+) -> None:
+    """
+    Draw which blocks of each layer of a saved model are active, a panel a layer.
+
+    Args:
+        block_maps (`Mapping[str, np.ndarray]`):
+            Name of each layer -> Boolean matrix `(block_rows, block_columns)`, such as `layout.to_mask().numpy()` of
+            the layers of [`inspect_checkpoint`].
+        path (`str` or `PathLike`):
+            File to write; its suffix chooses the format. Missing folders are made.
+        title (`str`, *optional*, defaults to `""`):
+            Title of the picture.
+        columns (`int`, *optional*, defaults to 6):
+            Panels in a row: a BERT has six matrices in each layer.
+
+    Raises:
+        ValueError: if there is no layer.
+    """
+    if not block_maps:
+        raise ValueError("`block_maps` must hold at least one layer. Got none: a dense model has no block map.")
+    factor = -(-max(max(block_map.shape) for block_map in block_maps.values()) // MAX_PANEL_CELLS)
+    cells = {name: _block_mean(block_map, factor) for name, block_map in block_maps.items()}
+    top = 1.0 if factor == 1 else max(cell.max() for cell in cells.values())
+    columns = min(columns, len(cells))
+    rows = -(-len(cells) // columns)
+    shared = commonprefix(list(cells)).rpartition(".")[0] if len(cells) > 1 else ""
+    # All panels in one pair of axes: to arrange many by constraints would take a minute.
+    size = (1.5 * columns + 1.0, 1.6 * rows + 0.5)  # inches
+    with _picture(path, 1, 1, size, title) as (figure, axes):
+        for place, (name, cell) in enumerate(cells.items()):
+            top_side, left = (step * side for step, side in zip((1.2, 1.1), divmod(place, columns), strict=True))
+            height, width = (side / max(cell.shape) for side in cell.shape)
+            extent = (left, left + width, top_side + height, top_side)
+            image = axes.imshow(cell, _block_colours(), vmin=0, vmax=top, interpolation="nearest", extent=extent)
+            label = f"{name.removeprefix(f'{shared}.')}  {100 * block_maps[name].mean():.1f} %"
+            axes.text(left, top_side - 0.03, label, fontsize=5)
+        axes.set_axis_off()
+        axes.set_xlim(0, 1.1 * columns)
+        axes.set_ylim(1.2 * rows, -0.2)
+        if factor > 1:
+            figure.colorbar(
+                image, ax=axes, label=f"share active of {factor} x {factor} blocks", shrink=min(0.9, 3 / rows)
+            )
 
 
 def plot_comparison(

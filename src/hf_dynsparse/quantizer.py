@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import nn as plain
 from .body import body_modules
 from .distributions import DISTRIBUTIONS, active_blocks
+from .integrity import verify_weights, warn_of_nonfinite, with_checksums
 from .layout import as_block_shape, block_grid, check_sparsity
 from .models.bert.configuration_dynsparse_bert import encoder_shapes
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
@@ -126,6 +127,19 @@ class DynSparseQuantizationConfig(QuantizationConfigMixin):
         self.ignore = None if ignore is None else list(ignore)
         self.nnzb = None if nnzb is None else dict(nnzb)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        As in transformers, from the entry of a `config.json`.
+
+        Raises:
+            ValueError: for a name or type that is none of ours too.
+        """
+        try:
+            return super().from_dict(config_dict, *args, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"`quantization_config` must be what {cls.__name__} takes. Got {error}.") from error
+
     @property
     def block_shape(self) -> tuple[int, int]:
         """`(rows, columns)` of one block."""
@@ -182,6 +196,7 @@ class DynSparseQuantizer(HfQuantizer):
             )
         if self.pre_quantized:
             self._source = str(model.name_or_path) if checkpoint_files else "the given `state_dict`"
+            verify_weights(checkpoint_files or ())
             _replace_(model, _present(model, self.quantization_config.nnzb or {}), self.quantization_config)
             prefix = f"{model.base_model_prefix}."
             markers = "|".join(re.escape(name.removeprefix(prefix)) for name in sparse_layers(model))
@@ -193,6 +208,7 @@ class DynSparseQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             _check_loaded(model, config, self._source)
+            warn_of_nonfinite(model, self._source)
         else:
             if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
                 raise ValueError(
@@ -234,7 +250,7 @@ class DynSparseQuantizer(HfQuantizer):
         # transformers without this package skips an unknown quantizer and draws the missing weights at random, with a
         # warning. An empty tensor in the place of each is a mismatch, which is an error.
         markers = {f"{name}.weight": torch.empty(0) for name in sparse_layers(model)}
-        return {**model.state_dict(), **markers}, {}
+        return with_checksums(model, {**model.state_dict(), **markers})
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """See [`densify_`]. `model.dequantize()` comes here; weights keep their dtype if none is given."""
@@ -419,8 +435,7 @@ def _check_loaded(model: PreTrainedModel, config: DynSparseQuantizationConfig, s
             shapes["bias"] = (layer.out_features,)
         for leaf, shape in shapes.items():
             tensor = getattr(layer, leaf)
-            # The loader marks what it has loaded, and leaves on meta what stays on disk.
-            if not getattr(tensor, "_is_hf_initialized", False) and tensor.device.type != "meta":
+            if not _is_loaded(tensor):
                 raise ValueError(
                     f"A sparse checkpoint must hold every tensor of its sparse layers. Got {source} without "
                     f"`{name}.{leaf}`. Load an intact one; if its weights are dense, remove `quantization_config` "
@@ -431,7 +446,22 @@ def _check_loaded(model: PreTrainedModel, config: DynSparseQuantizationConfig, s
                     f"`{name}.{leaf}` must have shape {shape}. Got {tuple(tensor.shape)} in {source}. Weights and "
                     "config.json belong to different models, or one of them is damaged: load an intact checkpoint."
                 )
-        layer.layout.validate(f"`{name}` in {source}")
+        if not layer.block_index.is_meta:
+            layer.layout.validate(f"`{name}` in {source}")
+    if type(model).__name__ in (model.config.architectures or ()):
+        # Another head may start afresh; the one that the files were saved with is there, or they are damaged.
+        lost = [name for name, weight in model.named_parameters() if not _is_loaded(weight)]
+        lost += [name for name in config.nnzb or {} if name not in nnzb]
+        if lost:
+            raise ValueError(
+                f"Model and checkpoint must have the same tensors. Got {source}, and `{lost[0]}` in one of them only. "
+                "It is damaged, or its config.json was changed: load an intact one."
+            )
+
+
+def _is_loaded(tensor: torch.Tensor) -> bool:
+    """The loader marks what it has loaded, and leaves on meta what stays on disk."""
+    return getattr(tensor, "_is_hf_initialized", False) or tensor.is_meta
 
 
 def _drop_markers(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:

@@ -3,19 +3,32 @@
 import math
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import accelerate
 import torch
 import transformers
 from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.trainer_utils import has_length
 
 from .flops import flops_per_sequence
 from .models import DynSparseBertConfig
 from .nn import topology_summary
 from .ops.tuning import processor_name
-from .trainer import DynSparseTrainer
+
+
+if TYPE_CHECKING:  # the trainer imports the model card, which imports this
+    from .trainer import DynSparseTrainer
+
+
+# Training arguments that say how the weights came about; those of the topology are kept with the trainer's state.
+RECORDED = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
+    *("max_grad_norm", "label_smoothing_factor", "bf16", "fp16"),
+)
+DISTILLATION = ("distillation_weight", "distillation_temperature")
 
 
 def checkpoint_bytes(folder: str | Path, part: str = "") -> int:
@@ -49,7 +62,7 @@ def dense_bytes(model: PreTrainedModel, part: str = "") -> int:
     return sum(parameter.numel() * size for name, parameter in twin.named_parameters() if part in name)
 
 
-def summarize_run(trainer: DynSparseTrainer, metrics: dict[str, float], seq_len: int) -> dict[str, Any]:
+def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_len: int) -> dict[str, Any]:
     """
     Numbers of a finished run whose model stands in `trainer.args.output_dir`.
 
@@ -68,10 +81,7 @@ def summarize_run(trainer: DynSparseTrainer, metrics: dict[str, float], seq_len:
     return {
         "eval_loss": metrics["eval_loss"],
         "perplexity": math.exp(min(metrics["eval_loss"], 700.0)),
-        "steps": state.global_step,
-        "flops": state.total_flos,
         "dense_flops": state.total_flos / sparse_flops * flops_per_sequence(dense_config, seq_len),
-        "tokens_per_second": trainer.throughput.tokens_per_second,
         "sparsity": topology_summary(model).sparsity,
         "block_size": model.config.block_size,
         "coverage": topology.get("coverage", 1.0),
@@ -80,12 +90,12 @@ def summarize_run(trainer: DynSparseTrainer, metrics: dict[str, float], seq_len:
         "dense_checkpoint_bytes": dense_bytes(model),
         "encoder_bytes": checkpoint_bytes(folder, ".encoder."),
         "dense_encoder_bytes": dense_bytes(model, ".encoder."),
-        "learning_rate": trainer.args.learning_rate,
-        **_circumstances(trainer),
+        "seq_len": seq_len,
+        **describe_training(trainer),
     }
 
 
-def summarize_finetuning(trainer: DynSparseTrainer, metrics: dict[str, float]) -> dict[str, Any]:
+def summarize_finetuning(trainer: "DynSparseTrainer", metrics: dict[str, float]) -> dict[str, Any]:
     """
     Numbers of a finished fine-tuning run.
 
@@ -95,31 +105,46 @@ def summarize_finetuning(trainer: DynSparseTrainer, metrics: dict[str, float]) -
     args: Any = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
     topology = topology_summary(model)
-    clock = ("runtime", "per_second", "dynsparse/", "epoch")
     return {
-        "metrics": {
-            name.removeprefix("eval_"): value
-            for name, value in metrics.items()
-            if not any(word in name for word in clock)
-        },
+        "metrics": task_metrics(metrics),
         "mode": args.finetune_mode if topology.layers else "dense",
         "sparsity": topology.sparsity,
         "block_shapes": sorted({layer.block_shape for layer in topology.layers}),
         "topology_updates": trainer.topology.metrics.get("topology_updates", 0) if trainer.topology else 0,
-        "teacher": args.teacher and Path(args.teacher).name,
         "distillation_weight": args.distillation_weight if args.teacher else 0.0,
-        "epochs": trainer.state.epoch,
-        "steps": trainer.state.global_step,
-        "flops": trainer.state.total_flos,
-        "tokens_per_second": trainer.throughput.tokens_per_second,
-        "learning_rate": args.learning_rate,
-        **_circumstances(trainer),
+        **describe_training(trainer),
     }
 
 
-def _circumstances(trainer: DynSparseTrainer) -> dict[str, Any]:
+def task_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """The scores among the metrics of an evaluation, without their prefix `eval_`: no times, no steps, no topology."""
     return {
-        "seed": trainer.args.seed,
+        name.removeprefix("eval_"): value
+        for name, value in metrics.items()
+        if name.startswith("eval_") and not any(word in name for word in ("runtime", "per_second"))
+    }
+
+
+def describe_training(trainer: "DynSparseTrainer") -> dict[str, Any]:
+    """How much a model was trained, with which arguments, on how many sequences, where."""
+    args, state = trainer.args, trainer.state
+    recorded = RECORDED + (DISTILLATION if args.teacher else ())
+    given = {name: value for name, value in args.to_dict().items() if name in recorded}
+    datasets = {"train_sequences": trainer.train_dataset, "eval_sequences": trainer.eval_dataset}
+    return {
+        "epochs": state.epoch if has_length(trainer.train_dataset) else None,  # of a stream it counts steps
+        "steps": state.global_step,
+        "flops": state.total_flos,
+        "tokens": trainer.throughput.tokens,
+        "seconds": trainer.throughput.seconds,
+        "tokens_per_second": trainer.throughput.tokens_per_second,
+        **{name: len(data) for name, data in datasets.items() if has_length(data) and not isinstance(data, dict)},
+        "learning_rate": args.learning_rate,
+        "arguments": {name: value for name, value in given.items() if value is not None and value is not False},
+        "teacher": args.teacher and Path(args.teacher).name,
+        "processes": args.world_size,
+        "repo_id": trainer.hub_model_id,
+        "seed": args.seed,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

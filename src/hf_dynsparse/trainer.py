@@ -9,24 +9,39 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, rotate_checkpoints
 
 from .arguments import DynSparseTrainingArguments
 from .callback import EpochAware, EpochCallback, KernelCallback, ThroughputCallback, TopologyCallback, track_model_
-from .checkpoint import STAGING_FOLDER, check_same_model, publish_checkpoint, remove_interrupted_save
+from .checkpoint import (
+    STAGING_FOLDER,
+    check_same_model,
+    check_training_state,
+    check_weights,
+    last_checkpoint,
+    publish_checkpoint,
+    remove_interrupted_save,
+    write_checksums,
+)
 from .distillation import Distillation
 from .flops import flops_per_sequence
+from .fsdp import ShardedTrainer
+from .hub.trainer import HubTrainer
 from .memory import keep_freed_memory
+from .model_card import trainer_facts, write_model_card
 from .nn import sparse_layers
+from .safeguards import SaveAttempt, are_finite, check_writable
 from .seeded_dropout import seed_dropout_
+from .shards import whole
+from .summary import describe_training
 
 
 logger = logging.getLogger(__name__)
 
 
-class DynSparseTrainer(Trainer):
+class DynSparseTrainer(HubTrainer, ShardedTrainer):
     """
     [`~transformers.Trainer`] for models with `BlockSparseLinear` layers; the arguments are the same.
 
@@ -62,6 +77,8 @@ class DynSparseTrainer(Trainer):
             self.distillation = Distillation(teacher, args.distillation_temperature, args.distillation_weight)
             self.distillation.check_student(model)
         self._staging_dir: str | None = None
+        self._save_attempt = SaveAttempt()
+        self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
         self.throughput = ThroughputCallback()
         callbacks = list(callbacks or ())
         self.topology = next((callback for callback in callbacks if isinstance(callback, TopologyCallback)), None)
@@ -91,7 +108,20 @@ class DynSparseTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As in transformers; a run that has done all its `max_steps` already is loaded and not trained further."""
+        """
+        As in transformers; a run that has done all its `max_steps` already is loaded and not trained further.
+
+        Raises:
+            ValueError: if the checkpoint to go on from is damaged, naming the file.
+            FloatingPointError: if a loss or gradient is not finite, before the optimiser sees it.
+            OSError: if the output folder cannot be written to, or the last save of the run fails; saves before that
+                may fail, and are made up for by the next.
+        """
+        self._check_output_dir()
+        if resume_from_checkpoint is True:  # and stays so if there is none, for transformers to say
+            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or True
+        if isinstance(resume_from_checkpoint, str):
+            check_training_state(resume_from_checkpoint)
         if not isinstance(resume_from_checkpoint, str) or self.args.max_steps <= 0:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
@@ -122,7 +152,26 @@ class DynSparseTrainer(Trainer):
         models = [model] if self.distillation is None else [model, self.distillation.teacher]
         self.kernels.settle(nn.ModuleList(models), tokens, autocast)
         self.throughput.tokens += tokens * self.args.world_size
-        return super().training_step(model, inputs, *rest, **kwargs)
+        loss = super().training_step(model, inputs, *rest, **kwargs)
+        self._losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The gradients of all ranks and micro-batches have come together, and the optimiser has not used them yet.
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        loss, norm = sum(self._losses), whole(grad_norm)
+        self._losses.clear()
+        # In fp16 the scaler looks for infinite gradients, and leaves such a step out.
+        watched = [loss] if self.accelerator.scaler is not None else [loss, norm]
+        if not are_finite(watched, self.accelerator):
+            last = last_checkpoint(self._get_output_dir(None))
+            raise FloatingPointError(
+                f"Loss and gradients must be finite. Got loss {float(loss):g} and gradient norm {float(norm):g} "
+                f"in step {self.state.global_step + 1}. Weights and topology are as after the step before; the last "
+                f"checkpoint is {last or 'not saved yet'}. Lower `learning_rate` or `max_grad_norm`, or look for a "
+                "fault in the data."
+            )
+        return grad_norm
 
     def compute_loss(
         self,
@@ -166,13 +215,33 @@ class DynSparseTrainer(Trainer):
                 logs.update({f"dynsparse/{name}": value for name, value in self.topology.metrics.items()})
         super().log(logs, start_time)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Write README.md, and trainer_state.json, into the output folder: [`write_model_card`] with what this run knows.
+        Arguments as in transformers; an adapter gets transformers' own card.
+        """
+        if not self.is_world_process_zero():
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel):
+            super().create_model_card(*args, **kwargs)
+            return
+        self.save_state()
+        facts = describe_training(self) | trainer_facts(*args, **kwargs)
+        write_model_card(str(self.args.output_dir), model=model, **facts)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # A second call of `train` finds a model whose recording ended with the first.
         own = self.accelerator.unwrap_model(self.model)
         track_model_(own)
+        check_weights(resume_from_checkpoint)
         if isinstance(own, PreTrainedModel):
             check_same_model(own, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        check_weights(str(self.state.best_model_checkpoint))
+        super()._load_best_model()
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging_dir or super()._get_output_dir(trial)
@@ -182,23 +251,50 @@ class DynSparseTrainer(Trainer):
         if self._staging_dir is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers."""
+        if self._staging_dir is None:
+            super().save_model(output_dir, _internal_call)
+        else:
+            with self._save_attempt.noting():
+                super().save_model(output_dir, _internal_call)
+
+    def _check_output_dir(self) -> None:
+        attempt = SaveAttempt()
+        if self.args.save_strategy != SaveStrategy.NO:
+            attempt.do(check_writable, self.args.output_dir, here=self.args.should_save)
+        if attempt.problem is not None:
+            raise OSError(
+                f"A run needs a folder to save to. Got {attempt.problem}. Choose another `output_dir`, or "
+                "`save_strategy='no'`."
+            )
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            remove_interrupted_save(run_dir)
-        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        self._save_attempt = attempt = SaveAttempt()
+        attempt.do(remove_interrupted_save, run_dir, here=self.args.should_save)
         self._staging_dir = os.path.join(run_dir, STAGING_FOLDER)
         try:
-            super()._save_checkpoint(model, trial)
+            attempt.do(super()._save_checkpoint, model, trial)
         finally:
             self._staging_dir = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        attempt.do(self._publish, run_dir, name, here=self.args.should_save)
+        if attempt.problem is None:
             if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = os.path.join(run_dir, name)
-                self.state.save_to_json(os.path.join(run_dir, STAGING_FOLDER, name, TRAINER_STATE_NAME))
-            publish_checkpoint(run_dir, name)
-            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(os.path.join(run_dir, name))
+                self.state.best_model_checkpoint = os.path.join(run_dir, name)  # all ranks load it at the end
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(os.path.join(run_dir, name))
+            return
+        self.state.best_model_checkpoint = best
+        is_last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
+        attempt.give_up(run_dir, name, clean=self.args.should_save, is_last=is_last)
+
+    def _publish(self, run_dir: str, name: str) -> None:
+        staged = os.path.join(run_dir, STAGING_FOLDER, name)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = os.path.join(run_dir, name)
+            self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
+        write_checksums(staged)
+        publish_checkpoint(run_dir, name)
+        rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)

@@ -1,8 +1,8 @@
 """
 A toy pre-training run on made-up text, for the tests that start, kill and compare processes.
 
-Run by itself or under `torchrun`: `worker.py FOLDER RUNS.json`, where `RUNS.json` lists keyword arguments of `train`.
-Every rank writes what became of each run to `FOLDER/<name>-<rank>.pt`, an exception too.
+Run by itself, under `torchrun` or `accelerate launch`: `worker.py FOLDER RUNS.json`, where `RUNS.json` lists keyword
+arguments of `train`. Every rank writes what became of each run to `FOLDER/<name>-<rank>.pt`, an exception too.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import BertTokenizer, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -30,6 +31,7 @@ from hf_dynsparse import (
 from hf_dynsparse import trainer as trainer_module
 from hf_dynsparse.data import DataCollatorForWholeWordMasking
 from hf_dynsparse.ops import choice, tuning
+from hf_dynsparse.shards import local_rows, whole, whole_optimizer_state
 
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -42,9 +44,12 @@ def train(
     *,
     steps: int = 20,
     batch: int = 16,
+    rows: int = 13 * 32,
+    sparsity: float = 0.75,
     dropout: float = 0.0,
     dtype: str = "float32",
-    resume: bool = False,
+    sharded: bool = False,
+    resume: bool | str = False,
     die: str | None = None,
     seed_of_rank: int = 0,
     topology_of_rank: int = 0,
@@ -55,7 +60,9 @@ def train(
     Train in `folder/name`; returns and writes everything that two equal runs have in common.
 
     Args:
-        resume: go on from the last checkpoint, if there is one.
+        rows: of the data set; with whole batches only no rank has to repeat rows.
+        sharded: by FSDP2 instead of DDP.
+        resume: go on from the last checkpoint, if there is one; or from this one in `folder`.
         die: a moment of `MOMENTS` at which the process kills itself.
         seed_of_rank, topology_of_rank: added once a rank to the seed of the updates, and of the first topology.
         backend_of_rank: what each rank finds fastest when it times the backends.
@@ -65,6 +72,7 @@ def train(
     rank = int(os.environ.get("RANK", "0"))
     os.makedirs(output_dir, exist_ok=True)
     Path(output_dir, f"pid-{rank}").write_text(str(os.getpid()))
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # left behind by a sharded run
     settings = {"num_topology_updates": 4, "logging_steps": 1, "save_strategy": "no", "learning_rate": 5e-3, "seed": 7}
     args = DynSparseTrainingArguments(
         output_dir,
@@ -74,8 +82,10 @@ def train(
         disable_tqdm=True,
         use_cpu=True,
         dataloader_pin_memory=False,
-        **{**settings, **arguments},
+        **{**settings, **({"fsdp": True} if sharded else {}), **arguments},
     )
+    if sharded:
+        shard_on_processors(args)
     if backend_of_rank:
         tuning.time_backends = lambda problem, backends: {
             backend.name: float(backend.name != backend_of_rank[rank]) for backend in backends
@@ -88,13 +98,17 @@ def train(
         MOMENTS[die](die_after_calls=3)
     tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(SPECIAL + PIECES)}, model_max_length=32)
     trainer = DynSparseTrainer(
-        toy_model(dropout, topology_seed=topology_of_rank * rank).to(getattr(torch, dtype)),
+        toy_model(dropout, sparsity, topology_seed=topology_of_rank * rank).to(getattr(torch, dtype)),
         args,
         data_collator=CountingCollator(tokenizer, seed=args.seed),
-        train_dataset=toy_rows(13 * 32),  # whole batches only: a rank without rows for its share would repeat others
+        train_dataset=toy_rows(rows),
+        eval_dataset=toy_rows(24),
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if resume else None)
+    if isinstance(resume, str):
+        trainer.train(resume_from_checkpoint=os.path.join(folder, resume))
+    else:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if resume else None)
     result = describe(trainer)
     torch.save(result, os.path.join(folder, f"{name}-{rank}.pt"))
     return result
@@ -102,11 +116,11 @@ def train(
 
 def describe(trainer: DynSparseTrainer) -> dict[str, Any]:
     """What a run reached: tensors and the log, nothing that depends on the clock."""
-    optimizer = trainer.optimizer.state_dict()["state"]
+    layers, optimizer = sparse_layers(trainer.model), whole_optimizer_state(trainer.optimizer)["state"]
     clock = ("runtime", "per_second", "train_loss")  # `train_loss` is a mean over this process's steps only
     return {
-        "model": {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()},
-        "index": {name: layer.block_index.clone() for name, layer in sparse_layers(trainer.model).items()},
+        "model": {name: whole(tensor).clone() for name, tensor in trainer.model.state_dict().items()},
+        "index": {name: layer.block_index.clone() for name, layer in layers.items()},
         "ever_active": dict(trainer.topology.ever_active),
         "metrics": dict(trainer.topology.metrics),
         "moments": {f"{i}.{name}": moment for i, state in optimizer.items() for name, moment in state.items()},
@@ -114,9 +128,20 @@ def describe(trainer: DynSparseTrainer) -> dict[str, Any]:
             {key: value for key, value in entry.items() if not any(word in key for word in clock)}
             for entry in trainer.state.log_history
         ],
+        "launch": {name: value for name, value in os.environ.items() if name.endswith(("RANK", "WORLD_SIZE"))},
+        "local_blocks": {
+            name: len(local_rows(layer.values)[0]) for name, layer in sparse_layers(trainer.model).items()
+        },
+        "best": trainer.state.best_model_checkpoint,
         "masked": trainer.data_collator.masked,
         "backends": {str(problem): chosen.backend for problem, chosen in choice.choices_made().items()},
     }
+
+
+def shard_on_processors(args: DynSparseTrainingArguments) -> None:
+    """accelerate shards on accelerators only, and would run DDP here: tell it that this is one."""
+    assert args.device.type == "cpu"
+    PartialState().distributed_type = DistributedType.MULTI_GPU
 
 
 class CountingCollator(DataCollatorForWholeWordMasking):
@@ -143,12 +168,12 @@ def toy_rows(count: int) -> list[dict[str, list[int]]]:
     ]
 
 
-def toy_model(dropout: float, topology_seed: int) -> DynSparseBertForMaskedLM:
+def toy_model(dropout: float, sparsity: float, topology_seed: int) -> DynSparseBertForMaskedLM:
     """The same weights every time; `topology_seed` changes the block indices alone."""
     set_seed(3)
     config = DynSparseBertConfig.preset(
         "tiny",
-        sparsity=0.75,
+        sparsity=sparsity,
         block_size=8,
         vocab_size=len(SPECIAL + PIECES),
         hidden_size=32,

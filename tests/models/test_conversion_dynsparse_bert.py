@@ -210,15 +210,15 @@ def test_embeddings_that_a_checkpoint_keeps_as_the_decoder(dense_folder):
     assert_kept_from(model, stock_model())
 
 
-def test_a_pickled_checkpoint_with_old_names(tmp_path):
+def test_a_checkpoint_with_old_names(tmp_path):
     dense = stock_model()
     dense.config.save_pretrained(tmp_path)
     state = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor.clone()
         for name, tensor in dense.state_dict().items()
     }
     state["bert.embeddings.position_ids"] = torch.arange(32)[None]
-    torch.save(state, tmp_path / "pytorch_model.bin")
+    save_file(state, tmp_path / "model.safetensors")
     model, info = load(DynSparseBertForMaskedLM, tmp_path, sparsity=0.75, block_size=4)
     assert not info["missing_keys"] | info["unexpected_keys"]
     assert_kept_from(model, dense)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from hf_dynsparse import (
     DynSparseBertForMaskedLM,
@@ -120,12 +120,25 @@ def test_an_index_of_another_dtype(folder, dtype):
     refused(folder, f"`{QUERY}.block_index` must be of dtype torch.int32. Got {dtype} in", "load an intact one")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool])
+@pytest.mark.parametrize("name", [f"{QUERY}.values", f"{QUERY}.bias", "bert.embeddings.word_embeddings.weight"])
+def test_weights_that_are_no_numbers_in_floating_point(folder, name, dtype):
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    refused(folder, f"`{name}` must be of dtype floating point. Got {dtype} in", "load an intact one")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_in_another_precision_are_cast(folder, dtype):
+    rewrite(folder, lambda tensors: tensors.update({f"{QUERY}.bias": tensors[f"{QUERY}.bias"].to(dtype)}))
+    assert DynSparseBertForMaskedLM.from_pretrained(folder).dtype == torch.float32
+
+
 @pytest.mark.parametrize("lost", [["values"], ["block_index"], ["bias"], ["values", "block_index", "bias"]])
 @pytest.mark.parametrize("cls", [DynSparseBertForMaskedLM, DynSparseBertForSequenceClassification])
 def test_a_sparse_layer_that_is_not_there(folder, lost, cls):
     rewrite(folder, lambda tensors: [tensors.pop(f"{QUERY}.{leaf}") for leaf in lost])
     more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-    refused(folder, "every tensor of the embeddings and the encoder. Got", f"without `{QUERY}.", f"`{more}.", cls=cls)
+    refused(folder, "A checkpoint must hold every tensor of the", "Got", f"without `{QUERY}.", f"`{more}.", cls=cls)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +151,7 @@ def test_a_sparse_layer_that_is_not_there(folder, lost, cls):
 )
 def test_another_tensor_of_the_base_model_that_is_not_there(folder, lost):
     rewrite(folder, lambda tensors: tensors.pop(lost))
-    refused(folder, f"without `{lost}`.")
+    refused(folder, f"without `{lost}`")
 
 
 def test_a_tensor_that_is_in_no_shard(tmp_path):
@@ -157,6 +170,45 @@ def test_a_wrong_tensor_in_a_shard_is_found_in_its_file(tmp_path):
     tensors[key] = tensors[key][:3].clone()
     save_file(tensors, tmp_path / places[key], metadata={"format": "pt"})
     refused(tmp_path, f"`{key}` must have shape (16, 4, 4)", "Got (3, 4, 4)", file=places[key])
+
+
+@pytest.mark.parametrize("lost", ["cls.predictions.bias", "cls.predictions.transform.dense.weight"])
+def test_the_head_of_the_checkpoint_is_not_drawn_anew(folder, lost):
+    rewrite(folder, lambda tensors: tensors.pop(lost))
+    refused(folder, "every tensor of the model. Got", f"without `{lost}`")
+
+
+def test_a_tied_head_cannot_be_untied(folder):
+    describe(folder, tie_word_embeddings=False)
+    refused(folder, "every tensor of the model. Got", "without `cls.predictions.decoder.")
+
+
+def test_fewer_layers_than_the_file_has(folder):
+    refused(folder, "a place for every sparse layer", "Got `bert.encoder.layer.1.", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("num_hidden_layers", value) for value in (10**9, 0)],
+        *[("hidden_size", value) for value in (10**9, 10**30, -32)],
+        *[("vocab_size", value) for value in (2**63, 0)],
+        *[("max_position_embeddings", 10**12), ("intermediate_size", 10**15), ("num_labels", 10**10)],
+    ],
+)
+def test_a_configuration_that_asks_for_everything(folder, name, value):
+    """At once: no list, layer or tensor of this size is made."""
+    describe(folder, **{name: value})
+    for cls in (DynSparseBertForMaskedLM, AutoModelForSequenceClassification):
+        with pytest.raises(ValueError, match=rf"`{name}` must lie in \[1, 10+\]. Got {value}"):
+            cls.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 10**8}, {"vocab_size": 10**8}, {"intermediate_size": 10**8}])
+def test_a_configuration_that_asks_for_much(folder, sizes):
+    """The model stands on meta until the headers have been read: terabytes cost nothing."""
+    describe(folder, **sizes)
+    refused(folder, "must have shape", "100000000", "Got (")
 
 
 def test_more_layers_than_the_file_has(folder):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
@@ -18,8 +17,8 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
-from transformers.modeling_utils import load_state_dict
 
+from ..integrity import check_dtype, open_weights, verify_weights, warn_of_nonfinite
 from ..layout import block_grid
 from ..nn import DENSE_PARTS, BlockSparseLinear, sparse_layers
 
@@ -85,7 +84,7 @@ def load_whole(
 ) -> Any:
     """
     Fill `model`, which stands on meta, by transformers' own `load`: dense weights made sparse, and only if the
-    checkpoint has all that is needed. Before that is known nothing is read but headers.
+    checkpoint has all that is needed and holds what was saved. Before that is known nothing is allocated.
 
     Raises:
         ValueError: naming tensor and file.
@@ -93,10 +92,15 @@ def load_whole(
     source = _describe(files) if state_dict is None and files else _GIVEN
     load_config = replace(load_config, weight_mapping=[*load_config.weight_mapping, *dense_conversions(model)])
     converted = _check_checkpoint(model, _tensors_of(state_dict, files), source, load_config)
+    if state_dict is None:
+        verify_weights(files or ())
+    for name, tensor in (state_dict or {}).items():
+        check_dtype(name, tensor.dtype, source)
     loaded = load(model, state_dict, files, load_config)
     for name, layer in sparse_layers(model).items():
         if layer.block_index.device.type != "meta":  # as under a `device_map` with "disk"
             layer.layout.validate(f"`{name}` in {source}")
+    warn_of_nonfinite(model, source)
     # Else saving would undo what loading did: dense weights, and old names that no resumed run would find.
     model._weight_conversions = []
     if converted:
@@ -110,37 +114,55 @@ def load_whole(
     return loaded
 
 
-def unreadable(name_or_path: Any, error: Exception) -> ValueError:
-    """The error for a file that is no safetensors file: the first such in a folder, or somewhere in a repository."""
-    place = name_or_path
-    for file in sorted(Path(name_or_path).glob("*.safetensors")):
-        try:
-            load_state_dict(file, map_location="meta")
-        except SafetensorError:
-            place = file
-            break
-    return ValueError(
-        f"A checkpoint must consist of whole safetensors files. Got {place}, which cannot be read: {error}. Copy or "
-        "download it again."
-    )
+def refuse_pickles(name_or_path: Any, **kwargs: Any) -> dict[str, Any]:
+    """
+    The arguments `kwargs` of `from_pretrained`, such that it reads safetensors files and nothing else.
+
+    Raises:
+        ValueError: if they ask for pickles, or a folder holds nothing else.
+    """
+    path = Path(str(name_or_path), kwargs.get("subfolder", ""))
+    if path.is_file():
+        pickles = [path] if path.suffix != ".safetensors" else []
+    else:
+        pickles = [] if any(path.glob("*.safetensors")) else sorted(path.glob("pytorch_model*.bin"))
+    if pickles or kwargs.get("use_safetensors") is False:
+        raise ValueError(
+            f"Weights must be in safetensors files: unpickling can run whatever a file says. Got "
+            f"{pickles[0] if pickles else '`use_safetensors=False`'}. If you trust a dense checkpoint, load it with "
+            "the stock class of transformers and save it anew."
+        )
+    return {**kwargs, "use_safetensors": True}
+
+
+def check_readable(folder: Any) -> None:
+    """
+    Open every safetensors file of a folder.
+
+    Raises:
+        ValueError: naming the first that is none.
+    """
+    for file in sorted(Path(str(folder)).glob("*.safetensors")):
+        with open_weights(file):
+            pass
 
 
 class _Held(NamedTuple):
-    """A tensor of a checkpoint: its name there, itself (on meta if it stands in a file), and where it is."""
+    """A tensor of a checkpoint: its name and shape there, and where it is."""
 
     key: str
-    tensor: torch.Tensor
+    shape: tuple[int, ...]
     place: str
 
 
 def _tensors_of(state_dict: Mapping[str, torch.Tensor] | None, files: list[str] | None) -> list[_Held]:
     if state_dict is not None:
-        return [_Held(key, tensor, _GIVEN) for key, tensor in state_dict.items()]
-    return [
-        _Held(key, tensor, str(file))
-        for file in files or ()
-        for key, tensor in load_state_dict(file, map_location="meta").items()
-    ]
+        return [_Held(key, tuple(tensor.shape), _GIVEN) for key, tensor in state_dict.items()]
+    held = []
+    for file in map(str, files or ()):
+        with open_weights(file) as weights:
+            held += [_Held(key, tuple(weights.get_slice(key).get_shape()), file) for key in list(weights.keys())]
+    return held
 
 
 def _describe(files: list[str]) -> str:
@@ -156,12 +178,13 @@ def _check_checkpoint(model: PreTrainedModel, tensors: list[_Held], source: str,
     expected = model.state_dict()
     renamings = [transform for transform in load_config.weight_mapping if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in load_config.weight_mapping if isinstance(transform, WeightConverter)]
-    held, converted = set[str](), 0
+    held, homeless, converted = set[str](), list[_Held](), 0
     # Indices last: the shape of `values` says more about what is wrong.
     for item in sorted(tensors, key=lambda item: item.key.endswith(".block_index")):
         # The loader's own rules: old names, dense weights, with or without the prefix of the base model.
         name, pattern = rename_source_key(item.key, renamings, converters, model.base_model_prefix, expected)
         if name not in expected:
+            homeless += [item] if item.key.endswith(".values") else []
             continue
         held.add(name)
         shape = tuple(expected[name].shape)
@@ -170,27 +193,29 @@ def _check_checkpoint(model: PreTrainedModel, tensors: list[_Held], source: str,
             held.add(f"{layer_name}.block_index")
             shape = sparse_layers(model)[layer_name].shape
             converted += 1
-        _check_tensor(item, name, shape, load_config.ignore_mismatched_sizes)
+        _check_shape(item, name, shape, load_config.ignore_mismatched_sizes)
     # A tied tensor is there if its twin is.
-    held |= {twin for name, twin in model.all_tied_weights_keys.items() if name in held}
-    missing = [name for name in expected if name not in held and not _is_head(name)]
+    for twins in model.all_tied_weights_keys.items():
+        held.update(twins if held.intersection(twins) else ())
+    # Another head may start afresh; the one that the files were saved with is there, or they are damaged.
+    same_head = source != _GIVEN and type(model).__name__ in (model.config.architectures or ())
+    missing = [name for name in expected if name not in held and (same_head or not _is_head(name))]
     if missing:
         raise ValueError(
-            "A checkpoint must hold every tensor of the embeddings and the encoder. "
+            f"A checkpoint must hold every tensor of the {'model' if same_head else 'embeddings and the encoder'}. "
             + _what_is_missing(model, missing, [name for name in held if not _is_head(name)], tensors, source)
+        )
+    if homeless:
+        raise ValueError(
+            f"A model must have a place for every sparse layer of a checkpoint. Got `{homeless[0].key}` in "
+            f"{homeless[0].place}. Load it with the `num_hidden_layers` that it was saved with: leave that out, and "
+            "mend config.json if it was changed."
         )
     return converted
 
 
-def _check_tensor(item: _Held, name: str, shape: tuple[int, ...], ignore_mismatched_heads: bool) -> None:
-    got = tuple(item.tensor.shape)
-    # The loader would cast another dtype without a word.
-    if item.key.endswith(".block_index") and item.tensor.dtype != torch.int32:
-        raise ValueError(
-            f"`{item.key}` must be of dtype torch.int32. Got {item.tensor.dtype} in {item.place}. The checkpoint is "
-            "damaged: load an intact one."
-        )
-    if got == shape or (ignore_mismatched_heads and _is_head(name)):
+def _check_shape(item: _Held, name: str, shape: tuple[int, ...], ignore_mismatched_heads: bool) -> None:
+    if item.shape == shape or (ignore_mismatched_heads and _is_head(name)):
         return
     if _is_head(name):
         fix = "Change `num_labels`, or pass `ignore_mismatched_sizes=True` to start this head afresh."
@@ -201,7 +226,9 @@ def _check_tensor(item: _Held, name: str, shape: tuple[int, ...], ignore_mismatc
         )
     else:
         fix = "Give the configuration the dimensions of the checkpoint."
-    raise ValueError(f"`{item.key}` must have shape {shape} by the configuration. Got {got} in {item.place}. {fix}")
+    raise ValueError(
+        f"`{item.key}` must have shape {shape} by the configuration. Got {item.shape} in {item.place}. {fix}"
+    )
 
 
 def _what_is_missing(

@@ -7,8 +7,9 @@ import torch
 
 from ..nn import BlockSparseLinear
 from ..optim import clear_moments_
+from ..shards import gather_rows, local_rows, whole, zero_rows_
 from .exploration import count_newborn, ever_active, is_tracked, record_active_
-from .scores import PRUNE_SCORES, REGROW_RULES, BlockStatistics, resolve_score
+from .scores import PRUNE_SCORES, REGROW_RULES, BlockStatistics, Score, resolve_score
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def choose_replacement(
     """
     prune = resolve_score(prune_score, "prune_score", PRUNE_SCORES)
     regrow = resolve_score(regrow_rule, "regrow_rule", REGROW_RULES)
-    device, index = layer.values.device, layer.block_index.long()
+    index = layer.block_index.long()
     count = replaced_count(pruning_ratio, layer.nnzb, layer.num_blocks, readmit)
     if count == 0:
         nothing = index[:0]
@@ -157,22 +158,14 @@ def choose_replacement(
         )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
 
-    of_slots = prune.function(
-        BlockStatistics(
-            layer.nnzb,
-            generator,
-            device,
-            values=layer.values,
-            gradient=dense_gradient[index] if dense_gradient is not None and "gradient" in prune.needs else None,
-        )
-    )
+    of_slots = _score_slots(layer, prune, generator, dense_gradient)
     pruned = select_highest(-_finite(of_slots, "prune_score", prune_score), count)
 
     of_positions = regrow.function(
         BlockStatistics(
             layer.num_blocks,
             generator,
-            device,
+            index.device,
             gradient=dense_gradient,
             ever_active=ever_active(layer) if "ever_active" in regrow.needs else None,
         )
@@ -199,13 +192,34 @@ def replace_blocks_(
     slots, block_ids = replacement.slots, replacement.block_ids
     if optimizer is not None:
         clear_moments_(optimizer, layer.values, slots)
-    layer.values[slots] = 0
+    zero_rows_(layer.values, slots)
     layer.block_index[slots] = block_ids.to(torch.int32)
     newborn = 0
     if is_tracked(layer):
         newborn = count_newborn(layer, slots, update) if update else 0
         record_active_(layer, block_ids, slots, update + 1)
     return LayerUpdate(slots.numel(), newborn)
+
+
+def _score_slots(
+    layer: BlockSparseLinear, score: Score, generator: torch.Generator, dense_gradient: torch.Tensor | None
+) -> torch.Tensor:
+    """The scores of all slots, of shape `(nnzb,)`; those that need values come from the ranks that hold them."""
+    index = layer.block_index.long()
+    values = None
+    if "values" in score.needs:
+        values, first = local_rows(layer.values)
+        index = index[first : first + len(values)]
+    scores = score.function(
+        BlockStatistics(
+            len(index),
+            generator,
+            index.device if values is None else values.device,
+            values=values,
+            gradient=dense_gradient[index] if dense_gradient is not None and "gradient" in score.needs else None,
+        )
+    )
+    return scores if values is None else gather_rows(scores, layer.values).to(index.device)
 
 
 def _others(slots: torch.Tensor, nnzb: int) -> torch.Tensor:
@@ -217,7 +231,7 @@ def _others(slots: torch.Tensor, nnzb: int) -> torch.Tensor:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether no entry is NaN or infinite: by the sum, which either of them spoils, at a tenth of the cost."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))))
+    return bool(torch.isfinite(whole(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))))
 
 
 def _finite(scores: torch.Tensor, argument: str, name: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..nn import BlockSparseLinear, sparse_layers
 from ..optim import check_optimizer_state
+from ..shards import local_rows, shard_again_
 from .dense_gradient import DenseGradientProbe
 from .exploration import block_ages, dof_coverage, is_tracked, track_exploration_
 from .schedules import pruning_ratio_at, update_steps
@@ -48,11 +49,12 @@ class TopologyUpdater:
     Prunes and regrows the sparse layers of `model` at fixed steps of a run (arXiv:2108.06277, section 3).
 
     Random draws depend on `(seed, number of the update, layer name)` alone: ranks agree without communication and a
-    resumed run repeats them. Every rank's topology is compared after each update.
+    resumed run repeats them. Every rank's topology is compared after each update. Layers may be whole on every rank
+    (DDP) or split by blocks (FSDP2: `fully_shard`); then scores are gathered, and a rank writes the blocks it holds.
 
     Args:
         model (`nn.Module`): a model with `BlockSparseLinear` layers.
-        optimizer (`torch.optim.Optimizer`): moments of new blocks are cleared in it.
+        optimizer (`torch.optim.Optimizer`): of this model's parameters; moments of new blocks are cleared in it.
         total_steps (`int`): optimiser steps of the run.
         num_updates (`int`, *optional*), update_every (`int`, *optional*): give one; see `update_steps`.
         first_step, last_step (`int`, *optional*): no update before or after.
@@ -63,7 +65,8 @@ class TopologyUpdater:
         seed (`int`): the same on every rank.
 
     Raises:
-        ValueError: for arguments out of range, a model without sparse layers, or frozen values to update.
+        ValueError: for arguments out of range, a model without sparse layers, frozen values to update, values that
+            the optimizer does not have, or values flattened or split otherwise than by blocks (FSDP1, DeepSpeed).
 
     Example:
         ```python
@@ -111,7 +114,10 @@ class TopologyUpdater:
                 "updates: `num_topology_updates=0` in DynSparseTrainingArguments, `num_updates=0` here. With LoRA "
                 "only the adapters train."
             )
-        self.optimizer = optimizer
+        shard_again_(model)
+        if self.update_steps:
+            check_updatable(self.layers, optimizer)
+        self.model, self.optimizer = model, optimizer
         self.pruning_ratio, self.schedule, self.seed = pruning_ratio, schedule, seed
         self.prune_score, self.regrow_rule, self.readmit = prune_score, regrow_rule, readmit
         self.needs_gradient = "gradient" in needs
@@ -189,6 +195,7 @@ class TopologyUpdater:
 
     @torch.no_grad()
     def _update(self, update: int) -> TopologyReport | None:
+        shard_again_(self.model)
         if self._probe is not None:
             self._probe.reduce()
         problem = self._not_finite()
@@ -242,3 +249,27 @@ class TopologyUpdater:
                 if tensor is not None and not is_finite(tensor):
                     return f"the {what} of `{name}` holds NaN or infinity"
         return None
+
+
+def check_updatable(layers: dict[str, BlockSparseLinear], optimizer: torch.optim.Optimizer) -> None:
+    """
+    Refuse layers whose blocks an update could not find, or whose moments it could not clear.
+
+    Raises:
+        ValueError: naming the first such layer.
+    """
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, layer in layers.items():
+        if layer.values.shape != (len(layer.block_index), *layer.block_shape):
+            raise ValueError(
+                f"A topology update needs whole blocks. Got `{name}.values` of shape {tuple(layer.values.shape)} for "
+                f"{len(layer.block_index)} blocks of {layer.block_shape}: FSDP1 and DeepSpeed ZeRO-3 flatten "
+                "parameters. Launch with DDP, or with FSDP2 (`fsdp_version: 2`)."
+            )
+        local_rows(layer.values)
+        if layer.values not in trained:
+            raise ValueError(
+                f"The optimizer must train the parameters that the model has now. Got one without `{name}.values`. "
+                "Make it from `model.parameters()` after `fully_shard`; DeepSpeed keeps copies of its own: launch with "
+                "DDP or FSDP2 instead."
+            )

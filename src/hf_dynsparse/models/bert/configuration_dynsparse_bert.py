@@ -25,6 +25,13 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {
 # Dropout only for models larger than BERT-Small (arXiv:2108.06277, section 3).
 _PRESETS_WITHOUT_DROPOUT = ("tiny", "mini", "small")
 
+# More than any model has. A damaged or malicious config.json must not exhaust time and memory before a weight is read.
+LIMITS = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 10**8),
+    **dict.fromkeys(("num_attention_heads", "type_vocab_size", "num_labels"), 10**6),
+    "num_hidden_layers": 10**4,
+}
+
 
 def encoder_shapes(config: BertConfig) -> dict[str, tuple[int, int]]:
     """`(out_features, in_features)` of every linear layer of a BERT encoder, by its name inside the encoder."""
@@ -162,6 +169,10 @@ class DynSparseBertConfig(BertConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; `sparsity`, `block_size` and the like are checked together with the dimensions."""
+        for name, limit in LIMITS.items():
+            given = kwargs.get(name, config_dict.get(name, 1))
+            if isinstance(given, int | float) and not 1 <= given <= limit:
+                raise ValueError(f"`{name}` must lie in [1, {limit}]. Got {given}. Mend config.json.")
         # Else the defaults would be checked first, and what is given not at all.
         ours = {name: kwargs.pop(name) for name in _OURS & kwargs.keys()}
         return super().from_dict({**config_dict, **ours}, **_without_identity(kwargs))

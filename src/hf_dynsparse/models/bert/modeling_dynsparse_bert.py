@@ -28,9 +28,10 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainingHeads,
 )
 
+from ...integrity import ChecksumWriter, order_metadata
 from ...layout import random_block_index
 from ...nn import BlockSparseLinear, sparse_layers
-from ..loading import count_nonzero_blocks, load_whole, unreadable
+from ..loading import check_readable, count_nonzero_blocks, load_whole, refuse_pickles
 from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes
 
 
@@ -71,18 +72,20 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
         poolers may be missing, or with `ignore_mismatched_sizes=True` have other shapes, and then start afresh.
 
         Raises:
-            ValueError: naming tensor and file, if a tensor is missing or of another shape, a block index is not int32,
-                out of range or repeated, or a file cannot be read.
+            ValueError: naming tensor and file, if a tensor is missing, of another shape or not what was saved, a block
+                index is not int32, out of range or repeated, or a file cannot be read or is a pickle.
 
         Example:
             ```python
             >>> model = DynSparseBertForMaskedLM.from_pretrained("bert-base-uncased", sparsity=0.9, block_size=16)
             ```
         """
+        kwargs = refuse_pickles(pretrained_model_name_or_path, **kwargs)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            raise unreadable(pretrained_model_name_or_path, error) from error
+        except SafetensorError:  # before `load_whole` looks: transformers says nothing about the file
+            check_readable(pretrained_model_name_or_path)
+            raise
 
     @staticmethod
     def _load_pretrained_model(
@@ -165,11 +168,25 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
         logger.info("%d of %d layers are sparse; sparsity %.4f.", len(nnzb), len(weights), config.sparsity)
         return cls.from_dense(dense, config)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers: values and block indices travel as they are. A densified model says so in its config."""
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """
+        As in transformers: values and block indices travel as they are, with their checksums. A densified model says
+        so in its config.
+        """
         if not sparse_layers(self):
             self.config.sparsity, self.config.nnzb = 0.0, None
-        super().save_pretrained(save_directory, *args, **kwargs)
+        if self._auto_class is None:  # loaded from a repository with code, which does not come along
+            vars(self.config).pop("auto_map", None)
+        if not self._hf_peft_config_loaded:  # else only an adapter is saved
+            self.hf_quantizer = ChecksumWriter(self.state_dict() if state_dict is None else state_dict)
+        try:
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+            if is_main_process:
+                order_metadata(save_directory)
+        finally:
+            self.__dict__.pop("hf_quantizer", None)
 
     @torch.no_grad()
     def to_dense(self) -> BertPreTrainedModel:

@@ -1,0 +1,7 @@
+"""`python -m hf_dynsparse` is the command `hf-dynsparse`."""
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    main()

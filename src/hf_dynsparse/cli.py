@@ -1,0 +1,234 @@
+"""The command `hf-dynsparse`: look at sparse models, convert and push them, estimate a run."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from . import __version__
+from .distributions import DISTRIBUTIONS
+from .layout import parse_block_size
+from .models.bert.configuration_dynsparse_bert import PRESETS
+from .topology import SCHEDULES
+
+
+SOURCE = "a folder, or a repository of the Hub as user/name or user/name@revision"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    Run the command with the arguments `argv`, by default those of the process.
+
+    Raises:
+        SystemExit: with status 2 and one line on the standard error stream, if something is wrong.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    # Its complaints that torchvision is not installed concern nobody here.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        args.run(args)
+    except StrictDataclassError as error:
+        parser.error(str(error.__cause__ or error))  # what a configuration objects to, without the validator's name
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        parser.error(str(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, and examples that keep their line breaks."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"hf-dynsparse: error: {' '.join(message.split())}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="hf-dynsparse", description=__doc__, epilog="hf-dynsparse COMMAND --help shows examples.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_inspect, _add_estimate, _add_convert, _add_push, _add_card):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: Any, run: Callable[[argparse.Namespace], None], help: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    name = run.__name__.removeprefix("_")
+    epilog = "\n".join(["examples:", *(f"  hf-dynsparse {name} {example}" for example in examples)])
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=run.__doc__, epilog=epilog)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _say(text: object) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _write_json(content: dict[str, Any], file: Path | None) -> None:
+    if file is not None:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 1. Got {text!r}.")
+    return int(text)
+
+
+def _block_size(text: str) -> int | tuple[int, int]:
+    try:
+        return parse_block_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _add_sparsity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sparsity", type=float, help="share of inactive positions (default: 0.9)")
+    parser.add_argument("--block_size", type=_block_size, help="side of a block, or ROWSxCOLUMNS (default: 16)")
+    parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), help="of the density over the layers")
+
+
+def _sparsity(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the options of `_add_sparsity`."""
+    given = {name: getattr(args, name) for name in ("sparsity", "block_size", "distribution")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _add_inspect(commands: Any) -> None:
+    examples = ["runs/medium-s90-b16", "user/name@v1 --json report.json --picture blocks.png"]
+    parser = _command(commands, _inspect, "what a saved model holds", examples)
+    parser.add_argument("source", metavar="PATH_OR_REPO", help=f"{SOURCE}, or one safetensors file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw which blocks of each layer are active")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    """Show the layers of a saved model, their densities and sizes. Headers and block indices are read, no weights."""
+    from .inspection import inspect_checkpoint
+    from .plots import plot_layer_maps
+
+    report = inspect_checkpoint(args.source)
+    _say(report)
+    _write_json(report.to_dict(), args.json)
+    if args.picture is not None:
+        maps = {layer.name: layer.layout.to_mask().numpy() for layer in report.layers}
+        plot_layer_maps(maps, args.picture, title=args.source)
+
+
+def _add_estimate(commands: Any) -> None:
+    examples = [
+        "--preset base --sparsity 0.9 --block_size 16",
+        "--preset medium --block_size 1 --num_topology_updates 160 --max_steps 757000 --batch_size 512",
+    ]
+    parser = _command(commands, _estimate, "what a run will take and reach", examples)
+    parser.add_argument("--preset", choices=list(PRESETS), required=True, help="size of the BERT")
+    _add_sparsity(parser)
+    parser.add_argument("--vocab_size", type=_positive, default=30522, help="default: %(default)s")
+    parser.add_argument("--max_seq_length", type=_positive, default=128, help="tokens a sequence (default: 128)")
+    parser.add_argument("--max_steps", type=_positive, help="optimiser steps of the run")
+    parser.add_argument("--batch_size", type=_positive, help="sequences in each step, of all processes")
+    parser.add_argument("--num_topology_updates", type=int, help="default: 80, fewer in a short run; 0 is static")
+    parser.add_argument("--pruning_ratio", type=float, default=0.5, help="of the first update (default: 0.5)")
+    parser.add_argument("--pruning_schedule", choices=list(SCHEDULES), default="cosine", help="default: cosine")
+    parser.add_argument("--readmit", action="store_true", help="a pruned block may return in the same update")
+    parser.add_argument("--dense_learning_rate", type=float, help="of the dense twin (default: the paper's best)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimate there too")
+
+
+def _estimate(args: argparse.Namespace) -> None:
+    """Estimate sizes, FLOPs, coverage and learning rate of a pre-training run. Nothing is allocated or trained."""
+    from .estimate import estimate_run
+    from .models import DynSparseBertConfig
+
+    estimate = estimate_run(
+        DynSparseBertConfig.preset(args.preset, vocab_size=args.vocab_size, **_sparsity(args)),
+        seq_len=args.max_seq_length,
+        max_steps=args.max_steps,
+        batch_size=args.batch_size,
+        num_topology_updates=args.num_topology_updates,
+        pruning_ratio=args.pruning_ratio,
+        schedule=args.pruning_schedule,
+        readmit=args.readmit,
+        dense_learning_rate=args.dense_learning_rate,
+    )
+    _say(estimate)
+    _write_json(estimate.to_dict(), args.json)
+
+
+def _add_convert(commands: Any) -> None:
+    examples = [
+        "bert-base-uncased sparse-bert --to sparse --sparsity 0.9 --block_size 16",
+        "runs/medium-s90-b16 medium-dense --to dense",
+        "runs/medium-s90-b16 medium.onnx --to onnx",
+        "runs/medium-s90-b16 medium-bsr.safetensors --to bsr",
+    ]
+    parser = _command(commands, _convert, "dense to sparse, and sparse to dense, ONNX or BSR", examples)
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
+    parser.add_argument("target", metavar="TARGET", help="a new folder; a new file for onnx and bsr")
+    parser.add_argument("--to", choices=["sparse", "dense", "onnx", "bsr"], required=True, help="what to make of it")
+    _add_sparsity(parser)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    """Convert a saved model. What stands at the target already is never overwritten."""
+    from . import export
+
+    settings = _sparsity(args)
+    if args.to == "sparse":
+        export.sparsify_checkpoint(args.source, args.target, **settings)
+    elif settings:
+        raise ValueError(f"--{next(iter(settings))} needs --to sparse. Got --to {args.to}. Leave it out.")
+    else:
+        {"dense": export.export_dense, "onnx": export.export_onnx, "bsr": export.export_bsr}[args.to](
+            args.source, args.target
+        )
+    _say(f"{args.target}: written")
+
+
+def _add_push(commands: Any) -> None:
+    examples = ["runs/medium-s90-b16 user/name", "runs/medium-s90-b16 user/name --private --tag v1 --with_code"]
+    parser = _command(commands, _push, "put a saved model on the Hub", examples)
+    parser.add_argument("folder", metavar="FOLDER", help="a saved model")
+    parser.add_argument("repo_id", metavar="REPO", help="user/name; made if there is none")
+    parser.add_argument("--private", action="store_true", default=None, help="only you can see it")
+    parser.add_argument("--revision", help="branch (default: main)")
+    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--tag", help="for the commit, such as v1")
+    parser.add_argument("--with_code", action="store_true", help="add code that loads it without this package")
+
+
+def _push(args: argparse.Namespace) -> None:
+    """Put a saved model on the Hub, with its tokenizer and card. Log in first: hf auth login."""
+    from .hub import push_folder
+
+    commit = push_folder(
+        args.folder,
+        args.repo_id,
+        private=args.private,
+        revision=args.revision,
+        commit_message=args.message,
+        with_code=args.with_code,
+        tag=args.tag,
+    )
+    _say(commit.commit_url)
+
+
+def _add_card(commands: Any) -> None:
+    parser = _command(commands, _card, "write the model card again", ["runs/medium-s90-b16"])
+    parser.add_argument("folder", metavar="FOLDER", help="a saved model")
+
+
+def _card(args: argparse.Namespace) -> None:
+    """Write README.md of a saved model from its configuration and the history of its run."""
+    from .model_card import write_model_card
+
+    _say(write_model_card(args.folder))

@@ -1,0 +1,220 @@
+"""To the Hub and back: commits of what has been checked, and runs that go on from there."""
+
+import logging
+import os
+import re
+import shutil
+from concurrent.futures import Future
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    run_as_future,
+    snapshot_download,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..model_card import create_model_card, read_facts
+from ..saved_model import split_revision
+from .errors import HubError, explained
+from .files import LAST_CHECKPOINT, PENDING, Files, check_model, checkpoint_files, model_files
+
+
+__all__ = ["HubError", "commit_files", "fetch_checkpoint", "open_repository", "push_checkpoint", "push_folder"]
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*")
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    with_code: bool = False,
+    tag: str | None = None,
+) -> CommitInfo:
+    """
+    Push a saved sparse model, its tokenizer, its card (one is made if there is none) and what else is in `folder`, as
+    one commit.
+
+    The folder is checked first: its model must load whole, from safetensors. Pickles are not pushed: what a run left
+    in the folder (optimiser, random state, arguments, checkpoints) stays behind, any other is refused. Weights that an
+    earlier push brought under other names (shards) go. If anything fails, call it again.
+
+    Args:
+        folder (`str` or `Path`): what `save_pretrained` or a finished run wrote.
+        repo_id (`str`): such as `"user/name"`; `"name"` is one of yours. Created if it does not exist.
+        private (`bool`, *optional*): whether to create it private. `True` refuses a public one that exists.
+        revision (`str`, *optional*): the branch, created if it does not exist; by default `"main"`.
+        commit_message (`str`, *optional*): by default `"Upload a sparse model"`.
+        token (`str`, *optional*): by default the one that `hf auth login` stored.
+        with_code (`bool`): add the modelling code, as [`save_with_code`] does; `folder` is not changed.
+        tag (`str`, *optional*): a new tag for the commit.
+
+    Returns:
+        `CommitInfo`: its `oid` is a `revision` for `from_pretrained`.
+
+    Raises:
+        ValueError: if the folder does not hold a whole sparse model, or holds a pickle.
+        HubError: for a token without the right to write there, a tag that exists, an interrupted upload and the like.
+
+    Example:
+        ```python
+        >>> commit = push_folder("runs/medium-s90-b16", "me/dynsparse-bert-medium-s90-b16", private=True, tag="v1")
+        ```
+    """
+    folder = Path(folder)
+    model = check_model(folder)
+    files = model_files(folder, with_code)
+    if "README.md" not in files:
+        files["README.md"] = str(create_model_card(model, **read_facts(folder))).encode()
+    repo_id = open_repository(repo_id, private=private, revision=revision, token=token)
+    api = HfApi(token=token)
+    if tag is not None:
+        with explained(f"Pushing to {repo_id}"):
+            taken = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+        if tag in taken:
+            raise HubError(f"`tag` must be new. Got {tag!r}, which {repo_id} has at {taken[tag]}. Choose another.")
+    message = commit_message or "Upload a sparse model"
+    commit = commit_files(repo_id, files, message=message, revision=revision, token=token)
+    if tag is not None:
+        with explained(f"Tagging {repo_id}"):
+            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    return commit
+
+
+def fetch_checkpoint(checkpoint: str | None, token: str | None = None) -> str | None:
+    """
+    What a script was told to resume from, with a repository replaced by the folder in the cache that it was downloaded
+    to: what `hub_strategy="checkpoint"` pushed, or the newest that `"all_checkpoints"` did.
+
+    Such a folder holds pickles. The Trainer reads them with `weights_only=True`.
+
+    Args:
+        checkpoint (`str`, *optional*): `"user/name"` or `"user/name@revision"`, with a branch, tag or commit; anything
+            else, an existing folder for one, is returned as it is.
+
+    Raises:
+        HubError: if there is no such repository, revision or checkpoint.
+
+    Example:
+        ```python
+        >>> trainer.train(resume_from_checkpoint=fetch_checkpoint("me/dynsparse-bert-medium-s90-b16"))
+        ```
+    """
+    if checkpoint is None or not re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", checkpoint) or Path(checkpoint).exists():
+        return checkpoint
+    repo_id, revision = split_revision(checkpoint)
+    wanted = [f"{LAST_CHECKPOINT}/*", "checkpoint-*/*"]
+    with explained(f"Resuming from {checkpoint}, which is no folder here,"):
+        snapshot = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
+    numbered = sorted(snapshot.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    for folder in (snapshot / LAST_CHECKPOINT, *reversed(numbered)):
+        if (folder / TRAINER_STATE_NAME).is_file():
+            return str(folder)
+    raise HubError(
+        f"Resuming needs a repository that a run wrote with `--push_to_hub --hub_strategy checkpoint`. Got "
+        f"{checkpoint} without a folder {LAST_CHECKPOINT}. Start from its model with `--model_name_or_path` instead."
+    )
+
+
+def open_repository(
+    repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
+) -> str:
+    """
+    The full name of a repository that may be written to, made together with its branch if it does not exist.
+
+    Raises:
+        HubError: if that may not be, or it is public and must be private.
+    """
+    api = HfApi(token=token)
+    with explained(f"Pushing to {repo_id}"):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)
+        if private and not api.model_info(repo_id).private:
+            raise HubError(
+                f"`private=True` needs a private repository. Got {repo_id}, which is public. Change that in its "
+                "settings, or choose another name."
+            )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return repo_id
+
+
+def commit_files(
+    repo_id: str, files: Files, *, message: str, revision: str | None = None, token: str | None = None
+) -> CommitInfo:
+    """
+    Push `files`, by their paths in the repository, as one commit: it comes whole or not at all. Without a change there
+    is none, and the last one is returned.
+
+    Raises:
+        HubError: if that failed.
+    """
+    api = HfApi(token=token)
+    with explained(f"Pushing to {repo_id}"):
+        present = api.list_repo_files(repo_id, revision=revision)
+        deletions = [CommitOperationDelete(path) for path in present if _is_replaced(path, files)]
+        additions = [
+            CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
+            for path, source in files.items()
+        ]
+        return api.create_commit(
+            repo_id, [*deletions, *additions], commit_message=message, revision=revision, token=token
+        )
+
+
+def push_checkpoint(
+    checkpoint: str | Path,
+    repo_id: str,
+    *,
+    subfolder: str | None,
+    message: str,
+    revision: str | None,
+    token: str | None,
+) -> Future[None]:
+    """
+    Push a checkpoint of a run in the background: its model and, if there is a `subfolder`, all that a resumed run
+    needs into that, in one commit. The checkpoint may be removed meanwhile. A failure is logged, and ends nothing.
+    """
+    checkpoint = Path(checkpoint)
+    frozen = checkpoint.with_name(PENDING + checkpoint.name)
+    shutil.rmtree(frozen, ignore_errors=True)
+    shutil.copytree(checkpoint, frozen, copy_function=_link)
+
+    def push() -> None:
+        try:
+            files = checkpoint_files(frozen, subfolder) if subfolder else model_files(frozen)
+            commit_files(repo_id, files, message=message, revision=revision, token=token)
+        except (HubError, ValueError) as error:
+            logger.error("%s was not pushed, and training goes on; the next save pushes again. %s", checkpoint, error)
+        finally:
+            shutil.rmtree(frozen)
+
+    return run_as_future(push)
+
+
+def _is_replaced(path: str, files: Files) -> bool:
+    """Whether a file of the repository belongs to weights or a checkpoint whose place `files` take."""
+    folder, _, name = path.rpartition("/")
+    if path in files:
+        return False
+    if folder == LAST_CHECKPOINT or fnmatchcase(folder, "checkpoint-*"):
+        return any(new.startswith(f"{folder}/") for new in files)
+    return not folder and any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)

@@ -1,0 +1,276 @@
+"""What a saved model holds, from the headers and block indices of its files alone: no weight is read."""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote
+
+import torch
+from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+from huggingface_hub import HfFileSystem, is_offline_mode, snapshot_download
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .layout import BlockLayout
+from .nn import BlockSparseLinear
+from .saved_model import load_config, model_class, split_revision
+
+
+# The longest header that the format allows.
+MAX_HEADER_BYTES = 100_000_000
+# What is fetched of a remote file at a time: headers and block indices are mostly smaller.
+FETCHED_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """
+    A sparse layer of a saved model.
+
+    Args:
+        name (`str`): its name in the model.
+        layout (`BlockLayout`): its shape and topology.
+        bytes (`int`): what its weight takes: values, block index, and what a run records about exploration.
+        dense_bytes (`int`): what the dense weight would take in the same dtype.
+        coverage (`float`, *optional*): DOF coverage so far, if the file is of a run that has not ended.
+    """
+
+    name: str
+    layout: BlockLayout
+    bytes: int
+    dense_bytes: int
+    coverage: float | None
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """
+    A saved model, as [`inspect_checkpoint`] finds it; `print` shows it as a table.
+
+    Args:
+        source (`str`): folder, file or repository.
+        architecture (`str`): the class that was saved.
+        layers (`tuple[SavedLayer, ...]`): its sparse layers; none if it is dense.
+        files (`dict[str, int]`): bytes of each file of weights.
+        dense_bytes (`int`): what the tensors of the same model would take if it were dense.
+    """
+
+    source: str
+    architecture: str
+    layers: tuple[SavedLayer, ...]
+    files: dict[str, int]
+    dense_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Of all files of weights."""
+        return sum(self.files.values())
+
+    @property
+    def nnz(self) -> int:
+        """Active entries of all sparse layers."""
+        return sum(layer.layout.nnzb * prod(layer.layout.block_shape) for layer in self.layers)
+
+    @property
+    def positions(self) -> int:
+        """Entries that the same layers would have if dense."""
+        return sum(prod(layer.layout.shape) for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of inactive positions over all sparse layers; 0 for a dense model."""
+        return 1.0 - self.nnz / self.positions if self.layers else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold of it: all but the block indices."""
+        layers = [
+            {
+                "name": layer.name,
+                "shape": list(layer.layout.shape),
+                "block_shape": list(layer.layout.block_shape),
+                "nnzb": layer.layout.nnzb,
+                "density": layer.layout.density,
+                "bytes": layer.bytes,
+                "dense_bytes": layer.dense_bytes,
+                "coverage": layer.coverage,
+            }
+            for layer in self.layers
+        ]
+        totals = {"sparsity": self.sparsity, "nnz": self.nnz, "positions": self.positions}
+        sizes = {"bytes": self.bytes, "dense_bytes": self.dense_bytes, "files": self.files}
+        return {"source": self.source, "architecture": self.architecture, **totals, **sizes, "layers": layers}
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.architecture}, " + ("sparse" if self.layers else "dense: no sparse layers")]
+        if self.layers:
+            lines += ["", *self._table(), ""]
+            lines.append(
+                f"{len(self.layers)} sparse layers, {self.nnz:,} of {self.positions:,} entries active, "
+                f"sparsity {self.sparsity:.4f}"
+            )
+        lines += [f"{name}: {size:,} bytes" for name, size in self.files.items()]
+        if self.layers:
+            lines.append(f"{self.bytes / self.dense_bytes:.1%} of the {self.dense_bytes:,} bytes of the dense model")
+        return "\n".join(lines)
+
+    def _table(self) -> list[str]:
+        tracked = any(layer.coverage is not None for layer in self.layers)
+        rows = [("layer", "shape", "block", "nnzb", "density", "bytes", "of dense", *["coverage"] * tracked)]
+        for layer in self.layers:
+            shape, block = ("x".join(map(str, sides)) for sides in (layer.layout.shape, layer.layout.block_shape))
+            sizes = f"{layer.bytes:,}", f"{layer.bytes / layer.dense_bytes:.3f}"
+            cells = layer.name, shape, block, f"{layer.layout.nnzb:,}", f"{layer.layout.density:.4f}", *sizes
+            rows.append((*cells, *["" if layer.coverage is None else f"{layer.coverage:.4f}"] * tracked))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        pad = [str.ljust] + [str.rjust] * (len(widths) - 1)
+        return ["  ".join(f(cell, w) for f, cell, w in zip(pad, row, widths, strict=True)).rstrip() for row in rows]
+
+
+def inspect_checkpoint(source: str | Path) -> CheckpointReport:
+    """
+    Say what a saved model holds: its sparse layers, their topologies and sizes. Headers and block indices are read, of
+    a repository too, and nothing else.
+
+    Args:
+        source (`str` or `Path`): a folder, whole or in shards, of a finished model or a checkpoint of a run; one
+            safetensors file, with its config.json beside; or a repository of the Hub as `"user/name"` or
+            `"user/name@revision"`.
+
+    Raises:
+        FileNotFoundError: if there is no such model, or it has no safetensors files.
+        ValueError: if a file is cut off or damaged, or a block index is out of range or repeated.
+
+    Example:
+        ```python
+        >>> report = inspect_checkpoint("runs/medium-s90-b16")
+        >>> report.layers[0].layout.to_mask()  # which blocks are active
+        ```
+    """
+    filesystem, folder, files = _locate(source)
+    config = load_config(folder if isinstance(filesystem, LocalFileSystem) else source)
+    sizes: dict[str, int] = {}
+    places: dict[str, _Place] = {}
+    saved: dict[str, bytes] = {}
+    for name in files or _weight_files(filesystem, folder):
+        path = f"{folder}/{name}"
+        sizes[name] = filesystem.size(path)
+        with filesystem.open(path, "rb", block_size=FETCHED_BYTES) as file:
+            held = _read_header(file, sizes[name], path)
+            saved |= _read_indices(file, held)
+        places |= held
+    names = {key.removesuffix(".block_index") for key in places if key.endswith(".block_index")}
+    shapes = _dense_shapes(config, names, str(source))
+    layers = tuple(_saved_layer(name, shape, places, saved, str(source)) for name, shape in shapes.items())
+    rest = sum(place.bytes for place in places.values()) - sum(layer.bytes for layer in layers)
+    dense_bytes = rest + sum(layer.dense_bytes for layer in layers)
+    return CheckpointReport(str(source), model_class(config).__name__, layers, sizes, dense_bytes)
+
+
+class _Place(NamedTuple):
+    """Where a tensor stands in a file."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    bytes: int
+
+
+def _locate(source: str | Path) -> tuple[AbstractFileSystem, str, list[str]]:
+    """A file system, the folder of the model there, and the file if one was named."""
+    path = Path(source)
+    if path.is_file():
+        return LocalFileSystem(), str(path.parent), [path.name]
+    if path.is_dir():
+        return LocalFileSystem(), str(path), []
+    name, revision = split_revision(source)
+    load_config(source)  # says in one sentence what is wrong with a name
+    if is_offline_mode():
+        return LocalFileSystem(), snapshot_download(name, revision=revision), []
+    return HfFileSystem(), f"{name}@{quote(revision, safe='')}", []
+
+
+def _weight_files(filesystem: AbstractFileSystem, folder: str) -> list[str]:
+    if filesystem.isfile(f"{folder}/{SAFE_WEIGHTS_NAME}"):
+        return [SAFE_WEIGHTS_NAME]
+    index = f"{folder}/{SAFE_WEIGHTS_INDEX_NAME}"
+    if filesystem.isfile(index):
+        return sorted(set(json.loads(filesystem.cat_file(index))["weight_map"].values()))
+    raise FileNotFoundError(
+        f"A saved model must hold {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}. Got neither in {folder}. Load it "
+        "with transformers and save it again."
+    )
+
+
+def _read_header(file: BinaryIO, size: int, path: str) -> dict[str, _Place]:
+    """The tensors of a safetensors file by name: its first 8 bytes say how long the JSON is that follows."""
+    try:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+        header.pop("__metadata__", None)
+        places = {
+            key: _Place(entry["dtype"], entry["shape"], 8 + length + begin, end - begin)
+            for key, entry in header.items()
+            for begin, end in [entry["data_offsets"]]
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"A file of weights must be a safetensors file. Got {path}, which is none.") from error
+    if max((place.begin + place.bytes for place in places.values()), default=0) > size:
+        raise ValueError(f"A file of weights must be whole. Got {path}, which is cut off. Copy or download it again.")
+    return places
+
+
+def _read_indices(file: BinaryIO, places: dict[str, _Place]) -> dict[str, bytes]:
+    """Block indices and what a run records about exploration, in the order of the file: neighbours come together."""
+    saved = {}
+    for key, place in sorted(places.items(), key=lambda item: item[1].begin):
+        if key.endswith((".block_index", ".ever_active")):
+            file.seek(place.begin)
+            saved[key] = file.read(place.bytes)
+    return saved
+
+
+def _dense_shapes(config: PretrainedConfig, names: set[str], source: str) -> dict[str, tuple[int, int]]:
+    """`(out_features, in_features)` of the layers `names`, in the order of a model on meta: the files do not say."""
+    shapes: dict[str, tuple[int, int]] = {}
+    if names:
+        with torch.device("meta"):
+            model = model_class(config)(config)
+        for name, layer in model.named_modules():
+            if name in names:
+                shape = layer.shape if isinstance(layer, BlockSparseLinear) else layer.weight.shape
+                shapes[name] = (shape[1], shape[0]) if isinstance(layer, Conv1D) else (shape[0], shape[1])
+    if len(shapes) < len(names):
+        raise ValueError(
+            f"config.json must describe the weights. Got {source} with `{min(names - shapes.keys())}`, which a "
+            f"{model_class(config).__name__} of that configuration does not have. Load an intact checkpoint."
+        )
+    return shapes
+
+
+def _saved_layer(
+    name: str, shape: tuple[int, int], places: dict[str, _Place], saved: dict[str, bytes], source: str
+) -> SavedLayer:
+    leaves = ("values", "block_index", "ever_active", "active_since")
+    here = {leaf: places[f"{name}.{leaf}"] for leaf in leaves if f"{name}.{leaf}" in places}
+    values, index = here.get("values"), here["block_index"]
+    if values is None or index.dtype != "I32" or len(values.shape) != 3 or values.shape[:1] != index.shape:
+        found = {leaf: (place.dtype, place.shape) for leaf, place in here.items()}
+        raise ValueError(
+            f"`{name}` must have `values` of shape [nnzb, rows, columns] and `block_index` of dtype I32 and shape "
+            f"[nnzb]. Got {found} in {source}. Name the whole checkpoint, or load an intact one."
+        )
+    ids = torch.frombuffer(bytearray(saved[f"{name}.block_index"]), dtype=torch.int32)
+    layout = BlockLayout(ids, shape, (values.shape[1], values.shape[2]))
+    layout.validate(f"`{name}` in {source}")
+    explored = saved.get(f"{name}.ever_active")
+    return SavedLayer(
+        name,
+        layout,
+        sum(place.bytes for place in here.values()),
+        prod(shape) * values.bytes // prod(values.shape),
+        None if explored is None else int.from_bytes(explored, "little").bit_count() / layout.num_blocks,
+    )

@@ -1,0 +1,82 @@
+"""What the layers of a model are, and what they cost beside dense ones: the rows of a model card's tables."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .body import body_modules
+from .flops import inference_flops_per_sequence
+from .nn import BlockSparseLinear, sparse_layers
+
+
+def count_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """The sparse layers of a model, one by one and by kind, and how much there is of what."""
+    layers = sparse_layers(model)
+    kinds = defaultdict(list)
+    for name, layer in layers.items():
+        kinds[re.sub(r"\.\d+(?=\.|$)", ".*", name), layer.shape, layer.block_shape].append(layer)
+    linears = [x for x in body_modules(model).values() if isinstance(x, nn.Linear | Conv1D | BlockSparseLinear)]
+    return {
+        "each": [_row(name, [layer]) for name, layer in layers.items()],
+        "kinds": [[*_row(name, alike), len(alike)] for (name, *_), alike in kinds.items()],
+        "linears": len(linears),
+        "blocks": sorted({_times(layer.block_shape) for layer in layers.values()}),
+        "nnz": sum(layer.values.numel() for layer in layers.values()),
+        "positions": sum(layer.in_features * layer.out_features for layer in layers.values()),
+        "dense": sum(parameter.numel() for parameter in model.parameters())
+        - sum(layer.values.numel() for layer in layers.values()),
+    }
+
+
+def count_costs(model: PreTrainedModel, facts: Mapping[str, Any]) -> list[list[str]]:
+    """
+    Rows of what a model takes, what it would take with dense layers, and the share. Of a dense model its own only.
+
+    Args:
+        facts (`Mapping[str, Any]`): of its run, if known: `seq_len`, tokens of a sequence; `flops` and `tokens` of the
+            training; or `dense_flops` instead of the latter.
+    """
+    layers = sparse_layers(model).values()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    values = sum(layer.values.numel() * layer.values.element_size() for layer in layers)
+    indices = sum(layer.nnzb * layer.block_index.element_size() for layer in layers)
+    as_dense = sum(layer.in_features * layer.out_features * layer.values.element_size() for layer in layers)
+    inactive = sum(layer.in_features * layer.out_features - layer.values.numel() for layer in layers)
+    rows: list[tuple[str, str, float, float]] = [
+        ("parameters", "{:,}", parameters, parameters + inactive),
+        ("MB of the checkpoint", "{:,.2f}", (whole + indices) / 1e6, (whole - values + as_dense) / 1e6),
+    ]
+    if layers:
+        rows.append(("MB of its sparse matrices", "{:,.2f}", (values + indices) / 1e6, as_dense / 1e6))
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions:  # a text model of one stack, as the count of FLOPs wants it
+        length = facts.get("seq_len") or min(128, positions)
+        forward = inference_flops_per_sequence(model, length)
+        rows.append((f"FLOPs of a forward pass, {length} tokens", "{:.4g}", forward, forward + 2 * length * inactive))
+    flops = facts.get("flops") or 0
+    dense_flops = flops + 6 * facts["tokens"] * inactive if "tokens" in facts else facts.get("dense_flops")
+    if flops and dense_flops:
+        rows.append(("FLOPs of the training", "{:.4g}", flops, dense_flops))
+    cells = [[what, form.format(ours), form.format(dense), f"{ours / dense:.1%}"] for what, form, ours, dense in rows]
+    return cells if layers else [row[:2] for row in cells]
+
+
+def _row(name: str, layers: list[BlockSparseLinear]) -> list[Any]:
+    """Name, shape, block, active blocks and density of layers of one shape: ranges, where they differ."""
+
+    def span(values: list[Any], form: str) -> str:
+        return " to ".join(dict.fromkeys(form.format(value) for value in (min(values), max(values))))
+
+    counts, densities = [x.nnzb for x in layers], [x.nnzb / x.num_blocks for x in layers]
+    shape, block = _times(layers[0].shape), _times(layers[0].block_shape)
+    return [f"`{name}`", shape, block, span(counts, "{:,}"), span(densities, "{:.4f}")]
+
+
+def _times(sides: tuple[int, int]) -> str:
+    return " x ".join(map(str, sides))

@@ -1,0 +1,317 @@
+"""Model cards: what a model is and how it came about, from the files of its run. No figure is typed by hand."""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from .finetuning import FINETUNE_MODES
+from .layer_tables import count_costs, count_layers
+from .models import DynSparseBertConfig
+from .quantizer import DynSparseQuantizationConfig, DynSparseQuantizer
+from .saved_model import load_config, model_class
+from .summary import task_metrics
+
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+PICTURES = {
+    "training.png": "Loss, and exploration of the topology if it evolved, against training FLOPs",
+    "block_map.png": "Blocks of one layer: at the start, wherever one was active, at the end",
+}
+
+# What a model is for, by the Auto class that loads it. Where two classes would do, the first is meant.
+TASKS = {
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForPreTraining": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModel": "feature-extraction",
+}
+
+EXPLORED = ("coverage", "topology_updates")
+
+# Metrics that the Hub calls otherwise than the scripts that compute them.
+METRIC_TYPES = {"pearson": "pearsonr", "exact": "exact_match"}
+
+
+def write_model_card(
+    folder: str | Path,
+    destination: str | Path | None = None,
+    *,
+    model: PreTrainedModel | None = None,
+    **facts: Any,
+) -> Path:
+    """
+    Write README.md, the card of a saved model, from what its folder holds; again at any later time.
+
+    Args:
+        folder (`str` or `Path`): config.json, and what a run has left beside it: summary.json, trainer_state.json,
+            training.png, block_map.png.
+        destination (`str` or `Path`, *optional*): the folder to write the card and its pictures to, if not `folder`.
+        model (`PreTrainedModel`, *optional*): the model of `folder`, if it is at hand.
+        facts: see [`create_model_card`]; they overrule those of the files.
+
+    Returns:
+        `Path`: the card.
+
+    Raises:
+        FileNotFoundError: if `folder` holds no config.json and `model` is not given.
+
+    Example:
+        ```python
+        >>> write_model_card("runs/medium-s90-b16", license="apache-2.0", language="en")
+        PosixPath('runs/medium-s90-b16/README.md')
+        ```
+    """
+    source = Path(folder)
+    target = source if destination is None else Path(destination)
+    known = read_facts(source) | facts
+    card = create_model_card(empty_model(source) if model is None else model, **known)
+    target.mkdir(parents=True, exist_ok=True)
+    if target != source:
+        for picture in known["pictures"]:
+            shutil.copy(source / picture, target)
+    card.save(target / "README.md")
+    return target / "README.md"
+
+
+def create_model_card(model: PreTrainedModel, **facts: Any) -> ModelCard:
+    """
+    The card of `model`, sparse or dense. What is not known is left out.
+
+    Args:
+        model (`PreTrainedModel`): on any device, meta included: only shapes and dtypes are read.
+        facts: each of them optional. The content of summary.json, and
+
+            - `model_name` (`str`); `repo_id` (`str`), its place on the Hub;
+            - `license`, `language`, `base_model` (a name on the Hub), `pipeline_tag` (`str`), `tags` (`list[str]`);
+            - `start` (`str` or `None`), what training began with, `None` for scratch: see [`describe_start`];
+            - `pattern` (`str`), where the first topology came from;
+            - `data` (`dict`), see [`describe_data`]; `datasets` (`list[str]`), all names on the Hub;
+            - `metrics` (`dict[str, float]`), the results, if not those of the last evaluation in `history`;
+            - `history` and `topology`, log and settings as in trainer_state.json;
+            - `pictures` (`list[str]`), keys of `PICTURES`: files beside the card.
+
+    Returns:
+        `ModelCard`: its `validate` asks the Hub.
+    """
+    auto_class, layers = _auto_class(model), count_layers(model)
+    needs_package = bool(layers["each"]) or isinstance(model.config, DynSparseBertConfig)
+    tags = [tag for tag, fits in (("dynsparse", needs_package), ("block-sparse", layers["each"])) if fits]
+    facts = {"model_name": type(model).__name__, "pipeline_tag": TASKS.get(auto_class), **facts}
+    facts["tags"] = [*tags, *(model.model_tags or ()), *facts.get("tags", ())]
+    log = facts.get("history", ())
+    evaluations = _evaluations(log)
+    results = _results(facts, evaluations)
+    explored = {name: entry[f"dynsparse/{name}"] for entry in log for name in EXPLORED if f"dynsparse/{name}" in entry}
+    return ModelCard.from_template(
+        _metadata(facts, results),
+        template_path=str(TEMPLATE),
+        model_class=type(model).__name__,
+        auto_class=auto_class,
+        needs_package=needs_package,
+        max_tokens=getattr(model.config, "max_position_embeddings", None),
+        layers=layers,
+        facts=facts,
+        data=facts.get("data"),
+        explored=explored,
+        costs=count_costs(model, facts),
+        results=_table(
+            {
+                "data": result.dataset_name,
+                "split": result.dataset_split,
+                "metric": result.metric_name,
+                "value": f"{result.metric_value:.4f}",
+                "seed": facts.get("seed"),
+            }
+            for result in results
+        ),
+        training=_training(facts),
+        topology=_named(facts.get("topology") or {}),
+        evaluations=_table(evaluations) if len(evaluations) > 1 else [],
+        pictures={name: PICTURES[name] for name in facts.get("pictures", ())},
+    )
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What the files of a run tell about it; for a model without a run its name."""
+    facts: dict[str, Any] = {"model_name": folder.resolve().name}
+    facts["pictures"] = [name for name in PICTURES if (folder / name).exists()]
+    if (folder / "trainer_state.json").exists():
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        facts |= {"steps": state["global_step"], "flops": state["total_flos"]}
+        facts["history"] = state["log_history"]
+        facts["topology"] = state["stateful_callbacks"].get("TopologyCallback", {}).get("args")
+    if (folder / "summary.json").exists():
+        facts |= json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return facts
+
+
+def describe_start(name_or_path: str | None) -> dict[str, Any]:
+    """The facts about what training began with: nothing, a folder, or a model on the Hub."""
+    if name_or_path is None or Path(name_or_path).exists():
+        return {"start": name_or_path and Path(name_or_path).resolve().name}
+    return {"start": name_or_path, "base_model": name_or_path}
+
+
+def describe_data(
+    name: str, *, config: str | None = None, split: str | None = "validation", evaluated_on: str | None = None
+) -> dict[str, Any]:
+    """
+    The fact `data`.
+
+    Args:
+        name (`str`): a data set on the Hub, or a file or folder.
+        config, split (`str`, *optional*): its configuration, and the split that the results are for.
+        evaluated_on (`str`, *optional*): what to call the data of the results, if `name` does not.
+    """
+    local = Path(name).exists()
+    data = {"name": Path(name).resolve().name} if local else {"name": name, "id": name, "config": config}
+    return data | {"split": split, "evaluated_on": evaluated_on}
+
+
+def trainer_facts(
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+) -> dict[str, Any]:
+    """The facts in the arguments of [`~transformers.Trainer.create_model_card`]."""
+
+    def listed(given: str | list[str] | None) -> list[Any]:
+        return [given] if isinstance(given, str) else given or []
+
+    ids, names, configs = listed(dataset_tags), listed(dataset), listed(dataset_args)
+    first = {"name": names or ids, "id": ids, "config": configs}
+    facts = {
+        "language": language,
+        "license": license,
+        "tags": listed(tags),
+        "model_name": model_name,
+        "base_model": finetuned_from,
+        "pipeline_tag": next(iter(listed(tasks)), None),
+        "datasets": ids,
+        "data": {key: values[0] for key, values in first.items() if values},
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def empty_model(folder: str | Path) -> PreTrainedModel:
+    """
+    The model saved in `folder` on meta: its layers, but no weight.
+
+    Raises:
+        FileNotFoundError: if there is no config.json.
+    """
+    config = load_config(folder)
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(config)(config).to(config.dtype)
+    how = getattr(config, "quantization_config", None)
+    if how is not None:
+        DynSparseQuantizer(DynSparseQuantizationConfig(**how), pre_quantized=False).attach_(model)
+    return model
+
+
+def _auto_class(model: PreTrainedModel) -> str:
+    """The Auto class that loads `model`; else its own class."""
+    for auto_class in TASKS:
+        found = getattr(transformers, auto_class)._model_mapping.get(type(model.config), ())
+        if type(model) in (found if isinstance(found, list | tuple) else (found,)):
+            return auto_class
+    return type(model).__name__
+
+
+def _evaluations(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each step with an evaluation: step, the training loss logged last, scores."""
+    rows: dict[int, dict[str, Any]] = {}
+    loss: dict[str, Any] = {}
+    for entry in log:
+        if "loss" in entry:
+            loss = {"training loss": entry["loss"]}
+        scores = task_metrics(dict(entry))
+        if scores:
+            rows.setdefault(entry["step"], {"step": entry["step"], **loss}).update(scores)
+    return list(rows.values())
+
+
+def _results(facts: Mapping[str, Any], evaluations: list[dict[str, Any]]) -> list[EvalResult]:
+    """What the last evaluation gave. `mm_` marks the other half of MNLI, `total` a number of questions."""
+    data = facts.get("data") or {}
+    name = data.get("evaluated_on") or data.get("name") or "evaluation set"
+    last = {name: score for name, score in (evaluations or [{}])[-1].items() if name not in ("step", "training loss")}
+    scores = facts.get("metrics") or last | {name: facts[name] for name in ("perplexity",) if name in facts}
+    return [
+        EvalResult(
+            task_type=facts["pipeline_tag"],
+            dataset_type=data.get("id") or data.get("name") or name,
+            dataset_name=name,
+            dataset_config=data.get("config"),
+            dataset_split="validation_mismatched" if metric.startswith("mm_") else data.get("split"),
+            metric_type=METRIC_TYPES.get(metric.removeprefix("mm_"), metric.removeprefix("mm_")),
+            metric_name=metric.replace("_", " "),
+            metric_value=float(score),
+        )
+        for metric, score in scores.items()
+        if not metric.endswith("total")
+    ]
+
+
+def _metadata(facts: Mapping[str, Any], results: list[EvalResult]) -> ModelCardData:
+    data = facts.get("data") or {}
+    scores = {result.metric_type for result in results if result.metric_type.islower()}  # no part such as HasAns_f1
+    known = bool(results and data and facts["pipeline_tag"])  # the Hub asks each result for its data and task
+    return ModelCardData(
+        language=facts.get("language"),
+        license=facts.get("license"),
+        library_name="transformers",
+        pipeline_tag=facts["pipeline_tag"],
+        tags=facts["tags"],
+        base_model=facts.get("base_model"),
+        datasets=facts.get("datasets") or ([data["id"]] if data.get("id") else None),
+        metrics=sorted(scores - {"loss", "combined_score"}) or None,
+        eval_results=results if known else None,
+        model_name=facts["model_name"] if known else None,
+    )
+
+
+def _training(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How long, on how much and with which arguments."""
+    rows: dict[str, Any] = {}
+    if "mode" in facts:
+        mode = facts["mode"]
+        rows["mode"] = mode if mode == "dense" else f"{mode}: {FINETUNE_MODES[mode].does}"
+    amounts = ("steps", "epochs", "tokens", "seq_len", "train_sequences", "eval_sequences")
+    rows |= {name: facts[name] for name in amounts if name in facts}
+    rows |= facts.get("arguments") or {name: facts[name] for name in ("learning_rate",) if name in facts}
+    return _named(rows)
+
+
+def _named(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(f"`{name}`", _text(value)) for name, value in values.items() if value is not None]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """Columns, then cells. A column that no row fills is left out; without rows there is no table."""
+    rows = [{name: _text(value) for name, value in row.items() if value is not None} for row in rows]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return [columns, *([row.get(name, "") for name in columns] for row in rows)] if rows else []
