@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 from _bert import Arm, Batch, build_model, make_batch, make_config
-from _cli import SEED, block_size, label
+from _cli import SEED, block_size
 from _machine import describe_machine
 from torch import distributed, multiprocessing, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from hf_dynsparse import sparse_layers, topology_summary
 from hf_dynsparse.summary import checkpoint_bytes, dense_bytes
 
 
-RANKS = 2
+RANKS, SEQ_LEN = 2, 64
 
 
 def count_bytes(model: nn.Module, batch: Batch) -> Counter[str]:
@@ -47,41 +48,38 @@ def count_bytes(model: nn.Module, batch: Batch) -> Counter[str]:
     return sent
 
 
-def compare(preset: str, sparsity: float, size: int | tuple[int, int], vocab_size: int) -> dict[str, Any]:
-    """One row: bytes of the sparse layers and of all else, in the sparse model and in its dense twin."""
-    arm = Arm("sparse", preset, sparsity, size)
-    model = build_model(arm, make_config(arm, vocab_size, 64, 0.0), head=True)
-    twin, layers, batch = model.to_dense(), sparse_layers(model), make_batch(2, 64, vocab_size, torch.device("cpu"))
+def build_twins(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The sparse model and the dense one with the same outputs."""
+    arm = Arm("sparse", args.preset, args.sparsity, args.block_size)
+    model = build_model(arm, make_config(arm, args.vocab_size, SEQ_LEN, 0.0), head=True)
+    return model, model.to_dense()
+
+
+def compare(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """Bytes of the sparse layers' weights and of all else, in the sparse model and in its twin."""
+    model, twin = build_twins(args)
+    batch = make_batch(2, SEQ_LEN, args.vocab_size, torch.device("cpu"))
     sent, dense = count_bytes(model, batch), count_bytes(twin, batch)
-    ours, theirs = (
-        sum(counted[f"{name}.{parameter}"] for name in layers)
-        for counted, parameter in ((sent, "values"), (dense, "weight"))
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        encoder = checkpoint_bytes(folder, ".encoder.")
+    layers = sparse_layers(model)
+    ours = sum(sent[f"{name}.values"] for name in layers)
+    theirs = sum(dense[f"{name}.weight"] for name in layers)
     return {
-        "model": arm.name,
-        "density": 1.0 - topology_summary(model).sparsity,
-        "layers": (ours, theirs),
-        "rest": (sent[""] - ours, dense[""] - theirs),
-        "checkpoint": (encoder, dense_bytes(model, ".encoder.")),
+        "gradients of the sparse layers": (ours, theirs),
+        "all other gradients": (sent[""] - ours, dense[""] - theirs),
     }
+
+
+def show(what: str, ours: int, theirs: int) -> None:
+    print(f"{what:30} {ours:13,} bytes, {ours / theirs:.6f} of dense")
 
 
 def work(rank: int, folder: str, args: argparse.Namespace) -> None:
     """One of the ranks; the first prints."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=RANKS)
     torch.set_num_threads(1)
-    row = compare(args.preset, args.sparsity, args.block_size, args.vocab_size)
-    if rank == 0:
-        print(f"{row['model']}, B={label(args.block_size)}: density of the sparse layers {row['density']:.6f}")
-        for part, what in (("layers", "gradients of the sparse layers"), ("rest", "all other gradients")):
-            print(f"{what:32} {row[part][0]:13,} bytes a step, {row[part][0] / row[part][1]:.6f} of dense")
-        print(
-            f"{'encoder in the checkpoint':32} {row['checkpoint'][0]:13,} bytes, "
-            f"{row['checkpoint'][0] / row['checkpoint'][1]:.6f} of dense"
-        )
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=rank, world_size=RANKS)
+    for what, (ours, theirs) in compare(args).items():
+        if rank == 0:
+            show(what, ours, theirs)
     distributed.destroy_process_group()
 
 
@@ -93,8 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vocab_size", type=int, default=30522, help="size of the vocabulary (%(default)s)")
     args = parser.parse_args(argv)
     print(f"{describe_machine(SEED)}; {RANKS} ranks over gloo")
+    model, _ = build_twins(args)
+    print(f"density of the sparse layers   {1 - topology_summary(model).sparsity:.6f}")
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(work, (folder, args), nprocs=RANKS)
+        model.save_pretrained(folder)
+        show("encoder in the checkpoint", checkpoint_bytes(folder, ".encoder."), dense_bytes(model, ".encoder."))
 
 
 if __name__ == "__main__":

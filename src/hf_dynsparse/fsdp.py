@@ -46,10 +46,17 @@ class ShardedTrainer(Trainer):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is not None and isinstance(self.model, PreTrainedModel):
-            # Gathered tensors share no memory, by which transformers knows the ones to write once.
-            state_dict = {name: x for name, x in state_dict.items() if name not in self.model.all_tied_weights_keys}
-        super()._save(output_dir, state_dict)
+        if state_dict is None or not isinstance(self.model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+            return
+        # Gathered tensors share no memory, by which transformers knows the ones to write once.
+        state_dict = {name: x for name, x in state_dict.items() if name not in self.model.all_tied_weights_keys}
+        # And of a model with a quantizer it saves what the model says of itself, which is shards.
+        vars(self.model)["state_dict"] = lambda: state_dict
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del vars(self.model)["state_dict"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.accelerator.is_fsdp2:

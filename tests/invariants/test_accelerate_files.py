@@ -1,5 +1,5 @@
 """
-Every file of `examples/accelerate` starts the processes that it says; two_nodes.yaml starts those of test_two_ranks.py.
+Every file of `examples/accelerate` starts the processes that it says; two_nodes.yaml those of test_two_ranks.py.
 """
 
 import json

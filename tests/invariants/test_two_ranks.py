@@ -16,6 +16,7 @@ import pytest
 import torch
 import worker
 from launch import two_nodes, two_ranks
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 
@@ -219,6 +220,11 @@ def test_shards_are_saved_as_one_process_saves(
         name for name in files[1] if "rng_state" not in name
     }
     assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
+    with (
+        safe_open(ours / "model.safetensors", "pt") as saved,
+        safe_open(theirs / "model.safetensors", "pt") as expected,
+    ):
+        assert saved.metadata().keys() == expected.metadata().keys() >= {"format", "crc32"}
     expected, saved = (load_file(checkpoint / "model.safetensors") for checkpoint in (theirs, ours))
     assert saved.keys() == expected.keys()
     for name, tensor in expected.items():
