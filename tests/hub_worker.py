@@ -26,7 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_dynsparse import DynSparseTrainer, sparsify_
+from hf_dynsparse import DynSparseTrainer, save_with_code, sparsify_
 from hf_dynsparse.hub import fetch_checkpoint, push_folder
 
 
@@ -165,13 +165,17 @@ def other_pushes() -> Any:
     stock = AutoModelForMaskedLM.from_pretrained("tester/roberta", cache_dir=FOLDER / "cache")
     card = ModelCard.load("tester/roberta")
     # A model that came with its code, and is saved without: what its configuration names must not be missing.
-    AutoModelForMaskedLM.from_pretrained("tester/big", revision="v1").save_pretrained(FOLDER / "named")
+    plain = AutoModelForMaskedLM.from_pretrained("tester/big", revision="v1")
+    plain.save_pretrained(FOLDER / "plain")
+    save_with_code(plain, FOLDER / "named")
+    (FOLDER / "named" / "modeling_dynsparse_bert.py").unlink()
     push_folder(FOLDER / "named", "named")
     return {
         "direct": same(model, direct),
         "files": files("tester/direct"),
         "roberta": same(roberta, stock),
         "card made": "hf_dynsparse" in card.text,
+        "no code named": "auto_map" not in (FOLDER / "plain" / "config.json").read_text(encoding="utf-8"),
         "code again": "modeling_dynsparse_bert.py" in files("tester/named"),
     }
 

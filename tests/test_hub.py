@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from loopback import LoopbackHub, loopback_hub
@@ -82,6 +83,7 @@ def test_other_ways_and_architectures(done: dict[str, Any]) -> None:
     assert {"config.json", "model.safetensors"} <= set(found["files"])
     assert found["roberta"]
     assert found["card made"]
+    assert found["no code named"]
     assert found["code again"]
 
 
@@ -222,7 +224,8 @@ def test_only_whole_sparse_models_are_pushed(folder: Path, tmp_path: Path) -> No
         push_folder(tmp_path / "bert", "tester/model")
 
 
-def test_offline(folder: Path) -> None:
+def test_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="Pushing to tester/model needs the Hub. Got no connection.*HF_HUB_OFFLINE"):
         push_folder(folder, "tester/model")
     with pytest.raises(HubError, match="Resuming from runs/none, which is no folder here, needs the Hub"):
