@@ -270,6 +270,6 @@ def check_updatable(layers: dict[str, BlockSparseLinear], optimizer: torch.optim
         if layer.values not in trained:
             raise ValueError(
                 f"The optimizer must train the parameters that the model has now. Got one without `{name}.values`. "
-                "Make it from `model.parameters()` after `fully_shard`; DeepSpeed keeps copies of its own: launch with "
-                "DDP or FSDP2 instead."
+                "Make it from `model.parameters()` after `fully_shard`. DeepSpeed keeps copies of its own: use DDP "
+                "or FSDP2."
             )
