@@ -20,15 +20,13 @@ and predictions of the test set with --do_predict.
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from datasets import DatasetDict, load_dataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -37,13 +35,11 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
-from hf_dynsparse.checkpoint import check_same_model, find_run_to_resume
+from hf_dynsparse.checkpoint import check_same_model
 from hf_dynsparse.data import GLUE_TASKS, glue_metrics, read_glue
 from hf_dynsparse.finetuning import (
     FinetuningArguments,
@@ -52,11 +48,10 @@ from hf_dynsparse.finetuning import (
     load_teacher,
     prepare_finetuning_,
 )
-from hf_dynsparse.hub import fetch_checkpoint
-from hf_dynsparse.hub.trainer import open_hub_repository
 from hf_dynsparse.layout import parse_block_size
 from hf_dynsparse.model_card import describe_data, describe_start
 from hf_dynsparse.plots import plot_training
+from hf_dynsparse.scripts import ScriptArguments, find_checkpoint, parse_arguments, settle_process, stop
 from hf_dynsparse.summary import summarize_finetuning
 
 
@@ -127,7 +122,7 @@ class DataArguments:
 
 
 @dataclass
-class RunArguments(FinetuningArguments):
+class RunArguments(ScriptArguments, FinetuningArguments):
     """How it is fine-tuned: all arguments of the transformers Trainer; rates and epochs follow --finetune_mode."""
 
     output_dir: str = field(default="dynsparse-glue", metadata={"help": "Where everything of the run is written."})
@@ -139,38 +134,19 @@ class RunArguments(FinetuningArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
     logging_steps: float = field(default=0.02, metadata={"help": "Steps between log entries, or a share of the run."})
-    num_threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of each process. Default: the cores, shared among the processes."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "A checkpoint folder; `last`: the newest of --output_dir, if there is one; or what --hub_strategy "
-            "checkpoint pushed, as user/name or user/name@revision."
-        },
-    )
 
 
 def main() -> None:
     """Parse, check, prepare, train, evaluate, predict, report."""
     try:
-        model_args, data_args, args = parse_arguments()
+        kinds = (ModelArguments, DataArguments, RunArguments)
+        model_args, data_args, args = parse_arguments(*kinds, description=__doc__)
         check_arguments(model_args, data_args, args)
         block_size = parse_block_size(model_args.block_size) if model_args.block_size else None
-        asked = fetch_checkpoint(args.resume_from_checkpoint, model_args.token)
-        checkpoint = find_run_to_resume(args.output_dir, asked)
-        if args.push_to_hub and args.process_index == 0:
-            open_hub_repository(args)
+        checkpoint = find_checkpoint(args, model_args.token)
     except (ValueError, OSError) as error:
         stop(error)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for name in ("run_glue_dynsparse", "hf_dynsparse"):
-        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
-    datasets.utils.logging.set_verbosity_warning()
-    if args.device.type == "cpu":
-        # `accelerate launch` leaves one thread to each process unless it is told otherwise.
-        torch.set_num_threads(args.num_threads or max(1, (os.cpu_count() or 1) // args.world_size))
-    set_seed(args.seed)
+    settle_process(args, "run_glue_dynsparse")
 
     hub = {"revision": model_args.model_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
     try:
@@ -249,19 +225,6 @@ def main() -> None:
     elif args.do_train:
         trainer.create_model_card()
     trainer.accelerator.end_training()
-
-
-def stop(error: Exception) -> NoReturn:
-    """End with one line that says what is wrong."""
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).strip().splitlines()[-1].strip()}")
-
-
-def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
-    """From the command line, or from one JSON file given as the only argument."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), description=__doc__)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(os.path.abspath(sys.argv[1]))
-    return parser.parse_args_into_dataclasses()
 
 
 def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> None:

@@ -20,14 +20,11 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import datasets
-import torch
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub.errors import StrictDataclassError
@@ -37,10 +34,8 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedTokenizerBase,
     TrainerState,
-    set_seed,
 )
 
 from hf_dynsparse import (
@@ -54,7 +49,6 @@ from hf_dynsparse import (
     sparse_learning_rate,
     topology_summary,
 )
-from hf_dynsparse.checkpoint import find_run_to_resume
 from hf_dynsparse.data import (
     DataCollatorForWholeWordMasking,
     build_next_sentence_pairs,
@@ -62,20 +56,20 @@ from hf_dynsparse.data import (
     split_sentences,
     train_wordpiece_tokenizer,
 )
+from hf_dynsparse.estimate import DENSE_LEARNING_RATES
 from hf_dynsparse.finetuning import load_teacher
-from hf_dynsparse.hub import fetch_checkpoint
-from hf_dynsparse.hub.trainer import open_hub_repository
 from hf_dynsparse.layout import parse_block_size
 from hf_dynsparse.model_card import describe_data, describe_start
 from hf_dynsparse.plots import plot_block_map, plot_training
+from hf_dynsparse.scripts import ScriptArguments, find_checkpoint, parse_arguments, settle_process, stop
 from hf_dynsparse.summary import format_summary, summarize_run
 from hf_dynsparse.topology import update_steps
 
 
 logger = logging.getLogger("run_mlm_dynsparse")
 
-# Best of the paper's sweeps for the dense models (arXiv:2108.06277, appendix); tiny and large are not in it.
-DENSE_LEARNING_RATES = {"tiny": 1e-3, "mini": 8e-4, "small": 4e-4, "medium": 2e-4, "base": 2e-4, "large": 1e-4}
+# Tiny and large are not in the paper.
+LEARNING_RATES = {"tiny": 1e-3, **DENSE_LEARNING_RATES, "large": 1e-4}
 TEXT_FORMATS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
@@ -153,7 +147,7 @@ class DataArguments:
 
 
 @dataclass
-class RunArguments(DynSparseTrainingArguments):
+class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     """
     How it is trained: all arguments of the transformers Trainer, with defaults for a first run on a small machine.
     """
@@ -177,42 +171,24 @@ class RunArguments(DynSparseTrainingArguments):
     )
     save_steps: float = field(default=0.2, metadata={"help": "Steps between checkpoints, or a share of the run."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    num_threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of each process. Default: the cores, shared among the processes."}
-    )
     logging_steps: float = field(default=0.02, metadata={"help": "Steps between log entries, or a share of the run."})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "A checkpoint folder; `last`: the newest of --output_dir, if there is one; or what --hub_strategy "
-            "checkpoint pushed, as user/name or user/name@revision."
-        },
-    )
 
 
 def main() -> None:
     """Parse, check, prepare, train, evaluate, report."""
     try:
-        model_args, data_args, args = parse_arguments()
-        asked = fetch_checkpoint(args.resume_from_checkpoint, model_args.token)
-        checkpoint = find_run_to_resume(args.output_dir, asked)
-        if args.push_to_hub and args.process_index == 0:
-            open_hub_repository(args)
+        kinds = (ModelArguments, DataArguments, RunArguments)
+        model_args, data_args, args = parse_arguments(*kinds, description=__doc__)
+        if model_args.static or model_args.dense_baseline:
+            args.num_topology_updates, args.topology_update_every = 0, None
+        checkpoint = find_checkpoint(args, model_args.token)
         check_data(model_args, data_args, args)
         check_topology(args, checkpoint)
         config = build_config(model_args, checkpoint)
     except (ValueError, OSError, StrictDataclassError) as error:
         stop(error)
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    level = logging.INFO if args.should_log else logging.WARNING
-    for name in ("run_mlm_dynsparse", "hf_dynsparse"):
-        logging.getLogger(name).setLevel(level)
-    datasets.utils.logging.set_verbosity_warning()
-    if args.device.type == "cpu":
-        # `accelerate launch` leaves one thread to each process unless it is told otherwise.
-        torch.set_num_threads(args.num_threads or max(1, (os.cpu_count() or 1) // args.world_size))
-    set_seed(args.seed)
+    settle_process(args, "run_mlm_dynsparse")
 
     try:
         with args.main_process_first(desc="prepare the text"):
@@ -242,7 +218,7 @@ def main() -> None:
         model = architecture(config)
     logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
     if args.learning_rate is None:
-        args.learning_rate = sparse_learning_rate(DENSE_LEARNING_RATES[model_args.preset], model.config.sparsity)
+        args.learning_rate = sparse_learning_rate(LEARNING_RATES[model_args.preset], model.config.sparsity)
         logger.info("learning rate %.3g, by the rule for sparsity %g", args.learning_rate, model.config.sparsity)
 
     pictured = remember_initial_topology(model, args, checkpoint)
@@ -277,23 +253,6 @@ def main() -> None:
     else:
         trainer.create_model_card()
     trainer.accelerator.end_training()
-
-
-def stop(error: Exception) -> NoReturn:
-    """End with one line that says what is wrong."""
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).strip().splitlines()[-1].strip()}")
-
-
-def parse_arguments() -> tuple[ModelArguments, DataArguments, RunArguments]:
-    """From the command line, or from one JSON file given as the only argument."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, RunArguments), description=__doc__)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        model_args, data_args, args = parser.parse_json_file(os.path.abspath(sys.argv[1]))
-    else:
-        model_args, data_args, args = parser.parse_args_into_dataclasses()
-    if model_args.static or model_args.dense_baseline:
-        args.num_topology_updates, args.topology_update_every = 0, None
-    return model_args, data_args, args
 
 
 def check_topology(args: RunArguments, checkpoint: str | None) -> None:
@@ -346,8 +305,8 @@ def build_config(model_args: ModelArguments, checkpoint: str | None) -> DynSpars
     source = model_args.config_name or model_args.model_name_or_path
     if source:
         return AutoConfig.from_pretrained(source, revision=model_args.model_revision, token=model_args.token)
-    if model_args.preset not in DENSE_LEARNING_RATES:
-        raise ValueError(f"`--preset` must be one of {', '.join(DENSE_LEARNING_RATES)}. Got {model_args.preset!r}.")
+    if model_args.preset not in LEARNING_RATES:
+        raise ValueError(f"`--preset` must be one of {', '.join(LEARNING_RATES)}. Got {model_args.preset!r}.")
     config = DynSparseBertConfig.preset(
         model_args.preset,
         sparsity=0.0 if model_args.dense_baseline else model_args.sparsity,

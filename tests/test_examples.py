@@ -12,7 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from scripts import EXAMPLES, assert_same_weights, run_script
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
 
 import hf_dynsparse
 from hf_dynsparse import DynSparseTrainingArguments, sparse_layers
 
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "run_mlm_dynsparse.py"
+SCRIPT = EXAMPLES / "run_mlm_dynsparse.py"
 TOY = (
     "--preset tiny --config_overrides hidden_size=32,intermediate_size=64 --block_size 8 --sparsity 0.5"
     " --vocab_size 300 --max_seq_length 32 --max_steps 4 --num_topology_updates 2 --per_device_train_batch_size 4"
@@ -69,19 +70,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(text: Path) -> Iterator[Callable[..., Path]]:
+def run(text: Path) -> Callable[..., Path]:
     """Run the script in this process: `run(output_dir, flags)`."""
-    threads = torch.get_num_threads()
 
-    def run_script(output: Path, flags: str = "", train_file: str | None = "train.txt") -> Path:
+    def run_toy(output: Path, flags: str = "", train_file: str | None = "train.txt") -> Path:
         train = f"--train_file {text / train_file} --cache_dir {text / 'cache'}" if train_file else ""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", shlex.split(f"{SCRIPT} {TOY} {train} --output_dir {output} {flags}"))
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+        run_script(SCRIPT, f"{TOY} {train} --output_dir {output} {flags}")
         return output
 
-    yield run_script
-    torch.set_num_threads(threads)
+    return run_toy
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +109,6 @@ def test_a_teacher_of_another_vocabulary(run: Callable[..., Path], finished: Pat
 
 def summary_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    first, second = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 def test_summary(finished: Path) -> None:

@@ -55,6 +55,7 @@ PLACES = {
     "fsdp.py": Place(4, TRAINER),
     "checkpoint.py": Place(4, TRAINER),
     "safeguards.py": Place(4, TRAINER),
+    "scripts.py": Place(4, TRAINER | {"datasets"}),
     "summary.py": Place(4, TRAINER),
     "model_card.py": Place(4, TRAINER),
     "saved_model.py": Place(3, MODELS),

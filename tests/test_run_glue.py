@@ -6,7 +6,6 @@ import runpy
 import shlex
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +15,10 @@ from transformers import AutoModelForSequenceClassification
 from hf_dynsparse import sparse_layers
 from hf_dynsparse.data import GLUE_TASKS, glue_metrics
 from tests.data.test_glue import OFFICIAL
+from tests.scripts import EXAMPLES, run_script
 from tests.toy import WORDS, toy_model, toy_tokenizer
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 TOY = (
     "--max_steps 3 --per_device_train_batch_size 8 --num_threads 1 --max_seq_length 24 --save_strategy no"
     " --eval_strategy no --disable_tqdm true --kernel_tuning off --logging_steps 1 --use_cpu true --report_to none"
@@ -64,19 +63,15 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def run(data, tmp_path, monkeypatch):
+def run(data, tmp_path):
     """Run the script in this process; gives back its output folder."""
-    threads = torch.get_num_threads()
 
-    def run_script(flags, output="out", start="start"):
+    def run_toy(flags, output="out", start="start"):
         common = f"--model_name_or_path {data / start} --cache_dir {data / 'cache'} --output_dir {tmp_path / output}"
-        script = EXAMPLES / "run_glue_dynsparse.py"
-        monkeypatch.setattr(sys, "argv", shlex.split(f"{script} {TOY} {common} {flags}"))
-        runpy.run_path(str(script), run_name="__main__")
+        run_script(EXAMPLES / "run_glue_dynsparse.py", f"{TOY} {common} {flags}")
         return tmp_path / output
 
-    yield run_script
-    torch.set_num_threads(threads)
+    return run_toy
 
 
 def predictions_of(folder, rows, tokenizer, columns):

@@ -6,7 +6,6 @@ import math
 import random
 import re
 import runpy
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from scripts import EXAMPLES, assert_same_weights, run_script
 from toy import TOY_SIZES, toy_model
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForMaskedLM, ByT5Tokenizer
 
@@ -25,7 +24,7 @@ from hf_dynsparse.data import train_wordpiece_tokenizer
 
 datasets = pytest.importorskip("datasets")
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "run_qa_dynsparse.py"
+SCRIPT = EXAMPLES / "run_qa_dynsparse.py"
 LENGTH, STRIDE, LONGEST = 32, 8, 5
 TOY = (
     f"--max_seq_length {LENGTH} --doc_stride {STRIDE} --max_answer_length {LONGEST} --n_best_size 3 --max_steps 4"
@@ -155,22 +154,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(data: Path) -> Iterator[Callable[..., Path]]:
+def run(data: Path) -> Callable[..., Path]:
     """Run the script in this process: `run(output_dir, flags)`."""
-    threads = torch.get_num_threads()
 
-    def run_script(output: Path, flags: str = "", files: str = "--train_file {data}/train.json") -> Path:
+    def run_toy(output: Path, flags: str = "", files: str = "--train_file {data}/train.json") -> Path:
         given = f"--model_name_or_path {data}/sparse {files} --cache_dir {data}/cache --output_dir {output} {flags}"
         if files.startswith("--train_file"):
             given += " --validation_file {data}/valid.json" if "--validation_file" not in flags else ""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", shlex.split(f"{SCRIPT} {TOY} {given.format(data=data)}"))
-            patch.setenv("HF_HUB_OFFLINE", "1")
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+        run_script(SCRIPT, f"{TOY} {given.format(data=data)}", HF_HUB_OFFLINE="1")
         return output
 
-    yield run_script
-    torch.set_num_threads(threads)
+    return run_toy
 
 
 @pytest.fixture(scope="module")
@@ -181,13 +175,6 @@ def finished(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory)
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    first, second = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
 
 
 Window = tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor]

@@ -8,11 +8,10 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
-from .integrity import verify_weights
+from .integrity import open_weights, verify_weights
 
 
 logger = logging.getLogger(__name__)
@@ -100,11 +99,16 @@ def check_weights(checkpoint: str | Path) -> None:
     Raises:
         ValueError: naming tensor and file, or a pickle in the place of safetensors.
     """
-    files = sorted(Path(checkpoint).glob("model*.safetensors"))
+    files = weight_files(checkpoint)
     pickles = sorted(Path(checkpoint).glob("pytorch_model*.bin"))
     if pickles and not files:
         raise ValueError(f"The weights of a checkpoint must be safetensors. Got {pickles[0]}, a pickle. {_FIX}")
     verify_weights(files)
+
+
+def weight_files(checkpoint: str | Path) -> list[Path]:
+    """The safetensors files of the weights of a checkpoint: one, or shards."""
+    return sorted(Path(checkpoint).glob("model*.safetensors"))
 
 
 def find_run_to_resume(output_dir: str | Path, resume_from_checkpoint: str | None) -> str | None:
@@ -142,12 +146,13 @@ def check_same_model(model: PreTrainedModel, checkpoint: str | Path) -> None:
     and leave the others as they are.
 
     Raises:
-        ValueError: naming the first tensor that the checkpoint lacks, or has in another shape.
+        ValueError: naming the first tensor that the checkpoint lacks, or has in another shape, or a file that cannot
+            be read.
     """
     saved: dict[str, list[int]] = {}
-    for file in Path(checkpoint).glob("model*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            saved |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    for file in weight_files(checkpoint):
+        with open_weights(file) as weights:
+            saved |= {name: weights.get_slice(name).get_shape() for name in list(weights.keys())}
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     exploration = (".ever_active", ".active_since")  # a run without it may be followed by one with
     for name, tensor in model.state_dict().items():

@@ -11,14 +11,14 @@ from .callback import default_num_updates
 from .flops import flops_per_sequence
 from .layout import block_grid
 from .models import DynSparseBertConfig, DynSparseBertForMaskedLM
-from .models.bert.configuration_dynsparse_bert import encoder_shapes
+from .models.bert.configuration_dynsparse_bert import PRESETS, encoder_shapes
 from .optim import sparse_learning_rate
 from .topology import pruning_ratio_at, update_steps
 from .topology.update import replaced_count
 
 
-# Best of the paper's sweeps for its dense models (arXiv:2108.06277, appendix), by layers and hidden size.
-DENSE_LEARNING_RATES = {(4, 256): 8e-4, (4, 512): 4e-4, (8, 512): 2e-4, (12, 768): 2e-4}
+# Best of the paper's sweeps for its dense models (arXiv:2108.06277, appendix), by preset.
+DENSE_LEARNING_RATES = {"mini": 8e-4, "small": 4e-4, "medium": 2e-4, "base": 2e-4}
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ def estimate_run(
     if max_steps is not None:
         update_steps(max_steps, num_topology_updates)  # refuses what does not fit
     if dense_learning_rate is None:
-        dense_learning_rate = DENSE_LEARNING_RATES.get((config.num_hidden_layers, config.hidden_size))
+        rates = {PRESETS[name][:2]: rate for name, rate in DENSE_LEARNING_RATES.items()}
+        dense_learning_rate = rates.get((config.num_hidden_layers, config.hidden_size))
     with torch.device("meta"):
         model = DynSparseBertForMaskedLM(config)
     shapes, nnzb = encoder_shapes(config), config.nnzb_per_layer()

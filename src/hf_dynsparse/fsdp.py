@@ -14,6 +14,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from .checkpoint import weight_files
 from .shards import load_whole_model_, load_whole_optimizer_, whole_optimizer_state
 
 
@@ -140,7 +141,7 @@ def load_weights_(model: nn.Module, checkpoint: str | Path) -> None:
     Raises:
         FileNotFoundError: if the folder holds none.
     """
-    files = sorted(Path(checkpoint).glob("model*.safetensors"))
+    files = weight_files(checkpoint)
     if not files:
         raise FileNotFoundError(f"A checkpoint must hold `model.safetensors`. Got {checkpoint}, which does not.")
     saved = {name: tensor for file in files for name, tensor in load_file(file).items()}

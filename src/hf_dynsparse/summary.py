@@ -3,13 +3,13 @@
 import math
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import BertConfig, PreTrainedModel
 from transformers.trainer_utils import has_length
 
 from .flops import flops_per_sequence
@@ -55,7 +55,7 @@ def dense_bytes(model: PreTrainedModel, part: str = "") -> int:
     """
     Bytes of the parameters of the same model with dense layers, tied ones once: counted on meta, nothing is allocated.
     """
-    config = model.config.__class__.from_dict({**model.config.to_dict(), "sparsity": 0.0, "nnzb": None})
+    config = DynSparseBertConfig.from_stock(cast(BertConfig, model.config), sparsity=0.0, nnzb=None)
     with torch.device("meta"):
         twin = type(model)(config)
     size = next(model.parameters()).element_size()
@@ -75,7 +75,7 @@ def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_le
         trainer.state,
         Path(str(trainer.args.output_dir)),
     )
-    dense_config = DynSparseBertConfig.from_dict({**model.config.to_dict(), "sparsity": 0.0, "nnzb": None})
+    dense_config = DynSparseBertConfig.from_stock(model.config, sparsity=0.0, nnzb=None)
     sparse_flops = flops_per_sequence(model, seq_len)
     topology = trainer.topology.metrics if trainer.topology else {}
     return {

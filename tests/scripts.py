@@ -1,0 +1,33 @@
+"""Training scripts as a user runs them, in this process."""
+
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run_script(script: Path, flags: str, **environment: str) -> None:
+    """Run it with `flags` as its command line; argv, environment and PyTorch's threads are put back."""
+    threads = torch.get_num_threads()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", shlex.split(f"{script} {flags}"))
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            runpy.run_path(str(script), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    """Bit for bit, of two folders with a model."""
+    first, second = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
