@@ -44,7 +44,7 @@ def train_wordpiece_tokenizer(
             " more for real text."
         )
     texts = list(texts)
-    alphabet = count_alphabet(texts, blank)
+    alphabet = count_alphabet(texts, blank, min(MAX_ALPHABET, vocab_size // 4))
     if not alphabet:
         raise ValueError("`texts` must hold at least one word. Got nothing to learn from: is the iterator used up?")
     # The trainer numbers the characters that continue a word in the order of a randomly seeded hash table, and breaks
@@ -56,21 +56,23 @@ def train_wordpiece_tokenizer(
     return BertTokenizer(vocab=vocab, do_lower_case=True, model_max_length=model_max_length)
 
 
-def count_alphabet(texts: Iterable[str], blank: BertTokenizer) -> list[str]:
+def count_alphabet(texts: Iterable[str], blank: BertTokenizer, limit: int) -> list[str]:
     """
-    The most frequent characters of normalised texts, at most `MAX_ALPHABET`, in their own order.
+    The most frequent characters of normalised texts, at most `limit`, in their own order.
 
     Args:
         texts (`Iterable[str]`):
             Training texts.
         blank ([`BertTokenizer`]):
             Tokenizer to normalise with.
+        limit (`int`):
+            Each character takes up to two places in the vocabulary: a small one must have room for longer pieces.
     """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(blank.backend_tokenizer.normalizer.normalize_str(text))
     ranked = sorted((-count, character) for character, count in counts.items() if not character.isspace())
-    return sorted(character for _, character in ranked[:MAX_ALPHABET])
+    return sorted(character for _, character in ranked[:limit])
 
 
 def train_vocabulary(
