@@ -84,19 +84,23 @@ install_requires = [
     "safetensors>=0.8.0",
     "tokenizers",  # the range is the one transformers asks for
     "fsspec",  # the range is the one datasets asks for
+    "jinja2",  # reports; the range is the one torch asks for
     "numpy",
     "tqdm",
 ]
 
 extras = {}
 extras["glue"] = ["scikit-learn"]  # scores; scipy comes with it
+extras["monitoring"] = ["tensorboard>=2.20"]  # with Pillow, for the pictures
 extras["onnx"] = ["onnx>=1.23", "onnxruntime>=1.30", "onnxscript>=0.7.2"]  # export, and running what was exported
 extras["peft"] = ["peft>=0.21.2,<0.22"]  # LoRA layers build on how this minor version registers them
 extras["plots"] = ["matplotlib>=3.8"]
+# examples/pareto_study.py; transformers asks for the first, datasets for the two others.
+extras["study"] = ["pyyaml", "pandas", "pyarrow", *extras["plots"]]
 extras["triton"] = ["triton>=3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 extras["test"] = [
     *("pytest>=9.0", "pytest-xdist"),
-    *(extras["glue"] + extras["onnx"] + extras["peft"] + extras["plots"] + extras["triton"]),
+    *(extras["glue"] + extras["monitoring"] + extras["onnx"] + extras["peft"] + extras["study"] + extras["triton"]),
 ]
 extras["quality"] = ["ruff>=0.17", "mypy>=2.4"]
 
@@ -111,7 +115,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_dynsparse": ["py.typed", "templates/*.md"]},
+    package_data={"hf_dynsparse": ["py.typed", "templates/*"]},
     ext_modules=[native_extension(variant, flags) for variant, flags in VARIANTS.items()],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
     python_requires=">=3.11",  # as transformers 5.23

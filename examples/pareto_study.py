@@ -1,129 +1,289 @@
 #!/usr/bin/env python
 """
-Pre-train many models from one plan, and draw loss against training FLOPs and seconds (arXiv:2108.06277, figures 1 to 13).
+Pre-train many models from one plan, and draw loss against training FLOPs and seconds (arXiv:2108.06277).
 
     python examples/pareto_study.py examples/studies/two_cores.yaml --output_dir runs/study \
-        --train_file train.txt.gz --validation_file valid.txt.gz --jobs 2
+        --train_file train.txt.gz --validation_file valid.txt.gz --jobs 2 --pin
+    python examples/pareto_study.py ... --dry_run       # what is missing
+    python examples/pareto_study.py ... --report_only   # from the runs that are finished, at any time
 
 The plan is a YAML file:
 
     flags: {max_steps: 2000, max_seq_length: 64}       # of run_mlm_dynsparse.py, for every run
+    sizes:                                             # names for groups of flags
+      wide: {preset: tiny, config_overrides: "intermediate_size=1024"}
     sweeps:                                            # each is the product of its lists
-      - {preset: [tiny, mini], method: dense, learning_rate: [5.0e-4, 1.0e-3]}
+      - {size: [tiny, wide], method: dense, learning_rate: [5.0e-4, 1.0e-3]}
       - {preset: mini, sparsity: 0.9, block_size: [1, 16], method: [static, dynsparse], seed: [0, 1]}
 
-The keys of a sweep are flags of run_mlm_dynsparse.py too, or `size`, a name from a table `sizes` of flags; `method:
-dense` is the dense twin. The first run trains the vocabulary of all. Flags after the known ones
-go to every run. Finished runs are skipped, so an interrupted study goes on where it stopped, and a longer plan adds to a
-shorter one.
+The keys of a sweep are flags of run_mlm_dynsparse.py too, or `size`; `method: dense` is the dense twin. The first run
+trains the vocabulary of all. Flags that this script does not know go to every run. Finished runs are skipped, so an
+interrupted study goes on where it stopped, and a longer plan adds to a shorter one.
+
+Writes a folder a run and its log, results.parquet, table.md, pictures, and report.html, which holds all of it.
 """
 
 import argparse
+import contextlib
 import itertools
+import json
 import os
+import shlex
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from queue import SimpleQueue
+from typing import Any, NamedTuple, NoReturn
 
-import yaml
+import pandas
+import run_mlm_dynsparse as mlm
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from hf_dynsparse.plots_study import draw_study
+from hf_dynsparse.study import best_configurations
+from hf_dynsparse.study_plan import Run, plan_runs, read_plan
+from hf_dynsparse.study_report import format_table, write_report
+from hf_dynsparse.study_runs import read_run, read_step_seconds
 
 
-SCRIPT = Path(__file__).with_name("run_mlm_dynsparse.py")
+SCRIPT = Path(mlm.__file__)
 ONCE = {"eval_strategy": "no", "save_strategy": "no", "disable_tqdm": "true"}
+TUNED = ("seed", "learning_rate")  # no matter for the time of a step
+# A run that is timed logs every step, evaluates little, and updates the topology this often.
+TIMED = ["--logging_steps=1", "--max_eval_samples=8", "--topology_update_every=5"]
+WHEN = ("num_topology_updates", "topology_update_every", "topology_first_step", "topology_last_step", "max_steps")
 
 
-class Run(NamedTuple):
-    """One run: its settings, in the order of the plan."""
+class Task(NamedTuple):
+    """What is to be run: a folder inside the study, and the flags of run_mlm_dynsparse.py."""
 
-    settings: tuple[tuple[str, str], ...]
-
-    @property
-    def name(self) -> str:
-        """Its folder: readable, and the same for the same settings."""
-        plain = {"preset", "size", "method"}
-        return "_".join(value if key in plain else f"{key}={value}" for key, value in self.settings)
-
-    def flags(self, sizes: dict[str, dict[str, Any]]) -> list[str]:
-        """Of run_mlm_dynsparse.py."""
-        flags = []
-        for key, value in self.settings:
-            if key == "size":
-                flags += [f"--{flag}={setting}" for flag, setting in sizes[value].items()]
-            elif key != "method":
-                flags += [f"--{key}", value]
-            elif value == "dense":
-                flags.append("--dense_baseline")
-            elif value == "static":
-                flags.append("--static")
-            elif value != "dynsparse":
-                flags += ["--method", value]
-        return flags
+    name: str
+    flags: list[str]
 
 
 def main() -> None:
-    """Plan, run what is missing."""
+    """Plan, check, run what is missing, time, report."""
     args, rest = parse_arguments()
-    plan = yaml.safe_load(Path(args.study).read_text())
-    runs = list(plan_runs(plan))
-    common = [f"--{key}={value}" for key, value in {**ONCE, **plan.get("flags", {})}.items()] + rest
     output = Path(args.output_dir)
-    failed = []
-    cores: list[int] = list(range(args.jobs))
-    lock = threading.Lock()
+    try:
+        plan = read_plan(args.study)
+        runs = list(plan_runs(plan))
+        tasks = plan_tasks(runs, plan, rest, args)
+        timings = plan_timings(runs, plan, rest, args) if args.timing_steps else []
+        if not args.report_only:
+            check_tasks([*tasks, *timings])
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
 
-    def execute(run: Run) -> tuple[Run, str | None]:
-        folder = output / run.name
-        if (folder / "summary.json").exists():
-            return run, None
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock:
-            core = cores.pop()
-        command = [sys.executable, str(SCRIPT), "--output_dir", str(folder), *common, *run.flags(plan.get("sizes", {}))]
-        if run != runs[0]:
-            command += ["--tokenizer_name", str(output / runs[0].name / "tokenizer")]
-        if args.pin:
-            command = ["taskset", "-c", str(core), *command]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        with lock:
-            cores.append(core)
-        Path(f"{folder}.log").write_text(done.stdout)
-        return run, None if done.returncode == 0 else (done.stdout.strip().splitlines() or ["no output"])[-1]
-
-    with tqdm(total=len(runs), unit="run") as progress, ThreadPoolExecutor(args.jobs) as pool:
-        for run, error in itertools.chain([execute(runs[0])], pool.map(execute, runs[1:])):
-            progress.update()
-            if error:
-                failed.append(run)
-                progress.write(f"{run.name} failed, see {output / run.name}.log: {error}")
+    first = tasks[:1]  # trains the vocabulary of the others
+    stages = [
+        ("runs", [missing(first, output), missing(tasks[1:], output)], args.jobs),
+        ("timing", [missing(timings, output)], 1),  # with nothing beside it
+    ]
+    if args.dry_run:
+        for task in itertools.chain.from_iterable(wave for _, waves, _ in stages for wave in waves):
+            print(shlex.join(command(task, output)))
+        return
+    if args.report_only:
+        stages = []
+    failed = [name for stage in stages if any(stage[1]) for name in execute_all(*stage, output, args.pin)]
+    report(runs, output, Path(args.study).read_text(encoding="utf-8"), tasks)
     if failed:
-        sys.exit(f"{len(failed)} of {len(runs)} runs failed.")
+        sys.exit("\n  ".join([f"{len(failed)} of {len(tasks) + len(timings)} runs failed; each has a .log:", *failed]))
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """From the command line; what is not known goes to every run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("study", help="the plan, a YAML file")
     parser.add_argument("--output_dir", required=True, help="folder of the study")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--pin", action="store_true", help="one core for each run")
-    return parser.parse_known_args()
+    parser.add_argument("--pin", action="store_true", help="each run keeps to its share of the cores")
+    parser.add_argument(
+        "--timing_steps",
+        type=int,
+        help="after all runs, time each configuration alone for so many steps; without it the time is what a run took "
+        "beside the others",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the commands of the missing runs")
+    parser.add_argument("--report_only", action="store_true", help="run nothing, report what is finished")
+    args, rest = parser.parse_known_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1. Got {args.jobs}.")
+    if args.timing_steps is not None and args.timing_steps < 20:
+        parser.error(f"--timing_steps must be at least 20. Got {args.timing_steps}.")
+    if args.pin and not hasattr(os, "sched_setaffinity"):
+        parser.error(f"--pin needs a system that can bind processes to cores. Got {sys.platform}. Leave it out.")
+    if args.pin and args.jobs > len(usable_cores()):
+        parser.error(f"--pin needs a core for each of --jobs {args.jobs}. Got {len(usable_cores())} cores.")
+    return args, rest
 
 
-def plan_runs(plan: dict[str, Any]) -> Iterator[Run]:
-    """The products of all sweeps, each run once."""
-    seen = set()
-    for sweep in plan["sweeps"]:
-        axes = [value if isinstance(value, list) else [value] for value in sweep.values()]
-        for values in itertools.product(*axes):
-            run = Run(tuple((key, str(value)) for key, value in zip(sweep, values, strict=True)))
-            if run not in seen:
-                seen.add(run)
-                yield run
+def plan_tasks(runs: Sequence[Run], plan: dict[str, Any], rest: list[str], args: argparse.Namespace) -> list[Task]:
+    """What each run takes; all but the first use the vocabulary of the first, unless the plan names one."""
+    common = common_flags(plan["flags"], rest, args)
+    vocabulary = [f"--tokenizer_name={Path(args.output_dir, runs[0].name, 'tokenizer')}"]
+    flags = [run.flags(plan["sizes"]) for run in runs]
+    return [
+        Task(run.name, [*(vocabulary if run != runs[0] else []), *common, *own])
+        for run, own in zip(runs, flags, strict=True)
+    ]
+
+
+def plan_timings(runs: Sequence[Run], plan: dict[str, Any], rest: list[str], args: argparse.Namespace) -> list[Task]:
+    """A short run for each configuration, whatever its seed and learning rate."""
+    flags = {key: value for key, value in plan["flags"].items() if key not in WHEN}
+    common = common_flags(flags, rest, args)
+    vocabulary = f"--tokenizer_name={Path(args.output_dir, runs[0].name, 'tokenizer')}"
+    timed: dict[str, Run] = {}
+    for run in runs:
+        timed.setdefault(timing_name(run), run)
+    return [
+        Task(
+            name,
+            [
+                vocabulary,
+                *common,
+                *run.without(*WHEN).flags(plan["sizes"]),
+                *TIMED,
+                f"--max_steps={args.timing_steps}",
+            ],
+        )
+        for name, run in timed.items()
+    ]
+
+
+def timing_name(run: Run) -> str:
+    """The folder, inside the study, of the timed run of a configuration."""
+    return f"timing/{run.without(*TUNED).name}"
+
+
+def common_flags(flags: dict[str, Any], rest: list[str], args: argparse.Namespace) -> list[str]:
+    """Flags of every run; later ones win."""
+    given = {**ONCE, "num_threads": max(1, len(usable_cores()) // args.jobs), **flags}
+    return [*(f"--{key}={value}" for key, value in given.items()), *rest]
+
+
+def check_tasks(tasks: Iterable[Task]) -> None:
+    """
+    Refuse, before anything runs, flags with which a run would stop at its start.
+
+    Raises:
+        ValueError, OSError, StrictDataclassError: naming the run.
+    """
+    parser = Parser((mlm.ModelArguments, mlm.DataArguments, mlm.RunArguments))
+    for name, flags in tasks:
+        # The vocabulary of the first run is not there yet.
+        try:
+            model_args, data_args, args = parser.parse_args_into_dataclasses(flags)
+            if model_args.static or model_args.dense_baseline:
+                args.num_topology_updates, args.topology_update_every = 0, None
+            mlm.check_data(model_args, data_args, args)
+            mlm.check_topology(args, None)
+            mlm.build_config(model_args, None)
+        except (ValueError, OSError, StrictDataclassError) as error:
+            raise ValueError(f"{name}: {str(error).strip().splitlines()[-1].strip()}") from error
+
+
+class Parser(HfArgumentParser):
+    """One that does not end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has written all of its numbers."""
+    with contextlib.suppress(OSError, ValueError):
+        return "eval_loss" in json.loads((folder / "summary.json").read_text())
+    return False
+
+
+def missing(tasks: Iterable[Task], output: Path) -> list[Task]:
+    """Those that are not finished."""
+    return [task for task in tasks if not is_finished(output / task.name)]
+
+
+def command(task: Task, output: Path) -> list[str]:
+    """What is run."""
+    return [sys.executable, str(SCRIPT), f"--output_dir={output / task.name}", *task.flags]
+
+
+def execute_all(words: str, waves: list[list[Task]], jobs: int, output: Path, pin: bool) -> list[str]:
+    """Run the tasks, wave after wave, `jobs` at a time; returns what went wrong."""
+    cores = usable_cores()
+    shares: SimpleQueue[list[int]] = SimpleQueue()
+    for job in range(jobs):
+        shares.put(cores[job::jobs])
+    running: set[subprocess.Popen[bytes]] = set()
+
+    def execute(task: Task) -> str | None:
+        folder, share = output / task.name, shares.get()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").unlink(missing_ok=True)  # half written
+        try:
+            with Path(f"{folder}.log").open("wb") as log:
+                process = subprocess.Popen(command(task, output), stdout=log, stderr=subprocess.STDOUT)
+                running.add(process)
+                if pin:
+                    os.sched_setaffinity(process.pid, share)  # before it has threads, which inherit it
+                process.wait()
+                running.discard(process)
+        finally:
+            shares.put(share)
+        lines = Path(f"{folder}.log").read_text(errors="replace").strip().splitlines() or ["no output"]
+        return None if is_finished(folder) else f"{task.name}: {lines[-1]}"
+
+    failed = []
+    with tqdm(total=sum(map(len, waves)), desc=words, unit="run") as progress, ThreadPoolExecutor(jobs) as pool:
+        try:
+            for wave in waves:
+                for done in as_completed([pool.submit(execute, task) for task in wave]):
+                    progress.update()
+                    if error := done.result():
+                        failed.append(error)
+                        progress.write(f"failed: {error}")
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+            sys.exit("Interrupted. The same command goes on with what is missing.")
+    return failed
+
+
+def report(runs: Sequence[Run], output: Path, plan: str, tasks: Sequence[Task]) -> None:
+    """Collect what is finished: results.parquet, pictures, table.md, report.html."""
+    found = []
+    for run in runs:
+        if is_finished(output / run.name):
+            timing = output / timing_name(run)
+            found.append(
+                read_run(output / run.name, run.typed, read_step_seconds(timing) if is_finished(timing) else None)
+            )
+    if not found:
+        sys.exit(f"No run of the plan is finished in {output}.")
+    table = pandas.DataFrame([run.row for run in found]).convert_dtypes()
+    for column in table.select_dtypes("object"):  # of numbers and words
+        table[column] = table[column].map(str, na_action="ignore")
+    table.to_parquet(output / "results.parquet")
+    configurations = best_configurations(found)
+    pictures = draw_study(configurations, output)
+    commands = [shlex.join(command(task, output)) for task in tasks]
+    write_report(configurations, output / "report.html", pictures, plan=plan, commands=commands)
+    text = format_table(configurations)
+    (output / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def usable_cores() -> list[int]:
+    """Numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ Pre-train an always-sparse BERT by masked language modelling, with a topology th
     accelerate launch examples/run_mlm_dynsparse.py ... --teacher runs/dense          # learn from a dense model too
 
 Writes into the output folder: the model and tokenizer (`from_pretrained` loads them), README.md (a card),
-summary.json, training.png, block_map.png, and checkpoints from which a run resumes bit for bit.
+summary.json, training.png, block_map.png, topology_history/ (`hf-dynsparse animate` draws it), and checkpoints from
+which a run resumes bit for bit.
 """
 
 import gzip
@@ -25,10 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import transformers
+import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -64,6 +64,9 @@ from hf_dynsparse.plots import plot_block_map, plot_training
 from hf_dynsparse.scripts import ScriptArguments, find_checkpoint, parse_arguments, settle_process, stop
 from hf_dynsparse.summary import format_summary, summarize_run
 from hf_dynsparse.topology import update_steps
+from hf_dynsparse.topology_frames import read_history
+from hf_dynsparse.topology_history import TopologyHistory
+from hf_dynsparse.untrained import add_untrained_rest_
 
 
 logger = logging.getLogger("run_mlm_dynsparse")
@@ -82,7 +85,11 @@ class ModelArguments:
     )
     sparsity: float = field(default=0.9, metadata={"help": "Share of inactive positions in every encoder matrix."})
     block_size: str = field(
-        default="16", metadata={"help": "Side of a block, or ROWSxCOLUMNS such as 1x4. 1 is unstructured."}
+        default="16",
+        metadata={
+            "help": "Side of a block, or ROWSxCOLUMNS such as 1x4. 1 is unstructured. Or sizes by patterns of layer "
+            "names, such as *attention*=4,*=16."
+        },
     )
     distribution: str = field(
         default="uniform", metadata={"help": "Density over the layers.", "choices": ["uniform", "erk"]}
@@ -91,6 +98,12 @@ class ModelArguments:
         default=False, metadata={"help": "Train the dense twin instead: same head, data, optimiser and seed."}
     )
     static: bool = field(default=False, metadata={"help": "Keep the random pattern fixed: no topology updates."})
+    untrained_rest: bool = field(
+        default=False,
+        metadata={
+            "help": "With --static, a probe: inactive weights keep their random initial values. They are not saved."
+        },
+    )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Go on from the weights of a DynSparse checkpoint, a folder or Hub name."}
     )
@@ -216,12 +229,13 @@ def main() -> None:
     else:
         config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
         model = architecture(config)
+    if model_args.untrained_rest:
+        add_untrained_rest_(model, model.config.initializer_range, args.seed)
     logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
     if args.learning_rate is None:
         args.learning_rate = sparse_learning_rate(LEARNING_RATES[model_args.preset], model.config.sparsity)
         logger.info("learning rate %.3g, by the rule for sparsity %g", args.learning_rate, model.config.sparsity)
 
-    pictured = remember_initial_topology(model, args, checkpoint)
     try:
         head = AutoModelForPreTraining if data_args.nsp else AutoModelForMaskedLM
         trainer = DynSparseTrainer(
@@ -241,13 +255,15 @@ def main() -> None:
         )
     except (ValueError, OSError) as error:
         stop(error)
+    if trainer.topology is not None:
+        trainer.add_callback(TopologyHistory(trainer))
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         about = about_run(model_args, data_args, str(raw["validation"].split))
-        report(trainer, about | summarize_run(trainer, metrics, data_args.max_seq_length), pictured)
+        report(trainer, about | summarize_run(trainer, metrics, data_args.max_seq_length))
     if args.push_to_hub:
         trainer.push_to_hub()
     else:
@@ -271,6 +287,8 @@ def check_data(model_args: ModelArguments, data_args: DataArguments, args: RunAr
     """Refuse what cannot work before anything is read or built."""
     if model_args.vocab_size < 64:
         raise ValueError(f"`--vocab_size` must leave room for letters: at least 64. Got {model_args.vocab_size}.")
+    if model_args.untrained_rest and not model_args.static:
+        raise ValueError("--untrained_rest fills a pattern that stays: give --static too.")
     if not 1 <= data_args.validation_split_percentage <= 99:
         raise ValueError(
             f"`--validation_split_percentage` must lie in [1, 99]. Got {data_args.validation_split_percentage}."
@@ -317,7 +335,8 @@ def build_config(model_args: ModelArguments, checkpoint: str | None) -> DynSpars
         config.update_from_string(model_args.config_overrides)
         config = DynSparseBertConfig.from_dict(config.to_dict())
     if checkpoint is not None:
-        saved = AutoConfig.from_pretrained(checkpoint)
+        configs = config, AutoConfig.from_pretrained(checkpoint)
+        given, saved = (json.loads(each.to_json_string(use_diff=False)) for each in configs)
         for name in (
             "sparsity",
             "block_size",
@@ -326,10 +345,12 @@ def build_config(model_args: ModelArguments, checkpoint: str | None) -> DynSpars
             "num_hidden_layers",
             "intermediate_size",
         ):
-            if getattr(saved, name) != getattr(config, name):
+            if saved["nnzb"] is not None and name in ("sparsity", "distribution"):
+                continue  # half-way through a density schedule: the trainer knows where it leads
+            if given[name] != saved[name]:
                 raise ValueError(
-                    f"A resumed run must have the model of its checkpoint. Got {name} = {getattr(config, name)}, but "
-                    f"{checkpoint} has {getattr(saved, name)}. Give that, or another --output_dir."
+                    f"A resumed run must have the model of its checkpoint. Got {name} = {given[name]}, but "
+                    f"{checkpoint} has {saved[name]}. Give that, or another --output_dir."
                 )
     return config
 
@@ -472,22 +493,6 @@ def documents(rows: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase
         yield tokenized()
 
 
-def remember_initial_topology(
-    model: transformers.PreTrainedModel, args: RunArguments, checkpoint: str | None
-) -> str | None:
-    """Keep the first pattern of one layer for the picture; returns the layer's name."""
-    layers = sparse_layers(model)
-    if not layers:
-        return None
-    pictured = next((name for name in layers if name.endswith("intermediate.dense")), next(iter(layers)))
-    if checkpoint is None and args.process_index == 0:
-        os.makedirs(args.output_dir, exist_ok=True)
-        save_file(
-            {pictured: layers[pictured].block_index}, os.path.join(args.output_dir, "initial_topology.safetensors")
-        )
-    return pictured
-
-
 def about_run(model_args: ModelArguments, data_args: DataArguments, split: str) -> dict[str, Any]:
     """What the card tells and the trainer does not know; `split` is that of the validation text."""
     name = data_args.dataset_name or data_args.train_file
@@ -507,28 +512,25 @@ def about_run(model_args: ModelArguments, data_args: DataArguments, split: str) 
     }
 
 
-def report(trainer: DynSparseTrainer, summary: dict[str, Any], pictured: str | None) -> None:
+def report(trainer: DynSparseTrainer, summary: dict[str, Any]) -> None:
     """Write summary.json and the pictures, and say what was reached."""
     folder = Path(trainer.args.output_dir)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     try:
-        draw(trainer, folder, pictured)
-    except ImportError as error:
+        draw(trainer, folder)
+    except (ImportError, ValueError) as error:
         logger.warning("No pictures: %s", error)
     print(f"\nResults in {folder}:\n{format_summary(summary)}")
 
 
-def draw(trainer: DynSparseTrainer, folder: Path, pictured: str | None) -> None:
-    """training.png, and block_map.png of the layer `pictured`."""
+def draw(trainer: DynSparseTrainer, folder: Path) -> None:
+    """training.png, and block_map.png of the layer whose history was kept from the start."""
     plot_training(trainer.state.log_history, folder / "training.png", title=folder.name)
-    initial = folder / "initial_topology.safetensors"
-    if pictured and initial.exists() and pictured in trainer.topology.ever_active:
-        final = sparse_layers(trainer.accelerator.unwrap_model(trainer.model))[pictured].layout.to_mask().cpu()
-        first = final.new_zeros(final.numel())
-        first[load_file(initial)[pictured].long()] = True
-        ever_active = trainer.topology.ever_active[pictured]
-        first, ever_active, final = first.view(final.shape).numpy(), ever_active.numpy(), final.numpy()
-        plot_block_map(first, ever_active, final, folder / "block_map.png", title=pictured)
+    frames = read_history(folder)
+    if frames and frames[0].step == 0:
+        maps = [frame.block_map for frame in frames]
+        ever_active = np.logical_or.reduce(maps)
+        plot_block_map(maps[0], ever_active, maps[-1], folder / "block_map.png", title=frames[0].layer)
 
 
 if __name__ == "__main__":

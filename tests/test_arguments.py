@@ -4,7 +4,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_dynsparse import DynSparseTrainingArguments, TopologyCallback
-from hf_dynsparse.topology import PRUNE_SCORES, REGROW_RULES, SCHEDULES
+from hf_dynsparse.topology import METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES
 
 
 @pytest.mark.parametrize(
@@ -12,12 +12,14 @@ from hf_dynsparse.topology import PRUNE_SCORES, REGROW_RULES, SCHEDULES
     [
         ({"prune_score": "l3"}, "`prune_score` must be one of l1, l2, linf.* Got 'l3'"),
         ({"prune_score": "unfired"}, "`prune_score` must be one of .* Got 'unfired'"),
-        ({"regrow_rule": "l1"}, "`regrow_rule` must be one of random, gradient, unfired. Got 'l1'"),
-        ({"pruning_schedule": "step"}, "`schedule` must be one of cosine, constant, linear. Got 'step'"),
+        ({"regrow_rule": "l1"}, "`regrow_rule` must be one of random, gradient, unfired, .* Got 'l1'"),
+        ({"pruning_schedule": "sine"}, "`schedule` must be one of cosine, constant, linear, step. Got 'sine'"),
+        ({"method": "rig"}, "`method` must be one of static, dynsparse, set, rigl, .* Got 'rig'"),
         ({"pruning_ratio": 1.01}, r"`pruning_ratio` .*\[0, 1\]. Got 1.01. The paper's optimum is 0.5"),
         ({"pruning_ratio": -0.1}, r"`pruning_ratio` .*\[0, 1\]. Got -0.1"),
         ({"num_topology_updates": -1}, "`num_topology_updates` must not be negative. Got -1"),
         ({"num_topology_updates": 4, "topology_update_every": 5}, "not both. Got 4 and 5"),
+        ({"regrow_std": -1e-3}, "`regrow_std` .* must not be negative. Got -0.001. 0 starts them at zero"),
         ({"group_lasso": -1e-3}, "`group_lasso` must not be negative. Got -0.001"),
     ],
 )
@@ -29,8 +31,11 @@ def test_errors(tmp_path, wrong, message):
 def test_defaults_are_the_paper(tmp_path):
     args = DynSparseTrainingArguments(output_dir=str(tmp_path))
     assert (args.adam_epsilon, args.weight_decay, args.adam_beta1, args.adam_beta2) == (1e-6, 0.01, 0.9, 0.999)
-    assert (args.pruning_ratio, args.prune_score, args.regrow_rule) == (0.5, "l1", "random")
-    assert (args.pruning_schedule, args.readmit, args.group_lasso) == ("cosine", False, 0.0)
+    settings = args.topology_settings()
+    assert (settings["pruning_ratio"], settings["prune_score"], settings["regrow_rule"]) == (0.5, "l1", "random")
+    assert (settings["schedule"], settings["readmit"], settings["group_lasso"]) == ("cosine", False, 0.0)
+    defaults = inspect.signature(TopologyCallback).parameters.values()
+    assert {**settings, "seed": 0} == {parameter.name: parameter.default for parameter in defaults}
     assert args.get_warmup_steps(757_000) == pytest.approx(10_000, rel=0.001)
     assert args.lr_scheduler_type == "linear"
     # Each rank's topology is compared instead of overwritten.
@@ -52,15 +57,51 @@ def test_command_line():
         ["--output_dir", "x", "--num-topology-updates", "5", "--regrow_rule", "gradient", "--readmit"]
     )
     assert (args.num_topology_updates, args.regrow_rule, args.readmit) == (5, "gradient", True)
+    (rigl,) = HfArgumentParser(DynSparseTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", "x", "--method", "rigl", "--replace_step", "false", "--pruning_ratio", "0.2"]
+    )
+    settings = rigl.topology_settings()
+    assert (settings["readmit"], settings["replace_step"], settings["pruning_ratio"]) == (True, False, 0.2)
     assert isinstance(args, TrainingArguments)
 
 
 @pytest.mark.parametrize(
     ("option", "choices"),
-    [("--prune_score", PRUNE_SCORES), ("--regrow_rule", REGROW_RULES), ("--pruning_schedule", SCHEDULES)],
+    [
+        ("--prune_score", PRUNE_SCORES),
+        ("--regrow_rule", REGROW_RULES),
+        ("--pruning_schedule", SCHEDULES),
+        ("--method", METHODS),
+    ],
 )
 def test_command_line_names_the_choices(capsys, option, choices):
     with pytest.raises(SystemExit):
         HfArgumentParser(DynSparseTrainingArguments).parse_args_into_dataclasses(["--output_dir", "x", option, "?"])
     error = capsys.readouterr().err
     assert all(choice in error for choice in choices)
+
+
+def test_what_is_given_wins_over_the_method(tmp_path):
+    def settings(**arguments):
+        return DynSparseTrainingArguments(output_dir=str(tmp_path), **arguments).topology_settings()
+
+    rigl, changed = settings(method="rigl"), settings(method="rigl", pruning_ratio=0.5, readmit=False)
+    assert (rigl["regrow_rule"], rigl["readmit"], rigl["replace_step"], rigl["last_step"]) == (
+        "gradient",
+        True,
+        True,
+        0.75,
+    )
+    assert changed == {**rigl, "pruning_ratio": 0.5, "readmit": False}
+    assert settings(method="itop")["update_every"] == 0.05
+    # A number of updates takes the place of the preset's interval, and an interval that of its number.
+    both = settings(method="itop", num_topology_updates=7)
+    assert (both["num_updates"], both["update_every"]) == (7, None)
+    both = settings(method="static", topology_update_every=0.1)
+    assert (both["num_updates"], both["update_every"]) == (None, 0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_sets_what_the_callback_takes(tmp_path, method):
+    settings = DynSparseTrainingArguments(output_dir=str(tmp_path), method=method).topology_settings()
+    assert TopologyCallback(**settings).state()["args"] == settings

@@ -64,7 +64,7 @@ def assert_same_checkpoint(one, other):
     [
         ({"regrow_rule": "random"}, (2, 4, 6, 8)),
         ({"regrow_rule": "gradient", "prune_score": "gradient", "readmit": True}, (2, 6)),
-        ({"regrow_rule": "unfired"}, (2, 6)),
+        ({"regrow_rule": "unfired", "regrow_std": 0.01}, (2, 6)),
         ({"regrow_rule": "gradient", "gradient_accumulation_steps": 2, "group_lasso": 0.1}, (2, 6)),
         ({"topology_update_every": 2, "num_topology_updates": None, "eval_strategy": "steps", "eval_steps": 3}, (4,)),
     ],

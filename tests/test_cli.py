@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 from loopback import loopback_hub
 from safetensors import safe_open
@@ -16,6 +17,7 @@ from transformers import BertForMaskedLM
 import hf_dynsparse
 from hf_dynsparse import cli, inspect_checkpoint, sparse_layers
 from hf_dynsparse.saved_model import load_model
+from hf_dynsparse.topology_frames import Frame, write_frame
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_python_runs_the_package(monkeypatch, capsys):
     assert (ended.value.code, capsys.readouterr().out) == (0, f"{hf_dynsparse.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["inspect", "estimate", "convert", "push", "card"])
+@pytest.mark.parametrize("command", ["inspect", "estimate", "convert", "push", "card", "animate"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
@@ -168,6 +170,19 @@ def test_card(tmp_path, capsys):
     assert "dynsparse" in (tmp_path / "README.md").read_text()
 
 
+def test_animate(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    for update in range(3):
+        write_frame(tmp_path, Frame("query", update, 5 * update, np.eye(4, dtype=bool)))
+    assert run(capsys, "animate", tmp_path) == f"{tmp_path / 'topology.gif'}\n"
+    other = tmp_path / "other.gif"
+    assert run(capsys, "animate", tmp_path, "--output", other, "--seconds", "3") == f"{other}\n"
+    for file, milliseconds in ((tmp_path / "topology.gif", 2660), (other, 1000)):
+        with image.open(file) as picture:
+            assert picture.n_frames == 3
+            assert picture.info["duration"] == milliseconds
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -186,6 +201,9 @@ def test_card(tmp_path, capsys):
         (["convert", "SAVED", "TARGET", "--to", "dense", "--sparsity", "0.5"], "--sparsity needs --to sparse. Got --"),
         (["convert", "SAVED", "TARGET", "--to", "sparse"], "`source` must be dense"),
         (["card", "TARGET"], ""),
+        (["animate", "SAVED"], "without topology_history. Train with examples/run_mlm_dynsparse.py"),
+        (["animate", "no where"], "RUN_FOLDER must hold a history of the topology. Got no where without"),
+        (["animate", "SAVED", "--seconds", "soon"], "argument --seconds: invalid float value: 'soon'"),
         (["push", "TARGET", "user/name"], "Only a folder that `save_pretrained` wrote can be pushed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -195,6 +213,12 @@ def test_a_mistake_is_one_line(arguments, problem, saved, tmp_path, capsys):
     message = fail(capsys, *(places.get(argument, argument) for argument in arguments))
     assert message.startswith(problem) or problem in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_animation_without_pillow(tmp_path, capsys, monkeypatch):
+    write_frame(tmp_path, Frame("query", 0, 0, np.eye(4, dtype=bool)))
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    assert "pip install hf_dynsparse[plots]" in fail(capsys, "animate", tmp_path)
 
 
 def test_a_dense_model_has_no_picture(saved, tmp_path, capsys):

@@ -25,6 +25,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoToke
 
 import hf_dynsparse
 from hf_dynsparse import DynSparseTrainingArguments, sparse_layers
+from hf_dynsparse.topology_frames import read_history
 
 
 SCRIPT = EXAMPLES / "run_mlm_dynsparse.py"
@@ -135,6 +136,11 @@ def test_pictures(finished: Path) -> None:
         picture = (finished / name).read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert len(picture) > 10_000
+    frames = read_history(finished)
+    assert [frame.update for frame in frames] == [0, 1, 2]
+    index = load_file(finished / "model.safetensors")[f"{frames[0].layer}.block_index"]
+    assert sorted(index.tolist()) == frames[-1].block_map.ravel().nonzero()[0].tolist()
+    assert [file.name for file in finished.glob("*.safetensors")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("part", [".", "checkpoint-2", "checkpoint-4"])

@@ -26,13 +26,16 @@ TRAINER = {"torch", "transformers", "accelerate", "huggingface_hub", "safetensor
 # A file, or a folder with all that is in it unless a file of it is named as well.
 PLACES = {
     "layout.py": Place(0, {"torch"}),
+    "spreading.py": Place(0, {"torch"}),
     "distributions.py": Place(0, {"torch"}),
     "memory.py": Place(0, set()),
+    "topology_frames.py": Place(0, {"numpy"}),
     "ops/": Place(0, {"torch"}),
     "ops/triton.py": Place(0, {"torch", "triton"}),
     "ops/triton_kernels.py": Place(0, {"torch", "triton"}),
     "nn.py": Place(1, {"torch"}),
     "optim.py": Place(1, {"torch"}),
+    "block_adam.py": Place(1, {"torch"}),
     "shards.py": Place(1, {"torch"}),
     "distillation.py": Place(1, {"torch"}),
     "topology/": Place(2, {"torch"}),
@@ -54,20 +57,29 @@ PLACES = {
     "callback.py": Place(4, TRAINER),
     "fsdp.py": Place(4, TRAINER),
     "checkpoint.py": Place(4, TRAINER),
+    "resizing.py": Place(4, TRAINER),
     "safeguards.py": Place(4, TRAINER),
     "scripts.py": Place(4, TRAINER | {"datasets"}),
     "summary.py": Place(4, TRAINER),
+    "topology_history.py": Place(4, TRAINER),
     "model_card.py": Place(4, TRAINER),
     "saved_model.py": Place(3, MODELS),
     "estimate.py": Place(4, TRAINER),
     "export.py": Place(4, TRAINER),
     "inspection.py": Place(4, TRAINER | {"fsspec"}),
     "plots.py": Place(5, {"matplotlib", "numpy"}),
+    "plots_study.py": Place(5, {"matplotlib", "numpy"}),
+    "study.py": Place(4, {"numpy"}),
+    "study_plan.py": Place(0, {"yaml"}),
+    "study_report.py": Place(5, {"jinja2"}),
+    "study_runs.py": Place(0, set()),
+    "untrained.py": Place(2, {"torch"}),
+    "plots_topology.py": Place(5, {"PIL", "numpy"}),
     "__init__.py": Place(6, set()),  # the public list
     "__main__.py": Place(6, set()),
     "cli.py": Place(6, {"huggingface_hub", "safetensors"}),
 }
-LAZY = {"matplotlib", "sklearn", "scipy"}  # optional: imported where used, so that the package works without them
+LAZY = {"matplotlib", "PIL", "sklearn", "scipy"}  # optional: imported where used; the package works without them
 
 
 def place_of(file: str) -> str | None:

@@ -185,7 +185,15 @@ def folder(tmp_path: Path) -> Path:
 
 def test_what_a_run_leaves_stays_behind(folder: Path) -> None:
     belonging = set(model_files(folder))
-    for name in ("optimizer.pt", "rng_state_0.pth", "training_args.bin", ".cache/x", "checkpoint-3/model.safetensors"):
+    for name in (
+        "optimizer.pt",
+        "rng_state_0.pth",
+        "training_args.bin",
+        ".cache/x",
+        "checkpoint-3/model.safetensors",
+        "runs/events",
+        "topology_history/step-1.npz",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"\x80\x04")
     assert set(model_files(folder)) == belonging

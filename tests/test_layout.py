@@ -5,7 +5,15 @@ import torch
 from helpers import generator
 
 from hf_dynsparse import BlockLayout
-from hf_dynsparse.layout import as_block_shape, block_grid, check_sparsity, count_active_blocks, random_block_index
+from hf_dynsparse.layout import (
+    as_block_shape,
+    balanced_block_index,
+    block_grid,
+    check_sparsity,
+    count_active_blocks,
+    random_block_index,
+)
+from hf_dynsparse.spreading import spread_evenly
 
 
 def layout(block_index: list[int], dtype: torch.dtype = torch.int32) -> BlockLayout:
@@ -69,6 +77,41 @@ def test_a_drawn_index_is_sorted_unique_and_uniform() -> None:
     hits = sum(torch.bincount(random_block_index(10, 3, draw), minlength=10) for _ in range(1000))
     assert (hits - 300).abs().max() < 75  # five standard deviations
     assert random_block_index(4, 4).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("grid", "nnzb"),
+    [((16, 16), 26), ((64, 16), 102), ((16, 64), 102), ((4, 4), 4), ((3, 5), 7), ((1, 6), 3), ((5, 1), 5)],
+)
+def test_a_balanced_index_fills_rows_and_columns_alike(grid: tuple[int, int], nnzb: int) -> None:
+    for seed in range(10):
+        index = balanced_block_index(grid, nnzb, generator(seed))
+        assert index.dtype == torch.int32
+        assert index.tolist() == sorted(set(index.tolist()))
+        assert index.tolist() == balanced_block_index(grid, nnzb, generator(seed)).tolist()
+        active = torch.zeros(grid).index_put_((index.long() // grid[1], index.long() % grid[1]), torch.tensor(1.0))
+        for side in (0, 1):
+            held = active.sum(side)
+            assert held.max() - held.min() <= 1
+            assert held.sum() == nnzb
+    assert len({tuple(balanced_block_index((16, 16), 26, generator(seed)).tolist()) for seed in range(10)}) == 10
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.7, 0.99, 1.0])
+def test_an_uneven_start_is_levelled_as_far_as_there_is_room(density: float) -> None:
+    draw = generator(int(100 * density))
+    occupied = torch.rand(12, 20, generator=draw) < torch.linspace(0, 0.8, 12)[:, None]
+    free = ~occupied & (torch.rand(12, 20, generator=draw) < 0.8)
+    count = int(density * int(free.sum()))
+    chosen = spread_evenly(occupied, free, count, draw)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert len(chosen) == count
+    assert free.view(-1)[chosen].all()
+    after = occupied.view(-1).index_fill(0, chosen, True).view(12, 20)
+    room = (free & ~after).any(1)
+    if room.any():  # a row that could have taken more holds nearly as many as any that took some
+        took = (after & ~occupied).any(1)
+        assert after.sum(1)[room].min() >= after.sum(1)[took].max() - 4
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,15 @@ import torch
 import transformers
 from helpers import generator, make_layer
 from torch import nn
+from toy import toy_model
 
-from hf_dynsparse import group_lasso_, prune_regrow_, sparse_learning_rate
-from hf_dynsparse.optim import check_optimizer_state, clear_moments_
+from hf_dynsparse import group_lasso_, prune_regrow_, sparse_layers, sparse_learning_rate
+from hf_dynsparse.block_adam import BlockAdamW
+from hf_dynsparse.optim import check_optimizer_state, clear_moments_, parameter_groups
+
+
+def aged_adamw(values: nn.Parameter, bias: nn.Parameter) -> BlockAdamW:
+    return BlockAdamW([{"params": [values], "per_block": True}, {"params": [bias]}], lr=1e-2)
 
 
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], int]] = {  # and how many moments a parameter has
@@ -19,6 +25,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], int]] = {  # a
     "adamw, fused": (lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), 2),
     "adamw, foreach": (lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True), 2),
     "adamw, amsgrad": (lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True), 3),
+    "adamw with ages of blocks": (lambda p: aged_adamw(*p), 3),
     "sgd": (lambda p: torch.optim.SGD(p, lr=1e-2), 0),
     "sgd, momentum": (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9), 1),
     "adagrad": (lambda p: torch.optim.Adagrad(p, lr=1e-2), 1),
@@ -54,6 +61,36 @@ def test_learning_rate_of_the_paper() -> None:
     assert sparse_learning_rate(1.0, 0.9) == pytest.approx(6.40, abs=0.005)
     assert sparse_learning_rate(2e-4, 0.9) == pytest.approx(1.28e-3, abs=1e-6)
     assert sparse_learning_rate(2e-4, 0.0) == 2e-4
+
+
+def test_parameter_groups() -> None:
+    model = toy_model()
+    layers = sparse_layers(model)
+    model.bert.embeddings.position_embeddings.weight.requires_grad_(False)
+    layers["bert.encoder.layer.1.output.dense"].values.requires_grad_(False)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    values, decayed, rest = parameter_groups(model, 0.1, dense_learning_rate=2e-3)
+    assert [names[p] for p in values["params"]] == [f"{name}.values" for name in layers][:-1]
+    assert [names[p] for p in decayed["params"]] == [
+        *("bert.embeddings.word_embeddings.weight", "bert.embeddings.token_type_embeddings.weight"),
+        "cls.predictions.transform.dense.weight",
+    ]
+    assert all(names[p].endswith(("bias", "LayerNorm.weight")) for p in rest["params"])
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    assert sum(len(group["params"]) for group in (values, decayed, rest)) == trained
+    assert [group["weight_decay"] for group in (values, decayed, rest)] == [0.1, 0.1, 0.0]
+    assert [group["per_block"] for group in (values, decayed, rest)] == [True, False, False]
+    assert [group.get("lr") for group in (values, decayed, rest)] == [None, 2e-3, 2e-3]
+
+
+def test_parameter_groups_by_names_and_without_sparse_layers() -> None:
+    layer = make_layer()
+    assert [(len(g["params"]), g["weight_decay"]) for g in parameter_groups(layer, decayed=["bias"])] == [
+        (1, 0.0),
+        (1, 0.01),
+    ]
+    (group,) = parameter_groups(nn.Linear(2, 2, bias=False))
+    assert (group["per_block"], "lr" in group) == (False, False)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

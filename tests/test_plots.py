@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from hf_dynsparse.plots import (
-    _block_mean,
     _flops_of,
     plot_block_map,
     plot_comparison,
@@ -89,11 +88,6 @@ def test_comparison(tmp_path, number, ratio):
 def test_flops_between_and_beyond_the_logged_steps():
     history = [{"step": 10, "dynsparse/flops": 100.0}, *2 * [{"step": 20, "dynsparse/flops": 300.0}]]
     np.testing.assert_allclose(_flops_of(history, np.array([0, 5, 10, 15, 22])), [0, 50, 100, 200, 340])
-
-
-def test_block_mean_of_a_cut_square():
-    block_map = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=bool)
-    np.testing.assert_allclose(_block_mean(block_map, 2), [[0.75, 0.5], [0.5, 1.0]])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from hf_dynsparse.shards import (
     local_rows,
     whole,
     whole_optimizer_state,
+    write_rows_,
     zero_rows_,
 )
 
@@ -54,6 +55,11 @@ def test_rows_of_each_rank(join: Callable[..., None], rank: int, count: int) -> 
     assert first == (own[0] if own else count)
     zero_rows_(sharded, torch.arange(0, count, 2))
     tensor[::2] = 0
+    assert torch.equal(local_rows(sharded)[0], tensor[own])
+    new = torch.randn(2, 2, 3, generator=generator(1), dtype=torch.float64)
+    places = torch.tensor([count - 1, 0])[: min(count, 2)]
+    write_rows_(sharded, places, new[: len(places)])
+    tensor[places] = new[: len(places)].float()
     assert torch.equal(local_rows(sharded)[0], tensor[own])
 
 
@@ -109,7 +115,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, updater: TopologyU
         updater.step(step)
 
 
-def test_an_update_of_shards(join: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"regrow_rule": "gradient", "prune_score": "l2"},
+        {"regrow_rule": "correlation", "prune_score": "weight_gradient", "regrow_std": 0.01},
+    ],
+    ids=lambda settings: settings["regrow_rule"],
+)
+def test_an_update_of_shards(join: Callable[..., None], settings: dict[str, object]) -> None:
     """On one rank all numbers are those of whole layers, bit for bit; a run that was stopped in between too."""
     join()
     plain, sharded, resumed = Network(), Network(), Network()
@@ -120,7 +134,7 @@ def test_an_update_of_shards(join: Callable[..., None]) -> None:
     models = {"plain": plain, "sharded": sharded, "resumed": resumed}
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-2) for name, model in models.items()}
     updaters = {
-        name: TopologyUpdater(model, optimizers[name], 12, update_every=3, regrow_rule="gradient", prune_score="l2")
+        name: TopologyUpdater(model, optimizers[name], 12, update_every=3, **settings)
         for name, model in models.items()
     }
     for name in ("plain", "sharded"):

@@ -4,11 +4,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from .distillation import check_distillation
 from .ops.choice import TUNING_MODES
-from .topology import PRUNE_SCORES, REGROW_RULES, SCHEDULES, pruning_ratio_at
-from .topology.scores import resolve_score
+from .topology import ALLOCATIONS, METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, method_settings, pruning_ratio_at
+from .topology.density import check_density
+from .topology.scores import check_regrow_std, resolve_score
+
+
+# A flag that may be left out, `--readmit`, or `--readmit false`: the parser knows two of these by itself.
+SWITCH: dict[str, Any] = {"nargs": "?", "const": True}
+
+BLOCK_AGE_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.ADAMW_TORCH)
 
 
 @dataclass
@@ -17,10 +25,20 @@ class DynSparseTrainingArguments(TrainingArguments):
     [`~transformers.TrainingArguments`] with the paper's optimiser defaults (arXiv:2108.06277, section 3) and the
     arguments of topology updates. What the model *is* (sparsity, block size) stands in its configuration.
 
+    `method` names a preset of topology settings (see `hf_dynsparse.topology.METHODS`), for arguments that are not
+    given. What is given wins; `topology_settings()` tells the outcome.
+
     Raises:
-        ValueError: for an unknown score, rule or schedule, or a number out of range.
+        ValueError: for an unknown method, score, rule or schedule, or a number out of range.
     """
 
+    method: str = field(
+        default="dynsparse",
+        metadata={
+            "help": "Method of sparse training: a preset of the topology arguments below. Those given explicitly win.",
+            "choices": list(METHODS),
+        },
+    )
     num_topology_updates: int | None = field(
         default=None,
         metadata={
@@ -29,35 +47,120 @@ class DynSparseTrainingArguments(TrainingArguments):
             "for 16x16 blocks."
         },
     )
-    topology_update_every: int | None = field(
-        default=None, metadata={"help": "Update every so many optimiser steps instead of a number of times per run."}
-    )
-    topology_first_step: int | None = field(default=None, metadata={"help": "No topology update before this step."})
-    topology_last_step: int | None = field(default=None, metadata={"help": "No topology update after this step."})
-    pruning_ratio: float = field(
-        default=0.5,
-        metadata={"help": "Share of active blocks that the first update replaces; 0.75 is better at sparsity 0.99."},
-    )
-    pruning_schedule: str = field(
-        default="cosine",
-        metadata={"help": "How the pruning ratio decays over the updates.", "choices": list(SCHEDULES)},
-    )
-    prune_score: str = field(
-        default="l1",
-        metadata={"help": "Active blocks with the lowest score are pruned.", "choices": list(PRUNE_SCORES)},
-    )
-    regrow_rule: str = field(
-        default="random",
+    topology_update_every: float | None = field(
+        default=None,
         metadata={
-            "help": "Where new blocks grow: anywhere, at the largest dense gradient (RigL), or where none was yet.",
+            "help": "Update every so many optimiser steps (below 1: a share of the run) instead of a number of times "
+            "per run."
+        },
+    )
+    topology_first_step: float | None = field(
+        default=None, metadata={"help": "No topology update before this step (below 1: this share of the run)."}
+    )
+    topology_last_step: float | None = field(
+        default=None, metadata={"help": "No topology update after this step (below 1: this share of the run)."}
+    )
+    pruning_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of active blocks that the first update replaces. DynSparse: 0.5; 0.75 is better at "
+            "sparsity 0.99."
+        },
+    )
+    pruning_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the pruning ratio decays over the updates. DynSparse: cosine.",
+            "choices": list(SCHEDULES),
+        },
+    )
+    prune_score: str | None = field(
+        default=None,
+        metadata={
+            "help": "Active blocks with the lowest score are pruned: a norm of their values (DynSparse: l1), |w g| "
+            "(weight_gradient), |w| + 0.01 |g| (mest), the dense gradient, or any (random).",
+            "choices": list(PRUNE_SCORES),
+        },
+    )
+    regrow_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where new blocks grow: anywhere (random: DynSparse), where none was yet (unfired), where rows "
+            "and columns are emptiest (balanced), at the largest dense gradient (gradient: RigL), the same freed of "
+            "the scale of inputs (gradient_normalised) and of outputs (correlation), or of four blocks three by "
+            "gradient and one anywhere (gradient_random: MST).",
             "choices": list(REGROW_RULES),
         },
     )
-    readmit: bool = field(
-        default=False, metadata={"help": "A block pruned in an update may return in the same update (RigL's rule)."}
+    readmit: bool | None = field(
+        default=None,
+        metadata={"help": "A block pruned in an update may return in the same update (RigL's rule).", **SWITCH},
+    )
+    replace_step: bool | None = field(
+        default=None,
+        metadata={"help": "A topology update takes the place of an optimiser step (RigL's rule).", **SWITCH},
+    )
+    density_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the density changes in topology updates: 'constant', 'cubic' (gradual pruning), or phases "
+            "'0:1,0.3:0,0.8:1' of progress:share, where share 0 is the density of the model's configuration and 1 "
+            "that of --initial_sparsity. Layers have the shapes of their density at any time."
+        },
+    )
+    initial_sparsity: float | None = field(
+        default=None, metadata={"help": "Sparsity that the density schedule starts from; 0 is dense."}
+    )
+    density_begin: float | None = field(
+        default=None,
+        metadata={"help": "Share of the run before which the cubic schedule stays at the initial density."},
+    )
+    density_end: float | None = field(
+        default=None, metadata={"help": "Share of the run from which the cubic schedule stays at the final density."}
+    )
+    shrink_counts: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks pruned for a smaller density count as replaced, instead of coming on top (MST).",
+            **SWITCH,
+        },
+    )
+    allocation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which layers have how many blocks: as each was built (layer), the highest prune scores of all "
+            "layers (global: GraNet), or regrown by the mean gradient momentum of layers (momentum: SNFS).",
+            "choices": list(ALLOCATIONS),
+        },
+    )
+    regrow_std: float = field(
+        default=0.0,
+        metadata={
+            "help": "Standard deviation of the values of new blocks, for example a tenth of the model's "
+            "`initializer_range`; 0 starts them at zero, so that an update changes no output."
+        },
     )
     group_lasso: float = field(
         default=0.0, metadata={"help": "Strength of the decoupled group lasso on blocks; 0 turns it off."}
+    )
+
+    dense_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of all parameters outside sparse layers: embeddings, norms, biases, head. Default: "
+            "the same."
+        },
+    )
+    block_age_adam: bool = field(
+        default=False,
+        metadata={
+            "help": "AdamW corrects the bias of moments by the age of each block; else the first steps of a new block "
+            "are several times too long."
+        },
+    )
+    new_block_warmup: int = field(
+        default=0,
+        metadata={"help": "With --block_age_adam: steps over which the learning rate of a new block rises."},
     )
 
     teacher: str | None = field(
@@ -115,9 +218,13 @@ class DynSparseTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See `torch` DDP."})
 
     def __post_init__(self) -> None:
-        resolve_score(self.prune_score, "prune_score", PRUNE_SCORES)
-        resolve_score(self.regrow_rule, "regrow_rule", REGROW_RULES)
-        pruning_ratio_at(0, 1, self.pruning_ratio, self.pruning_schedule)
+        settings = self.topology_settings()
+        resolve_score(settings["prune_score"], "prune_score", PRUNE_SCORES)
+        resolve_score(settings["regrow_rule"], "regrow_rule", REGROW_RULES)
+        check_regrow_std(self.regrow_std)
+        pruning_ratio_at(0, 1, settings["pruning_ratio"], settings["schedule"])
+        names = ("density_schedule", "initial_sparsity", "density_begin", "density_end", "allocation")
+        check_density(*(settings[name] for name in names))
         if self.num_topology_updates is not None and self.num_topology_updates < 0:
             raise ValueError(f"`num_topology_updates` must not be negative. Got {self.num_topology_updates}.")
         if self.num_topology_updates is not None and self.topology_update_every is not None:
@@ -131,10 +238,28 @@ class DynSparseTrainingArguments(TrainingArguments):
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative. Got {self.group_lasso}.")
         super().__post_init__()
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        if self.dense_learning_rate is not None and self.dense_learning_rate < 0:
+            raise ValueError(f"`dense_learning_rate` must not be negative. Got {self.dense_learning_rate}.")
+        if self.new_block_warmup < 0:
+            raise ValueError(f"`new_block_warmup` must not be negative. Got {self.new_block_warmup}.")
+        if self.new_block_warmup and not self.block_age_adam:
+            raise ValueError(
+                f"`new_block_warmup` goes by the ages of blocks. Got {self.new_block_warmup} without them: give "
+                "`block_age_adam=True` too."
+            )
+        if self.block_age_adam and self.optim not in BLOCK_AGE_OPTIMIZERS:
+            names = " or ".join(optimizer.value for optimizer in BLOCK_AGE_OPTIMIZERS)
+            raise ValueError(
+                f"`block_age_adam` is a kind of AdamW: `optim` must be {names}. Got "
+                f"{OptimizerNames(self.optim).value}. Leave it out."
+            )
 
     def topology_settings(self) -> dict[str, Any]:
-        """The keyword arguments of `TopologyCallback`."""
-        return {
+        """The keyword arguments of `TopologyCallback`: those of the method, and what is given explicitly."""
+        given = {
             "num_updates": self.num_topology_updates,
             "update_every": self.topology_update_every,
             "first_step": self.topology_first_step,
@@ -144,6 +269,17 @@ class DynSparseTrainingArguments(TrainingArguments):
             "regrow_rule": self.regrow_rule,
             "schedule": self.pruning_schedule,
             "readmit": self.readmit,
+            "replace_step": self.replace_step,
+            "density_schedule": self.density_schedule,
+            "initial_sparsity": self.initial_sparsity,
+            "density_begin": self.density_begin,
+            "density_end": self.density_end,
+            "shrink_counts": self.shrink_counts,
+            "allocation": self.allocation,
+        }
+        return {
+            **method_settings(self.method, given),
+            "regrow_std": self.regrow_std,
             "group_lasso": self.group_lasso,
             "seed": self.seed,
         }

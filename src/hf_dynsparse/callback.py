@@ -3,6 +3,8 @@
 import logging
 import math
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -15,7 +17,9 @@ from transformers.trainer_callback import ExportableState
 
 from .nn import sparse_layers, topology_summary
 from .ops import choose_backend, configure_kernels
+from .ops.backends import Problem
 from .ops.choice import (
+    Choice,
     allow_new_choices,
     choice_from_json,
     choice_to_json,
@@ -24,8 +28,11 @@ from .ops.choice import (
     keep_choices,
 )
 from .optim import group_lasso_
+from .resizing import configured, sizes_of, tell_config_
 from .topology import TopologyUpdater, ever_active, track_exploration_
+from .topology.density import changes_sizes
 from .topology.exploration import is_tracked, untrack_exploration_
+from .topology.momentum import has_momentum, track_momentum_, untrack_momentum_
 
 
 logger = logging.getLogger(__name__)
@@ -37,6 +44,10 @@ REFUSED = {
 }
 
 
+# Why a backend serves a number of blocks that was not timed itself.
+INHERITED = "as for nnzb="
+
+
 class TopologyCallback(TrainerCallback, ExportableState):
     """
     Updates the topology of the sparse layers while they train, with any [`~transformers.Trainer`].
@@ -45,9 +56,10 @@ class TopologyCallback(TrainerCallback, ExportableState):
     checkpoint holds the new topology and a resumed run does not repeat it.
 
     Args:
-        num_updates, update_every, first_step, last_step (`int`, *optional*): see [`TopologyUpdater`]; without a number
-            of updates or an interval, `default_num_updates` of the run.
-        pruning_ratio, prune_score, regrow_rule, schedule, readmit, seed: see [`TopologyUpdater`].
+        num_updates, update_every, first_step, last_step (`float`, *optional*): see [`TopologyUpdater`]; without a
+            number of updates or an interval, `default_num_updates` of the run.
+        pruning_ratio, prune_score, regrow_rule, regrow_std, schedule, readmit, replace_step, density_schedule,
+            initial_sparsity, density_begin, density_end, shrink_counts, allocation, seed: see [`TopologyUpdater`].
         group_lasso (`float`): strength of the decoupled group lasso, applied after every optimiser step.
 
     Attributes:
@@ -55,20 +67,30 @@ class TopologyCallback(TrainerCallback, ExportableState):
             `newborn_share` and `topology_updates`.
         ever_active (`dict[str, torch.Tensor]`): after training, per layer, the Boolean map `(block_rows,
             block_columns)` of the positions that were active at any time.
+        on_resize (`Callable[[], None]` or `None`): called whenever layers have changed their sizes. A trainer of many
+            processes must have one, and make its reducer anew.
     """
 
     def __init__(
         self,
         num_updates: int | None = None,
         *,
-        update_every: int | None = None,
-        first_step: int | None = None,
-        last_step: int | None = None,
+        update_every: float | None = None,
+        first_step: float | None = None,
+        last_step: float | None = None,
         pruning_ratio: float = 0.5,
         prune_score: str = "l1",
         regrow_rule: str = "random",
         schedule: str = "cosine",
         readmit: bool = False,
+        replace_step: bool = False,
+        density_schedule: str = "constant",
+        initial_sparsity: float = 0.0,
+        density_begin: float = 0.0,
+        density_end: float = 1.0,
+        shrink_counts: bool = False,
+        allocation: str = "layer",
+        regrow_std: float = 0.0,
         group_lasso: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -82,27 +104,49 @@ class TopologyCallback(TrainerCallback, ExportableState):
             "regrow_rule": regrow_rule,
             "schedule": schedule,
             "readmit": readmit,
+            "replace_step": replace_step,
+            "density_schedule": density_schedule,
+            "initial_sparsity": initial_sparsity,
+            "density_begin": density_begin,
+            "density_end": density_end,
+            "shrink_counts": shrink_counts,
+            "allocation": allocation,
+            "regrow_std": regrow_std,
             "seed": seed,
         }
         self.group_lasso = group_lasso
         self.metrics: dict[str, float] = {}
         self.ever_active: dict[str, torch.Tensor] = {}
+        self.on_resize: Callable[[], None] | None = None
+        self.resizes = changes_sizes(density_schedule, allocation)
+        self._final: dict[str, Any] | None = None
+        self._sizes: dict[str, int] = {}
         self._updater: TopologyUpdater | None = None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps in `trainer_state.json`; block histories travel in buffers of the model."""
         return {
             "args": {**self.settings, "group_lasso": self.group_lasso},
-            "attributes": {"metrics": dict(self.metrics)},
+            "attributes": {"metrics": dict(self.metrics), **({"final": self._final} if self.resizes else {})},
         }
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         check_parallelism(args)
+        if self.resizes:
+            check_resizing(self.on_resize is not None)
         # The buffers must exist before a checkpoint is loaded into the model.
         if kwargs["model"] is not None:
-            track_model_(kwargs["model"])
+            self.track_(kwargs["model"])
+
+    def track_(self, model: nn.Module) -> None:
+        """Begin to record what this run needs in every sparse layer that does not yet."""
+        track_model_(model)
+        if "momentum" in (self.settings["regrow_rule"], self.settings["allocation"]):
+            for layer in sparse_layers(model).values():
+                if not has_momentum(layer):
+                    track_momentum_(layer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,14 +158,19 @@ class TopologyCallback(TrainerCallback, ExportableState):
             if state.global_step == 0:
                 # Initial weights may have been loaded since `on_init_end`.
                 track_exploration_(layer)
+                untrack_momentum_(layer)
+        if state.global_step == 0:
+            self.metrics = {}
+            self._final = {"sizes": sizes_of(model), **configured(model)}
+        else:
+            self.restore(state)
         settings = dict(self.settings)
         if settings["num_updates"] is None and settings["update_every"] is None:
             settings["num_updates"] = default_num_updates(state.max_steps)
+        if state.global_step > 0 and self._final is not None:
+            settings["final_nnzb"] = self._final["sizes"]
         self._updater = TopologyUpdater(model, kwargs["optimizer"], state.max_steps, **settings)
-        if state.global_step == 0:
-            self.metrics = {}
-        else:
-            self.restore(state)
+        self._note_sizes(model)
         cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
         self._updater.check_ranks_agree()
         self._updater.prepare(state.global_step + 1)
@@ -139,10 +188,23 @@ class TopologyCallback(TrainerCallback, ExportableState):
             self.settings["regrow_rule"],
         )
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._replaces_step(state):
+            for group in kwargs["optimizer"].param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # an optimiser leaves such a parameter alone, weight decay included
+
+    def _replaces_step(self, state: TrainerState) -> bool:
+        return self._updater is not None and self._updater.replaces_step(state.global_step + 1)
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not self.group_lasso or self._updater is None or getattr(kwargs["optimizer"], "step_was_skipped", False):
+            return
+        if self._replaces_step(state):
             return
         rates = {parameter: group["lr"] for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
         for layer in self._updater.layers.values():
@@ -156,6 +218,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             return
         report = self._updater.step(state.global_step)
         if report is not None:
+            self._note_sizes(kwargs["model"])
             self.metrics.update(
                 pruning_ratio=report.pruning_ratio,
                 newborn_share=report.newborn_share,
@@ -164,13 +227,27 @@ class TopologyCallback(TrainerCallback, ExportableState):
                 topology_updates=report.update + 1,
             )
 
+    def _note_sizes(self, model: nn.Module) -> None:
+        """Tell everybody if layers have changed their sizes."""
+        if not self.resizes or self._sizes == sizes_of(model):
+            return
+        self._sizes = sizes_of(model)
+        self.metrics["sparsity"] = topology_summary(model).sparsity
+        tell_config_(model, self._final or configured(model))
+        if self.on_resize is not None:
+            self.on_resize()
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.resizes and self._final is not None:
+            tell_config_(kwargs["model"], self._final)  # the best model may have been loaded
+        self._sizes = {}
         # A finished model is a plain model: what training recorded is kept here, not in its file.
         for name, layer in sparse_layers(kwargs["model"]).items():
             self.ever_active[name] = ever_active(layer).view(layer.grid).cpu()
             untrack_exploration_(layer)
+            untrack_momentum_(layer)
         self._updater = None
 
     def check_settings(self, saved: dict[str, Any]) -> None:
@@ -202,6 +279,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             return
         self.check_settings(saved)
         self.metrics = dict(saved["attributes"]["metrics"])
+        self._final = saved["attributes"].get("final")
 
 
 def default_num_updates(total_steps: int) -> int:
@@ -239,6 +317,26 @@ def check_parallelism(args: TrainingArguments) -> None:
         )
 
 
+def check_resizing(reducer_is_rebuilt: bool) -> None:
+    """
+    Refuse a density that changes where parameters cannot change their sizes.
+
+    Raises:
+        ValueError: for FSDP2, and for several processes under a trainer that does not know of it.
+    """
+    state = AcceleratorState()
+    if state.distributed_type == DistributedType.FSDP:
+        received = "FSDP2, which splits parameters between ranks"
+    elif state.num_processes > 1 and not reducer_is_rebuilt:
+        received = f"{state.num_processes} processes under a trainer that does not make its reducer anew"
+    else:
+        return
+    raise ValueError(
+        "A density that changes over time needs one process, or DDP under `DynSparseTrainer`. Got "
+        f"{received}. Use that, or `density_schedule='constant'` with `allocation='layer'`."
+    )
+
+
 def track_model_(model: nn.Module) -> None:
     """Begin to record the exploration of every sparse layer that does not yet."""
     for layer in sparse_layers(model).values():
@@ -259,6 +357,7 @@ class KernelCallback(TrainerCallback, ExportableState):
         self.tuning, self.dense_workspace = tuning, dense_workspace
         self._saved: list[dict[str, Any]] = []
         self._settled = False
+        self._steps: tuple[int, torch.dtype | None] = (0, None)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps in `trainer_state.json`."""
@@ -292,13 +391,46 @@ class KernelCallback(TrainerCallback, ExportableState):
         if dropped:
             logger.warning("%d backends of the interrupted run are not to be had here; others serve.", dropped)
         keep_choices(choices)
+        self._steps = tokens, dtype
+        self._add_choices(model)
+
+    def settle_again(self, model: nn.Module) -> None:
+        """
+        After layers have changed their sizes: choose for the new ones. Every rank must call it. A density that was
+        timed within a factor of 1.25 speaks for its neighbours, or gradual pruning would time at every update.
+        """
+        if not self._settled:
+            return
+        choices, (tokens, dtype) = choices_made(), self._steps
+        for layer in sparse_layers(model).values():
+            for backward in (False, True):
+                problem = layer.problem(tokens, backward=backward, dtype=dtype)
+                near = nearest_timed(problem, choices) if problem not in choices else None
+                if near is not None:
+                    choices[problem] = Choice(choices[near].backend, f"{INHERITED}{near.nnzb}")
+        keep_choices(choices)
+        self._add_choices(model)
+
+    def _add_choices(self, model: nn.Module) -> None:
         allow_new_choices()
+        tokens, dtype = self._steps
         if tokens and PartialState().is_main_process:
             for layer in sparse_layers(model).values():
                 for backward in (False, True):
                     choose_backend(layer.problem(tokens, backward=backward, dtype=dtype))
         self._saved = broadcast_object_list([[choice_to_json(*item) for item in choices_made().items()]])[0]
         keep_choices(dict(map(choice_from_json, self._saved)))
+
+
+def nearest_timed(problem: Problem, choices: dict[Problem, Choice]) -> Problem | None:
+    """The same product with the nearest number of blocks, within a factor of 1.25, whose backend was not inherited."""
+    near = [
+        (abs(math.log(other.nnzb / problem.nnzb)), other.nnzb, other)
+        for other, choice in choices.items()
+        if replace(problem, nnzb=other.nnzb) == other and not choice.why.startswith(INHERITED)
+    ]
+    distance, _, nearest = min(near, default=(math.inf, 0, problem), key=lambda item: item[:2])
+    return nearest if distance <= math.log(1.25) else None
 
 
 class ThroughputCallback(TrainerCallback, ExportableState):

@@ -154,7 +154,8 @@ def check_same_model(model: PreTrainedModel, checkpoint: str | Path) -> None:
         with open_weights(file) as weights:
             saved |= {name: weights.get_slice(name).get_shape() for name in list(weights.keys())}
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    exploration = (".ever_active", ".active_since")  # a run without it may be followed by one with
+    # A run without these may be followed by one with them.
+    exploration = (".ever_active", ".active_since", ".gradient_momentum")
     for name, tensor in model.state_dict().items():
         if saved and name not in tied and not name.endswith(exploration) and saved.get(name) != list(tensor.shape):
             theirs = tuple(saved[name]) if name in saved else "none"

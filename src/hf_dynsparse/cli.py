@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from . import __version__
 from .distributions import DISTRIBUTIONS
-from .layout import parse_block_size
+from .layout import BlockSize, parse_block_size
 from .models.bert.configuration_dynsparse_bert import PRESETS
 from .topology import SCHEDULES
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="hf-dynsparse", description=__doc__, epilog="hf-dynsparse COMMAND --help shows examples.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_inspect, _add_estimate, _add_convert, _add_push, _add_card):
+    for add in (_add_inspect, _add_estimate, _add_convert, _add_push, _add_card, _add_animate):
         add(commands)
     return parser
 
@@ -84,7 +84,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _block_size(text: str) -> int | tuple[int, int]:
+def _block_size(text: str) -> BlockSize:
     try:
         return parse_block_size(text)
     except ValueError as error:
@@ -93,7 +93,8 @@ def _block_size(text: str) -> int | tuple[int, int]:
 
 def _add_sparsity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity", type=float, help="share of inactive positions (default: 0.9)")
-    parser.add_argument("--block_size", type=_block_size, help="side of a block, or ROWSxCOLUMNS (default: 16)")
+    sizes = "side of a block, ROWSxCOLUMNS, or for a BERT by layer such as *attention*=4,*=16 (default: 16)"
+    parser.add_argument("--block_size", type=_block_size, help=sizes)
     parser.add_argument("--distribution", choices=list(DISTRIBUTIONS), help="of the density over the layers")
 
 
@@ -232,3 +233,27 @@ def _card(args: argparse.Namespace) -> None:
     from .model_card import write_model_card
 
     _say(write_model_card(args.folder))
+
+
+def _add_animate(commands: Any) -> None:
+    examples = ["runs/medium-s90-b16", "runs/medium-s90-b16 --output topology.gif --seconds 12"]
+    parser = _command(commands, _animate, "a moving picture of a run's topology", examples)
+    parser.add_argument("folder", metavar="RUN_FOLDER", help="output folder of a run, finished or not")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: topology.gif in RUN_FOLDER")
+    parser.add_argument("--seconds", type=float, default=8.0, help="how long it runs (default: %(default)g)")
+
+
+def _animate(args: argparse.Namespace) -> None:
+    """Draw how the topology of one layer evolved in a run, a frame after every update."""
+    from .plots_topology import animate_block_map
+    from .topology_frames import HISTORY_FOLDER, read_history
+
+    frames = read_history(args.folder)
+    if not frames:
+        raise ValueError(
+            f"RUN_FOLDER must hold a history of the topology. Got {args.folder} without {HISTORY_FOLDER}. Train with "
+            "examples/run_mlm_dynsparse.py, or with the callback `TopologyHistory`."
+        )
+    output = args.output or Path(args.folder, "topology.gif")
+    animate_block_map(frames, output, seconds=args.seconds)
+    _say(output)

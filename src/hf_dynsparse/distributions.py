@@ -37,7 +37,10 @@ DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {"unifor
 
 
 def active_blocks(
-    shapes: Shapes, sparsity: float, block_shape: tuple[int, int], distribution: str = "uniform"
+    shapes: Shapes,
+    sparsity: float,
+    block_shape: tuple[int, int] | Mapping[str, tuple[int, int]],
+    distribution: str = "uniform",
 ) -> dict[str, int]:
     """
     Number of active blocks `nnzb` of each layer: a function of shapes and arguments alone, so that every tensor size
@@ -46,7 +49,8 @@ def active_blocks(
     Args:
         shapes (`Mapping[str, tuple[int, int]]`): `(out_features, in_features)` per layer name.
         sparsity (`float`): share of inactive positions over all layers, in [0, 1).
-        block_shape (`tuple[int, int]`): rows and columns of a block.
+        block_shape (`tuple[int, int]` or `Mapping[str, tuple[int, int]]`): rows and columns of a block, for all layers
+            or by layer name.
         distribution (`str`): a key of `DISTRIBUTIONS`.
 
     Raises:
@@ -55,8 +59,9 @@ def active_blocks(
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"`distribution` must be one of {', '.join(DISTRIBUTIONS)}. Got {distribution!r}.")
     densities = DISTRIBUTIONS[distribution](shapes, 1.0 - check_sparsity(sparsity))
+    blocks = block_shape if isinstance(block_shape, Mapping) else dict.fromkeys(shapes, block_shape)
     nnzb = {}
     for name, shape in shapes.items():
-        rows, columns = block_grid(shape, block_shape, f"`{name}`")
+        rows, columns = block_grid(shape, blocks[name], f"`{name}`")
         nnzb[name] = count_active_blocks(rows * columns, densities[name])
     return nnzb

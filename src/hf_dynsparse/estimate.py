@@ -159,8 +159,8 @@ def estimate_run(
         dense_learning_rate = rates.get((config.num_hidden_layers, config.hidden_size))
     with torch.device("meta"):
         model = DynSparseBertForMaskedLM(config)
-    shapes, nnzb = encoder_shapes(config), config.nnzb_per_layer()
-    blocks = {name: prod(block_grid(shapes[name], config.block_shape)) for name in nnzb}
+    shapes, sides, nnzb = encoder_shapes(config), config.block_shapes(), config.nnzb_per_layer()
+    blocks = {name: prod(block_grid(shapes[name], sides[name])) for name in nnzb}
     encoder = Footprint(config.num_active_entries(), 4 * sum(nnzb.values()))
     dense_encoder = Footprint(sum(map(prod, shapes.values())), 0)
     rest = sum(parameter.numel() for parameter in model.parameters()) - encoder.parameters

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from . import models
+from .layout import BlockSize
 from .models import DynSparseBertConfig
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from .nn import sparse_layers
@@ -31,7 +32,7 @@ def sparsify_checkpoint(
     target: str | Path,
     *,
     sparsity: float = 0.9,
-    block_size: int | tuple[int, int] = 16,
+    block_size: BlockSize = 16,
     distribution: str = "uniform",
 ) -> None:
     """

@@ -8,6 +8,7 @@ from typing import Any, cast
 from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel
 
 from .arguments import DynSparseTrainingArguments
+from .layout import BlockSize
 from .models import DynSparseBertConfig
 from .nn import sparse_layers, topology_summary
 from .quantizer import DynSparseQuantizationConfig, densify_
@@ -117,7 +118,7 @@ def load_pretrained(
     name_or_path: str,
     *,
     sparsity: float | None = None,
-    block_size: int | tuple[int, int] | None = None,
+    block_size: BlockSize | None = None,
     config: PretrainedConfig | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -129,7 +130,8 @@ def load_pretrained(
         auto_class: a class such as [`~transformers.AutoModelForSequenceClassification`].
         name_or_path (`str`): folder or Hub name.
         sparsity (`float`, *optional*): for a dense checkpoint: the share of positions to leave out.
-        block_size (`int` or `tuple[int, int]`, *optional*): side of a block, 16 if only the sparsity is given.
+        block_size (`int`, `tuple[int, int]` or, for a BERT, `dict`, *optional*): side of a block, 16 if only the
+            sparsity is given; see [`DynSparseBertConfig`].
         config (`PretrainedConfig`, *optional*): instead of the checkpoint's own.
         kwargs: passed to `from_pretrained`, such as `num_labels`.
 
@@ -149,7 +151,7 @@ def load_pretrained(
             f"`sparsity` is for dense checkpoints. Got {sparsity} for {name_or_path}, which is sparse or quantized "
             "already. Leave it out."
         )
-    blocks = 16 if block_size is None else block_size
+    blocks: Any = 16 if block_size is None else block_size  # the quantizer refuses sizes by layer
     if known.model_type in ("bert", DynSparseBertConfig.model_type):
         sparse_class = auto_class._model_mapping[DynSparseBertConfig]
         if config is not None:

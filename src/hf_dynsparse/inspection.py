@@ -254,7 +254,7 @@ def _dense_shapes(config: PretrainedConfig, names: set[str], source: str) -> dic
 def _saved_layer(
     name: str, shape: tuple[int, int], places: dict[str, _Place], saved: dict[str, bytes], source: str
 ) -> SavedLayer:
-    leaves = ("values", "block_index", "ever_active", "active_since")
+    leaves = ("values", "block_index", "ever_active", "active_since", "gradient_momentum")
     here = {leaf: places[f"{name}.{leaf}"] for leaf in leaves if f"{name}.{leaf}" in places}
     values, index = here.get("values"), here["block_index"]
     if values is None or index.dtype != "I32" or len(values.shape) != 3 or values.shape[:1] != index.shape:

@@ -1,13 +1,24 @@
 """Which blocks of a matrix are active: the one data layout of the package, and every order derived from it."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from math import floor
 
 import torch
 
 
-def as_block_shape(block_size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+Sides = int | tuple[int, int] | list[int]
+BlockSize = Sides | dict[str, Sides]  # one for all layers, or by patterns of their names
+
+# As written on a command line: sides, and sides for a pattern.
+_SIDES = r"\d+(?:x\d+)?"
+_NAMED = rf"[^=,]+={_SIDES}"
+
+
+def as_block_shape(block_size: Sides) -> tuple[int, int]:
     """
     Read a block size: an int `B` means square `B x B` blocks, a pair means `(rows, columns)`.
 
@@ -23,18 +34,59 @@ def as_block_shape(block_size: int | tuple[int, int] | list[int]) -> tuple[int, 
     return sides
 
 
-def parse_block_size(text: str) -> int | tuple[int, int]:
+def parse_block_size(text: str) -> BlockSize:
     """
-    Read a block size from a command line: `"16"`, or `"1x4"` for rows x columns.
+    Read a block size from a command line: `"16"`, `"1x4"` for rows x columns, or `"*attention*=4,*=16"` for sizes by
+    patterns of layer names.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if it is none of them.
     """
-    sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise ValueError(f"`--block_size` must be a number such as 16, or two such as 1x4. Got {text!r}.")
-    rows, columns = as_block_shape([int(side) for side in (sides * 2)[:2]])
-    return rows if len(sides) == 1 else (rows, columns)
+    if not re.fullmatch(rf"{_SIDES}|{_NAMED}(?:,{_NAMED})*", text):
+        raise ValueError(
+            "`--block_size` must be a number such as 16, two such as 1x4, or sizes by layer names such as "
+            f"*attention*=4,*=16. Got {text!r}."
+        )
+    if "=" not in text:
+        return _read_sides(text)
+    return {pattern: _read_sides(size) for pattern, size in (part.split("=") for part in text.split(","))}
+
+
+def _read_sides(text: str) -> Sides:
+    rows, columns = as_block_shape([int(side) for side in (text.split("x") * 2)[:2]])
+    return (rows, columns) if "x" in text else rows
+
+
+def block_shapes_of(names: Iterable[str], block_size: BlockSize) -> dict[str, tuple[int, int]]:
+    """
+    The block shape of each layer of `names`. Of a mapping, the longest pattern that matches a name gives its size: the
+    order of entries does not survive in a config.json, which is sorted.
+
+    Args:
+        block_size (`int`, `tuple[int, int]` or `dict[str, int | tuple[int, int]]`): one for all, or by shell-style
+            patterns of names, such as `{"*attention*": 4, "*": 16}`.
+
+    Raises:
+        ValueError: for a pattern without a layer, or a layer without a pattern.
+    """
+    if not isinstance(block_size, dict):
+        return dict.fromkeys(names, as_block_shape(block_size))
+    shapes, unused = {}, set(block_size)
+    for name in names:
+        matching = [pattern for pattern in block_size if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ValueError(
+                f"`block_size` must give a size for every layer. Got none for `{name}` among {', '.join(block_size)}. "
+                "Add the pattern `*`."
+            )
+        unused.difference_update(matching)
+        shapes[name] = as_block_shape(block_size[max(matching, key=lambda pattern: (len(pattern), pattern))])
+    if unused:
+        raise ValueError(
+            f"Every pattern of `block_size` must match a layer. Got {min(unused)!r}. Layers of this model: "
+            f"{', '.join([*shapes][:6])}, ..."
+        )
+    return shapes
 
 
 def block_grid(shape: tuple[int, int], block_shape: tuple[int, int], name: str = "the matrix") -> tuple[int, int]:
@@ -88,6 +140,32 @@ def random_block_index(
     """
     drawn = torch.randperm(num_blocks, generator=generator, device=generator.device if generator else "cpu")
     return drawn[:nnzb].sort().values.to(device=device, dtype=torch.int32)
+
+
+def balanced_block_index(
+    grid: tuple[int, int],
+    nnzb: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """
+    Draw `nnzb` different block ids at random, in ascending order, such that all block rows of `grid` hold as many as
+    each other, to within one, and so do all block columns: `torch.int32` of shape `(nnzb,)`. Where few blocks are
+    active, a uniform draw leaves rows or columns empty, and their outputs or inputs unused.
+    """
+    rows, columns = grid
+    where = generator.device if generator else torch.device("cpu")
+    order = torch.randperm(rows, generator=generator, device=where)
+    active = torch.zeros(grid, dtype=torch.bool, device=where)
+    load = torch.zeros(columns, dtype=torch.float64, device=where)  # exact when a draw is added
+    for turn, row in enumerate(order.tolist()):
+        # Each row takes the emptiest columns, of equally empty ones any: their loads never differ by more than one.
+        preference = load + torch.rand(columns, generator=generator, device=where)
+        count = nnzb // rows + (turn < nnzb % rows)
+        taken = preference.topk(count, largest=False).indices
+        active[row, taken] = True
+        load[taken] += 1
+    return active.flatten().nonzero().squeeze(1).to(device=device, dtype=torch.int32)
 
 
 @dataclass(frozen=True, eq=False)

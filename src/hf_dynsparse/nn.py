@@ -1,7 +1,7 @@
 """`BlockSparseLinear`, and putting it into a model or taking it out."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from .distributions import active_blocks
-from .layout import BlockLayout, as_block_shape, block_grid, check_sparsity, count_active_blocks, random_block_index
+from .layout import (
+    BlockLayout,
+    as_block_shape,
+    balanced_block_index,
+    block_grid,
+    check_sparsity,
+    count_active_blocks,
+    random_block_index,
+)
 from .ops import Problem, block_sparse_linear, describe_choice, take_blocks, to_dense
 
 
@@ -17,6 +25,25 @@ logger = logging.getLogger(__name__)
 
 # Heads and poolers stay dense (arXiv:2108.06277, section 3).
 DENSE_PARTS = ("*cls*", "*pooler*", "*classifier*", "*lm_head*", "*score*", "*qa_outputs*", "*head*")
+
+# Where the first blocks are: (block rows and columns, nnzb, generator) -> block index.
+INITIAL_TOPOLOGIES: dict[str, Callable[[tuple[int, int], int, torch.Generator | None], torch.Tensor]] = {
+    "random": lambda grid, nnzb, generator: random_block_index(grid[0] * grid[1], nnzb, generator),
+    "balanced": balanced_block_index,
+}
+
+
+def fan_in_scale(layout: BlockLayout) -> torch.Tensor:
+    """
+    By how much the values of each slot must be larger than those of a dense layer for outputs of the same variance,
+    `sqrt(inputs / active inputs of the block row)`: of shape `(nnzb, 1, 1)` (arXiv:2010.03533, section 4, by blocks).
+    """
+    active = torch.bincount(layout.rows, minlength=layout.grid[0])
+    return (layout.grid[1] / active[layout.rows]).sqrt().view(-1, 1, 1)
+
+
+# How large the first values of each slot are beside `std`; `None` leaves them as drawn.
+SPARSE_INITS: dict[str, Callable[[BlockLayout], torch.Tensor] | None] = {"normal": None, "fan_in": fan_in_scale}
 
 
 class BlockSparseLinear(nn.Module):
@@ -69,13 +96,25 @@ class BlockSparseLinear(nn.Module):
             self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
+    def reset_parameters(
+        self,
+        std: float = 0.02,
+        generator: torch.Generator | None = None,
+        sparse_init: str = "normal",
+        initial_topology: str = "random",
+    ) -> None:
         """
-        Draw a uniformly random topology, and values from a normal distribution of standard deviation `std` cut at two
-        of them, not rescaled by density (arXiv:2108.06277, section 3).
+        Draw a topology, uniformly random by default, and values from a normal distribution of standard deviation `std`
+        cut at two of them, by default not rescaled by density (arXiv:2108.06277, section 3).
+
+        Args:
+            sparse_init (`str`): `"normal"`, or `"fan_in"`: scaled by the active inputs of each block row.
+            initial_topology (`str`): `"random"`, or `"balanced"`: as many blocks in each block row, and column.
         """
-        self.block_index.copy_(random_block_index(self.num_blocks, self.nnzb, generator))
+        self.block_index.copy_(INITIAL_TOPOLOGIES[initial_topology](self.grid, self.nnzb, generator))
         nn.init.trunc_normal_(self.values, std=std, a=-2 * std, b=2 * std, generator=generator)
+        if (scale := SPARSE_INITS[sparse_init]) is not None:
+            self.values.mul_(scale(self.layout))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .topology_frames import mean_of_squares
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,7 +140,7 @@ def plot_block_map(
 
     height, width = shape or maps[0].shape
     factor = -(-max(maps[0].shape) // MAX_CELLS)
-    cells = [_block_mean(block_map, factor) for block_map in maps]
+    cells = [mean_of_squares(block_map, factor) for block_map in maps]
     # Means of a sparse map are all pale: the scale ends where the values do.
     top = 1.0 if factor == 1 else max(cell.max() for cell in cells) or 1.0
 
@@ -190,7 +192,7 @@ def plot_layer_maps(
     if not block_maps:
         raise ValueError("`block_maps` must hold at least one layer. Got none: a dense model has no block map.")
     factor = -(-max(max(block_map.shape) for block_map in block_maps.values()) // MAX_PANEL_CELLS)
-    cells = {name: _block_mean(block_map, factor) for name, block_map in block_maps.items()}
+    cells = {name: mean_of_squares(block_map, factor) for name, block_map in block_maps.items()}
     top = 1.0 if factor == 1 else max(cell.max() for cell in cells.values())
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
@@ -343,16 +345,6 @@ def _flops_unit(series: Iterable[np.ndarray]) -> tuple[float, str]:
     largest = max((values.max() for values in series if len(values)), default=0.0)
     exponent = 3 * int(np.log10(largest) // 3) if largest >= 1 else 0
     return (10.0**exponent, rf" ($\times 10^{{{exponent}}}$)") if exponent else (1.0, "")
-
-
-def _block_mean(block_map: np.ndarray, factor: int) -> np.ndarray:
-    """Share of active blocks in each `factor x factor` square; squares at the far sides may be cut."""
-    total = block_map.astype(float)  # [block_rows, block_columns]
-    count = np.ones_like(total)
-    for axis, side in enumerate(block_map.shape):
-        starts = np.arange(0, side, factor)
-        total, count = np.add.reduceat(total, starts, axis), np.add.reduceat(count, starts, axis)
-    return total / count
 
 
 def _block_colours() -> Colormap:

@@ -201,7 +201,7 @@ class DynSparseQuantizer(HfQuantizer):
             prefix = f"{model.base_model_prefix}."
             markers = "|".join(re.escape(name.removeprefix(prefix)) for name in sparse_layers(model))
             # The last two are what training records about exploration; a loaded model has no use for them.
-            ours = {rf"(^|\.)({markers})\.weight$", r"\.ever_active$", r"\.active_since$"}
+            ours = {rf"(^|\.)({markers})\.weight$", r"\.ever_active$", r"\.active_since$", r"\.gradient_momentum$"}
             model._keys_to_ignore_on_load_unexpected = ours | set(model._keys_to_ignore_on_load_unexpected or ())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:

@@ -41,9 +41,18 @@ def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def zero_rows_(tensor: torch.Tensor, places: torch.Tensor) -> None:
     """Set the rows at `places` (`torch.int64` of shape `(count,)`) to zero, each on the rank that holds it."""
+    write_rows_(tensor, places, 0.0)
+
+
+def write_rows_(tensor: torch.Tensor, places: torch.Tensor, new: torch.Tensor | float) -> None:
+    """
+    Set the rows at `places` (`torch.int64` of shape `(count,)`) to a number, or to those of `new` (of shape
+    `(count, ...)`, the same on every rank), each on the rank that holds it.
+    """
     rows, first = local_rows(tensor)
     places = places.to(rows.device) - first
-    rows[places[(places >= 0) & (places < len(rows))]] = 0
+    here = (places >= 0) & (places < len(rows))
+    rows[places[here]] = new.to(rows)[here] if isinstance(new, torch.Tensor) else new
 
 
 def gather_rows(numbers: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -89,7 +98,8 @@ def load_whole_optimizer_(optimizer: torch.optim.Optimizer, saved: dict[str, Any
     for parameter, state in optimizer.state.items():
         if isinstance(parameter, DTensor):
             for name, value in state.items():
-                if torch.is_tensor(value) and value.shape == parameter.shape:
+                # Moments, and numbers of rows such as ages: not those that an optimiser keeps of columns.
+                if torch.is_tensor(value) and value.dim() == parameter.dim() and len(value) == len(parameter):
                     state[name] = distribute_tensor(
                         value, parameter.device_mesh, parameter.placements, src_data_rank=None
                     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the trainer imports the model card, which imports this
 RECORDED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
-    *("max_grad_norm", "label_smoothing_factor", "bf16", "fp16"),
+    *("max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "dense_learning_rate", "block_age_adam"),
 )
 DISTILLATION = ("distillation_weight", "distillation_temperature")
 
@@ -129,6 +129,7 @@ def describe_training(trainer: "DynSparseTrainer") -> dict[str, Any]:
     """How much a model was trained, with which arguments, on how many sequences, where."""
     args, state = trainer.args, trainer.state
     recorded = RECORDED + (DISTILLATION if args.teacher else ())
+    recorded += ("new_block_warmup",) if args.block_age_adam else ()
     given = {name: value for name, value in args.to_dict().items() if name in recorded}
     datasets = {"train_sequences": trainer.train_dataset, "eval_sequences": trainer.eval_dataset}
     return {

@@ -4,17 +4,19 @@ import copy
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, rotate_checkpoints
 
 from .arguments import DynSparseTrainingArguments
-from .callback import EpochAware, EpochCallback, KernelCallback, ThroughputCallback, TopologyCallback, track_model_
+from .block_adam import BlockAdamW
+from .callback import EpochAware, EpochCallback, KernelCallback, ThroughputCallback, TopologyCallback
 from .checkpoint import (
     STAGING_FOLDER,
     check_same_model,
@@ -32,6 +34,8 @@ from .hub.trainer import HubTrainer
 from .memory import keep_freed_memory
 from .model_card import trainer_facts, write_model_card
 from .nn import sparse_layers
+from .optim import parameter_groups
+from .resizing import check_final_sizes, rebuild_reducer_, resize_to_checkpoint_
 from .safeguards import SaveAttempt, are_finite, check_writable
 from .seeded_dropout import seed_dropout_
 from .shards import whole
@@ -85,6 +89,8 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         if self.topology is None and sparse_layers(model):
             self.topology = TopologyCallback(**args.topology_settings())
             callbacks.append(self.topology)
+        if self.topology is not None:
+            self.topology.on_resize = self._after_resize
         self.kernels = KernelCallback(args.kernel_tuning, args.dense_workspace)
         callbacks.append(self.kernels)
         if args.keep_freed_memory:
@@ -136,6 +142,18 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
             model = self.accelerator.unwrap_model(self.model)
             self.topology.on_train_end(self.args, state, self.control, model=model)
         return TrainOutput(state.global_step, float("nan"), {})
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers; with ages of blocks or a rate of their own for dense parameters if the arguments ask."""
+        args, trained = self.args, cast(PreTrainedModel, self.model if model is None else model)
+        if self.optimizer is None and (args.block_age_adam or args.dense_learning_rate is not None):
+            decayed = self.get_decay_parameter_names(trained)
+            groups = parameter_groups(trained, args.weight_decay, args.dense_learning_rate, decayed)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, trained)
+            if args.block_age_adam:
+                optimizer_class, options = BlockAdamW, {**options, "new_block_warmup": args.new_block_warmup}
+            self.optimizer = optimizer_class(groups, **options)
+        return super().create_optimizer(model)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in transformers, with the masks of epoch 0 in every evaluation."""
@@ -233,15 +251,26 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # A second call of `train` finds a model whose recording ended with the first.
         own = self.accelerator.unwrap_model(self.model)
-        track_model_(own)
         check_weights(resume_from_checkpoint)
+        if self.topology is not None:
+            self.topology.track_(own)
+            if self.topology.resizes:
+                check_final_sizes(own, resume_from_checkpoint, type(self.topology).__name__)
+                resize_to_checkpoint_(own, resume_from_checkpoint)
         if isinstance(own, PreTrainedModel):
             check_same_model(own, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         check_weights(str(self.state.best_model_checkpoint))
+        if self.topology is not None and self.topology.resizes:
+            resize_to_checkpoint_(self.accelerator.unwrap_model(self.model), str(self.state.best_model_checkpoint))
         super()._load_best_model()
+
+    def _after_resize(self) -> None:
+        self.kernels.settle_again(self.accelerator.unwrap_model(self.model))
+        if isinstance(self.model_wrapped, DistributedDataParallel):
+            rebuild_reducer_(self.model_wrapped, self.accelerator.ddp_handler)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging_dir or super()._get_output_dir(trial)

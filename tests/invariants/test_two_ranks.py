@@ -31,7 +31,10 @@ MODELS = {
     "gradient": {"regrow_rule": "gradient"},
     "double": {"regrow_rule": "gradient", "dtype": "float64"},
     # Three blocks a matrix: one rank holds one more. Some gradients are rounding and nothing else then.
-    "odd": {"regrow_rule": "random", "dtype": "float64", "sparsity": 0.8, "group_lasso": 0.1},
+    "odd": {
+        **{"regrow_rule": "balanced", "prune_score": "weight_gradient", "regrow_std": 0.01},
+        **{"dtype": "float64", "sparsity": 0.8, "group_lasso": 0.1},
+    },
     # Six steps an epoch, the last with 19 rows.
     "uneven": {"regrow_rule": "gradient", "dtype": "float64", "rows": 5 * 32 + 19},
 }

@@ -12,6 +12,7 @@ from hf_dynsparse.topology import SCHEDULES, pruning_ratio_at, update_steps
         ("cosine", [0.5, 0.25 * (1 + 0.5**0.5), 0.25, 0.25 * (1 - 0.5**0.5)]),
         ("linear", [0.5, 0.375, 0.25, 0.125]),
         ("constant", [0.5, 0.5, 0.5, 0.5]),
+        ("step", [0.5, 0.5, 0.5, 0.0]),
     ],
 )
 def test_ratios_of_four_updates(schedule: str, ratios: list[float]) -> None:
@@ -35,8 +36,8 @@ def test_bad_ratios_and_schedules_are_errors() -> None:
     for ratio in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]. Got .*The paper's optimum is 0.5"):
             pruning_ratio_at(0, 4, ratio)
-    with pytest.raises(ValueError, match="`schedule` must be one of cosine, constant, linear. Got 'step'"):
-        pruning_ratio_at(0, 4, 0.5, "step")
+    with pytest.raises(ValueError, match="`schedule` must be one of cosine, constant, linear, step. Got 'sine'"):
+        pruning_ratio_at(0, 4, 0.5, "sine")
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,10 @@ def test_bad_ratios_and_schedules_are_errors() -> None:
         ({"every": 7, "first": 7, "last": 28}, (7, 14, 21, 28)),
         ({"every": 30}, ()),
         ({"every": 1}, tuple(range(1, 30))),
+        ({"every": 0.34}, (10, 20)),
+        ({"every": 0.01}, tuple(range(1, 30))),
+        ({"every": 5.0, "first": 0.3, "last": 0.75}, (10, 15, 20)),
+        ({"num_updates": 2, "last": 0.7}, (11, 21)),
     ],
     ids=str,
 )

@@ -23,6 +23,7 @@ def statistics(count: int, **fields: torch.Tensor) -> BlockStatistics:
         ("l2", "values", [2.0, 2.5, 3.375**0.5], 2),
         ("linf", "values", [1.0, 2.5, 1.25], 0),
         ("gradient", "gradient", [4.0, 2.5, 3.0], 1),
+        ("momentum", "momentum", [4.0, 2.5, 3.0], 1),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -54,8 +55,84 @@ def test_unfired_prefers_positions_that_were_never_active() -> None:
     assert score[~ever].min() >= 0 > score[ever].max()
 
 
+GRADIENT = torch.tensor([[[2.0, -4.0], [0.0, 6.0]], [[8.0, 0.0], [0.0, 1.0]], [[-1.0, 4.0], [2.0, 0.0]]])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("weight_gradient", {"values": BLOCKS}, [2.0 + 4 + 6, 2.5, 1.25 + 2.5]),
+        ("mest", {"values": BLOCKS}, [4 + 0.12, 2.5 + 0.09, 3 + 0.07]),
+        # Two input channels, of scale 2 and 4; an input that is always zero has no gradient and counts for nothing.
+        ("gradient_normalised", {"input_scale": torch.tensor([[[2.0, 4.0]]])}, [1 + 1 + 1.5, 4 + 0.25, 0.5 + 1 + 1]),
+        ("gradient_normalised", {"input_scale": torch.tensor([[[1.0, 1.0]]])}, [12.0, 9.0, 7.0]),
+        (
+            "correlation",
+            {"input_scale": torch.tensor([[[2.0, 4.0]]]), "output_scale": torch.tensor([[[1.0], [5.0]]])},
+            [1 + 1 + 0.3, 4 + 0.05, 0.5 + 1 + 0.2],
+        ),
+    ],
+)
+def test_scores_by_the_gradient_by_hand(name: str, fields: dict, expected: list[float]) -> None:
+    every = {key: field.expand(3, *field.shape[1:]) for key, field in fields.items()}
+    assert SCORES[name].function(statistics(3, gradient=GRADIENT, **every)).tolist() == pytest.approx(expected)
+
+
+def test_an_input_that_is_always_zero_counts_for_nothing() -> None:
+    silent = {"gradient": GRADIENT * torch.tensor([1.0, 0.0]), "input_scale": torch.tensor([[[2.0, 0.0]]])}
+    score = SCORES["gradient_normalised"].function(statistics(3, **silent))
+    assert score.tolist() == [1.0, 4.0, 1.5]
+
+
+def test_channels_of_rounding_are_not_blown_up() -> None:
+    by_rounding = torch.tensor([[[1.0, 1.0]], [[1e-9, 1e-9]], [[1.0, 1e-9]]])
+    scales = {"input_scale": torch.ones(3, 1, 2), "output_scale": torch.tensor([1.0, 1e-9, 1.0]).view(3, 1, 1)}
+    scores = SCORES["correlation"].function(statistics(3, gradient=by_rounding, **scales))
+    assert scores.tolist() == pytest.approx([2, 0, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize(("wanted", "by_gradient"), [(1, [7]), (2, [0, 7]), (3, [0, 7]), (4, [0, 5, 7])])
+def test_three_of_four_by_gradient_by_hand(wanted: int, by_gradient: list[int]) -> None:
+    gradient = torch.tensor([9.0, 30.0, 1.0, 20.0, 0.0, -5.0, 3.0, 10.0]).view(8, 1, 1)
+    barred = torch.zeros(2, 4, dtype=torch.bool).index_fill(1, torch.tensor([1, 3]), True)
+    barred[1] = False
+    others = set()
+    for seed in range(30):
+        blocks = BlockStatistics(
+            8, generator(seed), torch.device("cpu"), wanted=wanted, gradient=gradient, barred=barred
+        )
+        score = SCORES["gradient_random"].function(blocks).masked_fill(barred.view(-1), -torch.inf)
+        chosen = select_highest(score, wanted).tolist()
+        assert set(by_gradient) <= set(chosen)
+        others |= set(chosen) - set(by_gradient)
+    free = {0, 2, 4, 5, 6, 7}
+    assert others == (free - set(by_gradient) if wanted > len(by_gradient) else set())
+
+
+@pytest.mark.parametrize(
+    ("occupied", "barred", "regrown"),
+    [
+        (["x..", ".x.", "..."], [], [8]),
+        (["xx..", "...."], [], [6, 7]),
+        (["x..x", "....", "x..x"], [], [5, 6]),
+        (["x..x", "....", "x..x"], [4, 5, 7], [6]),
+    ],
+)
+def test_balanced_fills_what_is_empty_by_hand(occupied: list[str], barred: list[int], regrown: list[int]) -> None:
+    filled = torch.tensor([[place == "x" for place in row] for row in occupied])
+    closed = filled.clone()
+    closed.view(-1)[barred] = True
+    for seed in range(10):
+        fields = {"wanted": len(regrown), "occupied": filled, "barred": closed}
+        blocks = BlockStatistics(filled.numel(), generator(seed), torch.device("cpu"), **fields)
+        score = SCORES["balanced"].function(blocks)
+        assert select_highest(score, len(regrown)).tolist() == regrown
+
+
 def test_every_score_declares_what_it_looks_at() -> None:
-    filled = {"values": BLOCKS, "gradient": BLOCKS, "ever_active": torch.tensor([True, False, True])}
+    filled = {"ever_active": torch.tensor([True, False, True])}
+    filled |= dict.fromkeys(("values", "gradient", "momentum", "input_scale", "output_scale"), BLOCKS)
+    filled |= dict.fromkeys(("occupied", "barred"), torch.tensor([[True, False, False]]))
     for score in SCORES.values():
         given = score.function(statistics(3, **{name: filled[name] for name in score.needs}))
         assert given.shape == (3,)
@@ -66,9 +143,10 @@ def test_every_score_declares_what_it_looks_at() -> None:
 
 
 def test_names() -> None:
-    assert PRUNE_SCORES == ("l1", "l2", "linf", "random", "gradient")
-    assert REGROW_RULES == ("random", "gradient", "unfired")
-    with pytest.raises(ValueError, match="`regrow_rule` must be one of random, gradient, unfired. Got 'l1'"):
+    assert PRUNE_SCORES == ("l1", "l2", "linf", "random", "gradient", "weight_gradient", "mest")
+    by_gradient = "gradient_normalised", "correlation", "gradient_random", "momentum"
+    assert ("random", "gradient", "unfired", "balanced", *by_gradient) == REGROW_RULES
+    with pytest.raises(ValueError, match="`regrow_rule` must be one of random, gradient, unfired, .* Got 'l1'"):
         resolve_score("l1", "regrow_rule", REGROW_RULES)
 
 

@@ -305,7 +305,7 @@ def test_no_updates_is_static() -> None:
     ("arguments", "message"),
     [
         ({"num_updates": 1, "pruning_ratio": 1.5}, r"`pruning_ratio` .* Got 1.5"),
-        ({"num_updates": 1, "schedule": "step"}, "`schedule` must be one of"),
+        ({"num_updates": 1, "schedule": "sine"}, "`schedule` must be one of"),
         ({"num_updates": 1, "prune_score": "l3"}, "`prune_score` must be one of .* Got 'l3'"),
         ({"num_updates": 1, "regrow_rule": "l1"}, "`regrow_rule` must be one of"),
         ({"num_updates": 10}, r"`num_updates` must lie in \[0, 9\]"),

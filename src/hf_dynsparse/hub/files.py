@@ -15,6 +15,7 @@ from ..models import DynSparseBertConfig
 from ..nn import sparse_layers
 from ..remote_code import AUTO_MAP, add_code
 from ..saved_model import load_config, model_class
+from ..topology_frames import HISTORY_FOLDER
 
 
 LAST_CHECKPOINT = "last-checkpoint"  # the folder of `hub_strategy="checkpoint"`; the name is transformers'
@@ -25,6 +26,7 @@ TRAINING_STATE = (*STATE_FILES, CHECKSUM_FILE)
 _LEFT_OUT = (
     *(name for name in TRAINING_STATE if name != TRAINER_STATE_NAME),  # its history is what a card tells
     *("training_args.bin", "checkpoint-*", LAST_CHECKPOINT, STAGING_FOLDER, f"{PENDING}*", "[._]*"),
+    *("runs", HISTORY_FOLDER),  # event files, and a frame for every topology update
 )
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 

@@ -55,7 +55,9 @@ def dense_conversions(model: PreTrainedModel) -> list[WeightConverter]:
     return [WeightConverter(rf"({names})\.weight", [r"\1.values", r"\1.block_index"], [KeepLargestBlocks()])]
 
 
-def count_nonzero_blocks(weights: Mapping[str, torch.Tensor], block_shape: tuple[int, int]) -> dict[str, int]:
+def count_nonzero_blocks(
+    weights: Mapping[str, torch.Tensor], block_shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, int]:
     """
     Active blocks `nnzb` of each dense weight of shape `(out_features, in_features)` that is worth being sparse: one
     with 1 % zeros or more, and with a zero block. At least one, if all are zero.
@@ -63,10 +65,10 @@ def count_nonzero_blocks(weights: Mapping[str, torch.Tensor], block_shape: tuple
     Raises:
         ValueError: if the block does not divide a weight.
     """
-    rows, columns = block_shape
     nnzb = {}
     for name, weight in weights.items():
-        grid = block_grid((weight.shape[0], weight.shape[1]), block_shape, f"`{name}`")
+        rows, columns = block_shapes[name]
+        grid = block_grid((weight.shape[0], weight.shape[1]), (rows, columns), f"`{name}`")
         nonzero = weight != 0
         active = int(nonzero.reshape(grid[0], rows, grid[1], columns).any(3).any(1).sum())
         zeros = weight.numel() - int(nonzero.sum())

@@ -1,25 +1,33 @@
 """The topology engine: scores, schedules, updates, exploration. Pure PyTorch; knows nothing of transformers."""
 
+from .allocation import ALLOCATIONS
 from .exploration import block_ages, dof_coverage, ever_active, track_exploration_
-from .schedules import SCHEDULES, pruning_ratio_at, update_steps
+from .methods import METHODS, Method, method_settings
+from .schedules import DENSITY_SCHEDULES, SCHEDULES, density_share, pruning_ratio_at, update_steps
 from .scores import PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics, Score
 from .update import LayerUpdate, prune_regrow_
 from .updater import TopologyReport, TopologyUpdater
 
 
 __all__ = [
+    "ALLOCATIONS",
+    "DENSITY_SCHEDULES",
+    "METHODS",
     "PRUNE_SCORES",
     "REGROW_RULES",
     "SCHEDULES",
     "SCORES",
     "BlockStatistics",
     "LayerUpdate",
+    "Method",
     "Score",
     "TopologyReport",
     "TopologyUpdater",
     "block_ages",
+    "density_share",
     "dof_coverage",
     "ever_active",
+    "method_settings",
     "prune_regrow_",
     "pruning_ratio_at",
     "track_exploration_",

@@ -1,8 +1,9 @@
 """
-The dense gradient of the sparse layers, for scores that ask for it: built at update steps and nowhere else.
+The dense gradient of the sparse layers and the scale of what it is made of, for scores that ask for them: built at
+update steps and nowhere else.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -13,7 +14,8 @@ from ..ops import observe_weight_gradient
 
 class DenseGradientProbe:
     """
-    Sums the dense gradient of each layer's weight over the backward passes between construction and `remove`.
+    Sums the dense gradient of each layer's weight over the backward passes between construction and `remove`, and the
+    squares of its inputs and of the gradients of its outputs, over the tokens that the loss depends on.
 
     Costs one dense matrix product and one dense fp32 matrix per layer while it is attached.
     """
@@ -21,19 +23,27 @@ class DenseGradientProbe:
     def __init__(self, layers: Iterable[BlockSparseLinear]) -> None:
         self.layers = tuple(layers)
         self.gradients: dict[BlockSparseLinear, torch.Tensor] = {}
+        self.squares: dict[BlockSparseLinear, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer in self.layers:
             observe_weight_gradient(layer.block_index, partial(self._accumulate, layer))
 
     def _accumulate(self, layer: BlockSparseLinear, grad: torch.Tensor, input: torch.Tensor) -> None:
-        product = (grad.T @ input).to(torch.promote_types(grad.dtype, torch.float32))  # [out, in]
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        product = (grad.T @ input).to(dtype)  # [out, in]
+        # Padding has inputs and no gradient: it must not count, or the shape of a batch would.
+        used = input * (grad != 0).any(1, keepdim=True)
+        of_input, of_output = (torch.linalg.vector_norm(x, dim=0, dtype=dtype).square() for x in (used, grad))
         if layer in self.gradients:
             self.gradients[layer] += product
+            self.squares[layer][0].add_(of_input)
+            self.squares[layer][1].add_(of_output)
         else:
             self.gradients[layer] = product
+            self.squares[layer] = of_input, of_output
 
     def reduce(self) -> None:
         """
-        Sum over the ranks, if there are several. Every rank must call it.
+        Average over the ranks, if there are several. Every rank must call it.
 
         Raises:
             RuntimeError: if no backward pass went through a layer.
@@ -45,7 +55,9 @@ class DenseGradientProbe:
                     f"updater and this one. Got none through {layer}. Call `step` once after every optimiser step."
                 )
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(self.gradients[layer])
+                for tensor in (self.gradients[layer], *self.squares[layer]):
+                    torch.distributed.all_reduce(tensor)
+                    tensor /= torch.distributed.get_world_size()
 
     def blocks(self, layer: BlockSparseLinear) -> torch.Tensor:
         """The gradient of every position, of shape `(block_rows * block_columns, rows, columns)`."""
@@ -53,8 +65,20 @@ class DenseGradientProbe:
         (block_rows, block_columns), (rows, columns) = layer.grid, layer.block_shape
         return dense.view(block_rows, rows, block_columns, columns).transpose(1, 2).reshape(-1, rows, columns)
 
+    def statistics(self, layer: BlockSparseLinear, needs: frozenset[str]) -> dict[str, torch.Tensor]:
+        """The fields of `BlockStatistics` in `needs` that the probe knows: `gradient` and the scales."""
+        of_input, of_output = self.squares[layer]
+        (block_rows, block_columns), (rows, columns) = layer.grid, layer.block_shape
+        makers: dict[str, Callable[[], torch.Tensor]] = {
+            "gradient": lambda: self.blocks(layer),
+            "input_scale": lambda: of_input.sqrt().view(block_columns, 1, columns).repeat(block_rows, 1, 1),
+            "output_scale": lambda: of_output.sqrt().view(-1, rows, 1).repeat_interleave(block_columns, 0),
+        }
+        return {name: make() for name, make in makers.items() if name in needs}
+
     def remove(self) -> None:
         """Detach from the layers and free the gradients."""
         for layer in self.layers:
             observe_weight_gradient(layer.block_index, None)
         self.gradients.clear()
+        self.squares.clear()

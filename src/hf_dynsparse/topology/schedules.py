@@ -1,4 +1,4 @@
-"""When topology updates happen, and the share of blocks that each replaces."""
+"""When topology updates happen, the share of blocks that each replaces, and the density that it leads to."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,17 @@ def linear(progress: float) -> float:
     return 1.0 - progress
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": cosine, "constant": constant, "linear": linear}
+def step(progress: float) -> float:
+    """1, then a half, then 0: MEST (arXiv:2110.14032), after 90 and 120 of 160 epochs."""
+    return 1.0 if progress < 90 / 160 else 0.5 if progress < 120 / 160 else 0.0
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": cosine,
+    "constant": constant,
+    "linear": linear,
+    "step": step,
+}
 
 
 def pruning_ratio_at(update: int, num_updates: int, pruning_ratio: float, schedule: str = "cosine") -> float:
@@ -39,12 +49,45 @@ def pruning_ratio_at(update: int, num_updates: int, pruning_ratio: float, schedu
     return pruning_ratio * SCHEDULES[schedule](update / num_updates)
 
 
+def cubic(progress: float) -> float:
+    """From 1 to 0, fast at first: gradual pruning (arXiv:1710.01878, section 3)."""
+    return (1.0 - progress) ** 3
+
+
+# The density at some progress of a run: 1 is the initial, 0 the final one.
+DENSITY_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": lambda progress: 0.0, "cubic": cubic}
+
+
+def density_share(progress: float, schedule: str, begin: float = 0.0, end: float = 1.0) -> float:
+    """
+    Where the density of a model stands: 1 is the initial one, 0 that of its configuration. In terms of sparsity
+    `s(t) = s_final + (s_initial - s_final) * share(t)`.
+
+    Args:
+        progress (`float`): share of the run that is done.
+        schedule (`str`): a key of `DENSITY_SCHEDULES`, or a table of phases `"progress:share,progress:share,..."` from
+            0 on: `"0:1,0.3:0,0.8:1"` is dense, sparse from 0.3 of the run, and dense again from 0.8.
+        begin, end (`float`): shares of the run between which a named schedule goes from 1 to 0.
+
+    Raises:
+        ValueError: for an unknown schedule, a table that is none, or an end that is not after the beginning.
+    """
+    if not 0.0 <= begin < end <= 1.0:
+        raise ValueError(
+            f"The density must change between two shares of the run, 0 <= begin < end <= 1. Got density_begin={begin} "
+            f"and density_end={end}."
+        )
+    if schedule in DENSITY_SCHEDULES:
+        return DENSITY_SCHEDULES[schedule](min(1.0, max(0.0, (progress - begin) / (end - begin))))
+    return [share for start, share in _phases(schedule) if start <= progress][-1]
+
+
 def update_steps(
     total_steps: int,
     num_updates: int | None = None,
-    every: int | None = None,
-    first: int | None = None,
-    last: int | None = None,
+    every: float | None = None,
+    first: float | None = None,
+    last: float | None = None,
 ) -> tuple[int, ...]:
     """
     Optimiser steps (counted from 1) after which the topology is updated: either `num_updates` of them, evenly spaced
@@ -52,8 +95,9 @@ def update_steps(
 
     Args:
         total_steps (`int`): optimiser steps of the whole run.
-        first, last (`int`, *optional*): no update before `first` or after `last`. The last step of a run never
-            updates: the new blocks would stay zero.
+        every (`float`, *optional*): a number of steps, or below 1 a share of the run.
+        first, last (`float`, *optional*): no update before `first` or after `last`, given like `every`. The last step
+            of a run never updates: the new blocks would stay zero.
 
     Example:
         ```python
@@ -70,9 +114,10 @@ def update_steps(
         raise ValueError(
             f"Give exactly one of `num_updates` and `every`. Got num_updates={num_updates} and every={every}."
         )
-    begin, end = 1 if first is None else first, total_steps - 1 if last is None else last
     if num_updates == 0:
         return ()
+    every, first, last = (_in_steps(value, total_steps) for value in (every, first, last))
+    begin, end = 1 if first is None else first, total_steps - 1 if last is None else last
     bounded = first is not None or last is not None
     if begin < 1 or end >= max(total_steps, 1) or (bounded and begin > end):
         raise ValueError(
@@ -95,3 +140,27 @@ def update_steps(
     if gaps < 1:
         return (begin,) if num_updates else ()
     return tuple(math.floor(before + (t + shift) * (after - before) / gaps + 0.5) for t in range(num_updates))
+
+
+def _phases(table: str) -> list[tuple[float, float]]:
+    try:
+        phases = [(float(start), float(share)) for start, share in (part.split(":") for part in table.split(","))]
+    except ValueError:
+        phases = []
+    starts = [start for start, _ in phases]
+    if not phases or starts[0] != 0.0 or starts != sorted(set(starts)) or not all(0 <= x <= 1 for _, x in phases):
+        raise ValueError(
+            f"`density_schedule` must be one of {', '.join(DENSITY_SCHEDULES)}, or phases of ascending progress from "
+            f"0, each with a share in [0, 1]. Got {table!r}. For example '0:1,0.3:0': dense, and from 0.3 of the run "
+            "as sparse as the configuration says."
+        )
+    return phases
+
+
+def _in_steps(value: float | None, total_steps: int) -> int | None:
+    """A number of steps, given as such or as a share of the run."""
+    if value is None or not 0 < value < 1:
+        if value is not None and value != int(value):
+            raise ValueError(f"Steps must be whole, or below 1 a share of the run. Got {value}.")
+        return None if value is None else int(value)
+    return max(1, math.floor(value * total_steps))

@@ -1,33 +1,60 @@
 """Scores of blocks: the lowest are pruned, the highest are regrown. One small function each, in one table."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ..spreading import spread_evenly
+from .selection import select_highest
+
+
+# Share of blocks that `gradient_random` regrows by gradient: 3 to 1 in MST.
+GRADIENT_SHARE = 0.75
+
+# Weight of the gradient in `mest` (Yuan et al., 2021).
+MEST_LAMBDA = 0.01
+
+# A channel of which only rounding is left must not be blown up to the size of the others.
+SCALE_FLOOR = 0.01
+
 
 @dataclass(frozen=True)
 class BlockStatistics:
     """
-    What a score may look at, for a set of `count` blocks. A field is filled only if the score declares that it needs
-    it.
+    What a score may look at, for a set of `count` blocks. A field after `wanted` is filled only if the score declares
+    that it needs it.
 
     Args:
         count (`int`): number of blocks.
         generator (`torch.Generator`): on the CPU, the same on every rank.
         device (`torch.device`): where the score must live.
+        wanted (`int`): how many blocks will be regrown; 0 for a prune score.
         values (`torch.Tensor` of shape `(count, rows, columns)`): weights of active blocks.
-        gradient (`torch.Tensor` of shape `(count, rows, columns)`): dense gradient, summed over micro-batches and
-            ranks.
+        gradient (`torch.Tensor` of shape `(count, rows, columns)`): dense gradient, summed over micro-batches,
+            averaged over ranks.
+        momentum (`torch.Tensor` of shape `(count, rows, columns)`): running mean of the dense gradient.
+        input_scale (`torch.Tensor` of shape `(count, 1, columns)`): root of the summed squares of each input channel
+            of the layer, over the tokens that the loss depends on.
+        output_scale (`torch.Tensor` of shape `(count, rows, 1)`): the same of the gradient of each output.
         ever_active (`torch.Tensor` of shape `(count,)`, `torch.bool`): which blocks were active at any time so far.
+        occupied (`torch.Tensor` of shape `(block_rows, block_columns)`, `torch.bool`): where blocks stay active.
+        barred (`torch.Tensor` of shape `(block_rows, block_columns)`, `torch.bool`): where none may be regrown.
     """
 
     count: int
     generator: torch.Generator
     device: torch.device
+    wanted: int = 0
     values: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
+    momentum: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+    output_scale: torch.Tensor | None = None
     ever_active: torch.Tensor | None = None
+    occupied: torch.Tensor | None = None
+    barred: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +64,7 @@ class Score:
 
     Args:
         function (`Callable`): `BlockStatistics -> torch.Tensor` of shape `(count,)`.
-        needs (`frozenset[str]`): fields of `BlockStatistics`, of "values", "gradient" and "ever_active".
+        needs (`frozenset[str]`): fields of `BlockStatistics`, of those after `wanted`.
     """
 
     function: Callable[[BlockStatistics], torch.Tensor]
@@ -59,9 +86,48 @@ def linf(blocks: BlockStatistics) -> torch.Tensor:
     return _given(blocks.values).float().abs().amax((1, 2))
 
 
+def weight_gradient(blocks: BlockStatistics) -> torch.Tensor:
+    """Sum of `|w * g|`: how much the loss changes, to first order, if each entry goes (SNIP, arXiv:1810.02340)."""
+    return (_given(blocks.values).float() * _given(blocks.gradient).float()).abs().sum((1, 2))
+
+
+def mest(blocks: BlockStatistics) -> torch.Tensor:
+    """Sum of `|w| + 0.01 |g|` (MEST, arXiv:2110.14032)."""
+    return l1(blocks) + MEST_LAMBDA * gradient(blocks)
+
+
 def gradient(blocks: BlockStatistics) -> torch.Tensor:
     """L1 norm of the dense gradient: RigL (arXiv:1911.11134), by blocks."""
     return _given(blocks.gradient).float().abs().sum((1, 2))
+
+
+def gradient_normalised(blocks: BlockStatistics) -> torch.Tensor:
+    """
+    The gradient of each entry divided by the scale of its input channel: what it would be if all channels had the same
+    scale, so that a few large ones do not draw every block to their columns.
+    """
+    return _over(_given(blocks.gradient).float(), _given(blocks.input_scale)).abs().sum((1, 2))
+
+
+def correlation(blocks: BlockStatistics) -> torch.Tensor:
+    """
+    Sum of the magnitudes of `sum(d * x) / (|d| |x|)` for input channel `x` and gradient `d` of an output, over tokens:
+    each in [0, 1]. Its square is what a best step in this entry alone would gain, by the diagonal of the empirical
+    Fisher information under independent `x` and `d`.
+    """
+    by_input = _over(_given(blocks.gradient).float(), _given(blocks.input_scale))
+    return _over(by_input, _given(blocks.output_scale)).abs().sum((1, 2))
+
+
+def momentum(blocks: BlockStatistics) -> torch.Tensor:
+    """L1 norm of the running mean of the dense gradient: SNFS (arXiv:1907.04840), by blocks."""
+    return _given(blocks.momentum).float().abs().sum((1, 2))
+
+
+def gradient_random(blocks: BlockStatistics) -> torch.Tensor:
+    """Three of four by gradient, the others anywhere (MST, arXiv:2408.11746)."""
+    by_gradient = gradient(blocks).masked_fill(_given(blocks.barred).view(-1), -math.inf)
+    return _preferring(select_highest(by_gradient, math.floor(GRADIENT_SHARE * blocks.wanted + 0.5)), blocks)
 
 
 def random(blocks: BlockStatistics) -> torch.Tensor:
@@ -72,6 +138,23 @@ def random(blocks: BlockStatistics) -> torch.Tensor:
 def unfired(blocks: BlockStatistics) -> torch.Tensor:
     """Uniform among positions that were never active, then among the others (arXiv:2102.02887)."""
     return random(blocks) - _given(blocks.ever_active).float()
+
+
+def balanced(blocks: BlockStatistics) -> torch.Tensor:
+    """At random where block rows and block columns are emptiest, so that no input or output goes unused."""
+    occupied, free = _given(blocks.occupied).cpu(), ~_given(blocks.barred).cpu()
+    return _preferring(spread_evenly(occupied, free, blocks.wanted, blocks.generator).to(blocks.device), blocks)
+
+
+def _preferring(chosen: torch.Tensor, blocks: BlockStatistics) -> torch.Tensor:
+    """Random scores, the highest for the positions `chosen`."""
+    return random(blocks).index_add(0, chosen, torch.ones(len(chosen), device=blocks.device))
+
+
+def _over(numbers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`numbers / scale`, but no channel counts as weaker than `SCALE_FLOOR` times their mean."""
+    scale = scale.float()
+    return numbers / scale.clamp_min(SCALE_FLOOR * scale.mean() + torch.finfo(torch.float32).tiny)
 
 
 def _given(field: torch.Tensor | None) -> torch.Tensor:
@@ -86,12 +169,34 @@ SCORES: dict[str, Score] = {
     "linf": Score(linf, frozenset({"values"})),
     "random": Score(random),
     "gradient": Score(gradient, frozenset({"gradient"})),
+    "weight_gradient": Score(weight_gradient, frozenset({"values", "gradient"})),
+    "mest": Score(mest, frozenset({"values", "gradient"})),
     "unfired": Score(unfired, frozenset({"ever_active"})),
+    "balanced": Score(balanced, frozenset({"occupied", "barred"})),
+    "gradient_normalised": Score(gradient_normalised, frozenset({"gradient", "input_scale"})),
+    "correlation": Score(correlation, frozenset({"gradient", "input_scale", "output_scale"})),
+    "gradient_random": Score(gradient_random, frozenset({"gradient", "barred"})),
+    "momentum": Score(momentum, frozenset({"momentum"})),
 }
+
+# What only training can tell; the other fields are read off the layer.
+OBSERVED = frozenset({"gradient", "momentum", "input_scale", "output_scale"})
 
 # An inactive block has no values to look at; a pruned one was active, so its history says nothing.
 PRUNE_SCORES = tuple(name for name, score in SCORES.items() if score.needs <= {"values", "gradient"})
 REGROW_RULES = tuple(name for name, score in SCORES.items() if "values" not in score.needs)
+
+
+def check_regrow_std(regrow_std: float) -> None:
+    """
+    Raises:
+        ValueError: if the standard deviation of the values of new blocks is negative or not a number.
+    """
+    if not regrow_std >= 0.0:
+        raise ValueError(
+            f"`regrow_std` is the standard deviation of the values of new blocks and must not be negative. Got "
+            f"{regrow_std}. 0 starts them at zero, as the paper does."
+        )
 
 
 def resolve_score(name: str, argument: str, allowed: tuple[str, ...]) -> Score:

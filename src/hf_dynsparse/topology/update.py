@@ -1,15 +1,19 @@
 """One topology update of one layer: prune the blocks with the lowest scores, regrow as many elsewhere."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..nn import BlockSparseLinear
 from ..optim import clear_moments_
-from ..shards import gather_rows, local_rows, whole, zero_rows_
+from ..shards import gather_rows, local_rows, whole, write_rows_
 from .exploration import count_newborn, ever_active, is_tracked, record_active_
-from .scores import PRUNE_SCORES, REGROW_RULES, BlockStatistics, Score, resolve_score
+from .resize import resize_
+from .scores import OBSERVED, PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics, Score, resolve_score
+from .selection import select_highest
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class LayerUpdate:
     What an update did to one layer.
 
     Args:
-        removed (`int`): blocks that left the topology; as many are new.
+        removed (`int`): blocks that left the topology; as many are new, unless the density has changed.
         newborn_removed (`int`): how many of them the update just before had activated.
     """
 
@@ -38,29 +42,20 @@ def replaced_count(pruning_ratio: float, nnzb: int, num_blocks: int, readmit: bo
     return count if readmit else min(count, free)
 
 
-def select_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
+def pruned_count(
+    pruning_ratio: float, nnzb: int, num_blocks: int, target: int, readmit: bool = False, shrink_counts: bool = False
+) -> int:
     """
-    Positions of the `count` highest scores in ascending order, ties to the lower position: `torch.int64` of shape
-    `(count,)`.
+    Blocks that one update prunes to come from `nnzb` to `target` active ones; it then regrows `target - nnzb` more.
+
+    Args:
+        shrink_counts (`bool`): whether those that a smaller density costs count as replaced (MST), instead of being
+            pruned beside them.
     """
-    if count == 0:
-        return torch.empty(0, dtype=torch.int64, device=scores.device)
-    size = scores.numel()
-    candidates = None
-    if size > 1 << 16 and count < size // 4:
-        # Most positions of a large tensor cannot win: a sample gives a threshold below the winners. Checked, so exact.
-        sample = scores[:: size >> 13]
-        bound = sample.sort().values[max(0, sample.numel() - 1 - math.ceil(1.25 * sample.numel() * count / size + 32))]
-        candidates = (scores >= bound).nonzero().squeeze(1)
-        if candidates.numel() < count:
-            candidates = None
-    pool = scores if candidates is None else scores[candidates]
-    threshold = pool.kthvalue(pool.numel() - count + 1).values
-    chosen = pool > threshold
-    ties = (pool == threshold).nonzero().squeeze(1)
-    chosen[ties[: count - int(chosen.sum())]] = True
-    chosen = chosen.nonzero().squeeze(1)
-    return chosen if candidates is None else candidates[chosen]
+    shrink = max(0, nnzb - target)
+    replaced = replaced_count(pruning_ratio, nnzb, num_blocks + shrink, readmit)  # what shrinks away makes room
+    count = max(replaced, shrink) if shrink_counts else replaced + shrink
+    return min(count, nnzb, nnzb if readmit else num_blocks - target)
 
 
 @dataclass(frozen=True)
@@ -69,12 +64,15 @@ class Replacement:
     What an update is about to do to one layer.
 
     Args:
-        slots (`torch.Tensor` of shape `(count,)`, `torch.int64`): slots whose blocks leave the topology.
-        block_ids (`torch.Tensor` of shape `(count,)`, `torch.int64`): blocks that take these slots.
+        slots (`torch.Tensor` of shape `(removed,)`, `torch.int64`): slots, ascending, whose blocks leave the
+            topology.
+        block_ids (`torch.Tensor` of shape `(added,)`, `torch.int64`): blocks that are new: the first take these slots.
+        values (`torch.Tensor` of shape `(added, rows, columns)`, *optional*): what they start with. Default: zero.
     """
 
     slots: torch.Tensor
     block_ids: torch.Tensor
+    values: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -86,20 +84,27 @@ def prune_regrow_(
     prune_score: str = "l1",
     regrow_rule: str = "random",
     readmit: bool = False,
+    regrow_std: float = 0.0,
     generator: torch.Generator | None = None,
     dense_gradient: torch.Tensor | None = None,
+    observed: Mapping[str, torch.Tensor] | None = None,
+    nnzb: int | None = None,
+    shrink_counts: bool = False,
     update: int = 0,
 ) -> LayerUpdate:
     """
     Replace a share of the active blocks of `layer`, in place (arXiv:2108.06277, section 3).
 
-    A new block takes the slot of a pruned one; its values and all its moments are zero. Survivors are not touched.
+    A new block takes the slot of a pruned one; its moments are zero, and so are its values unless `regrow_std` says
+    otherwise. Survivors are not touched. If `nnzb` asks for another number of blocks, slots left over are taken out,
+    and missing ones appended.
 
     Args:
         layer (`BlockSparseLinear`): the layer.
         optimizer (`torch.optim.Optimizer`, *optional*): where the moments of `layer.values` are.
         update (`int`): number of this update in the run, for the ages of blocks.
-        pruning_ratio, prune_score, regrow_rule, readmit, generator, dense_gradient: see `choose_replacement`.
+        pruning_ratio, prune_score, regrow_rule, readmit, regrow_std, generator, dense_gradient, observed, nnzb,
+            shrink_counts: see `choose_replacement`.
 
     Raises:
         TypeError: for optimiser state that cannot be told apart by block; nothing is changed then.
@@ -111,8 +116,12 @@ def prune_regrow_(
         prune_score=prune_score,
         regrow_rule=regrow_rule,
         readmit=readmit,
+        regrow_std=regrow_std,
         generator=generator,
         dense_gradient=dense_gradient,
+        observed=observed,
+        nnzb=nnzb,
+        shrink_counts=shrink_counts,
     )
     return replace_blocks_(layer, replacement, optimizer, update)
 
@@ -125,8 +134,12 @@ def choose_replacement(
     prune_score: str = "l1",
     regrow_rule: str = "random",
     readmit: bool = False,
+    regrow_std: float = 0.0,
     generator: torch.Generator | None = None,
     dense_gradient: torch.Tensor | None = None,
+    observed: Mapping[str, torch.Tensor] | None = None,
+    nnzb: int | None = None,
+    shrink_counts: bool = False,
 ) -> Replacement:
     """
     Choose which blocks of `layer` to prune and which to regrow; changes nothing.
@@ -136,47 +149,49 @@ def choose_replacement(
         prune_score, regrow_rule (`str`): keys of `SCORES`; the lowest scores are pruned, the highest regrown.
         readmit (`bool`): whether a block pruned in this update may return in it (RigL); it then keeps values and
             moments.
+        regrow_std (`float`): standard deviation of the values of new blocks; 0 makes them zero.
         generator (`torch.Generator`, *optional*): on the CPU. Default: seeded with 0.
         dense_gradient (`torch.Tensor` of shape `(block_rows * block_columns, rows, columns)`, *optional*): for scores
             that need it.
+        observed (`Mapping[str, torch.Tensor]`, *optional*): other fields of `BlockStatistics` that scores need, of
+            every position: "input_scale", "output_scale", "momentum".
+        nnzb (`int`, *optional*): active blocks after the update. Default: as many as before.
+        shrink_counts (`bool`): see `pruned_count`.
 
     Raises:
-        ValueError: for an unknown score or rule, or a dense gradient that is needed and missing.
+        ValueError: for an unknown score or rule, or a statistic that is needed and missing.
         FloatingPointError: if a score is not finite.
     """
     prune = resolve_score(prune_score, "prune_score", PRUNE_SCORES)
     regrow = resolve_score(regrow_rule, "regrow_rule", REGROW_RULES)
     index = layer.block_index.long()
-    count = replaced_count(pruning_ratio, layer.nnzb, layer.num_blocks, readmit)
-    if count == 0:
-        nothing = index[:0]
-        return Replacement(nothing, nothing)
-    if dense_gradient is None and "gradient" in prune.needs | regrow.needs:
-        raise ValueError(
-            f"prune_score={prune_score!r} with regrow_rule={regrow_rule!r} needs `dense_gradient`. Got none: pass the "
-            "gradient of every position, or use `TopologyUpdater`, which collects it."
-        )
+    target = layer.nnzb if nnzb is None else nnzb
+    removed = pruned_count(pruning_ratio, layer.nnzb, layer.num_blocks, target, readmit, shrink_counts)
+    added = target - layer.nnzb + removed
+    pruned = regrown = index[:0]
+    if not removed and not added:
+        return Replacement(pruned, regrown)
+    observed = {} if observed is None else dict(observed)
+    if dense_gradient is not None:
+        observed["gradient"] = dense_gradient
+    _check_observed(prune_score, regrow_rule, observed)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
 
-    of_slots = _score_slots(layer, prune, generator, dense_gradient)
-    pruned = select_highest(-_finite(of_slots, "prune_score", prune_score), count)
+    if removed:
+        of_slots = score_slots(layer, prune, generator, observed)
+        pruned = select_highest(-_finite(of_slots, "prune_score", prune_score), removed)
 
-    of_positions = regrow.function(
-        BlockStatistics(
-            layer.num_blocks,
-            generator,
-            index.device,
-            gradient=dense_gradient,
-            ever_active=ever_active(layer) if "ever_active" in regrow.needs else None,
-        )
-    )
-    barred = index[_others(pruned, layer.nnzb)] if readmit else index
-    candidates = _finite(of_positions, "regrow_rule", regrow_rule).index_fill(0, barred, -math.inf)
-    regrown = select_highest(candidates, count)
+    if added:
+        occupied = index[_others(pruned, layer.nnzb)]
+        barred = occupied if readmit else index
+        of_positions = _score_positions(layer, regrow, generator, observed, occupied, barred, added)
+        candidates = _finite(of_positions, "regrow_rule", regrow_rule).index_fill(0, barred, -math.inf)
+        regrown = select_highest(candidates, added)
     if readmit:
         stays = torch.isin(index[pruned], regrown)
         regrown, pruned = regrown[~torch.isin(regrown, index[pruned])], pruned[~stays]
-    return Replacement(pruned, regrown)
+    values = torch.randn(len(regrown), *layer.block_shape, generator=generator) * regrow_std if regrow_std else None
+    return Replacement(pruned, regrown, values)
 
 
 @torch.no_grad()
@@ -184,42 +199,76 @@ def replace_blocks_(
     layer: BlockSparseLinear, replacement: Replacement, optimizer: torch.optim.Optimizer | None = None, update: int = 0
 ) -> LayerUpdate:
     """
-    Put the new blocks into the slots of the pruned ones, in place: values and every moment zero.
+    Put the new blocks into the slots of the pruned ones, in place: values as chosen, every moment zero.
 
     Raises:
         TypeError: for optimiser state that cannot be told apart by block; nothing is changed then.
     """
-    slots, block_ids = replacement.slots, replacement.block_ids
+    removed, block_ids = replacement.slots, replacement.block_ids
+    reused = min(len(removed), len(block_ids))
+    newborn = count_newborn(layer, removed, update) if update and is_tracked(layer) else 0
+    slots = removed[:reused]
     if optimizer is not None:
         clear_moments_(optimizer, layer.values, slots)
-    zero_rows_(layer.values, slots)
-    layer.block_index[slots] = block_ids.to(torch.int32)
-    newborn = 0
+    layer.block_index[slots] = block_ids[:reused].to(torch.int32)
+    if len(removed) != len(block_ids):
+        # Slots ascend: those that are taken out come after the reused ones, which keep their places.
+        resize_(layer, removed[reused:], block_ids[reused:], optimizer)
+        appended = torch.arange(layer.nnzb - (len(block_ids) - reused), layer.nnzb, device=slots.device)
+        slots = torch.cat([slots, appended])
+    write_rows_(layer.values, slots, 0.0 if replacement.values is None else replacement.values)
     if is_tracked(layer):
-        newborn = count_newborn(layer, slots, update) if update else 0
         record_active_(layer, block_ids, slots, update + 1)
-    return LayerUpdate(slots.numel(), newborn)
+    return LayerUpdate(len(removed), newborn)
 
 
-def _score_slots(
-    layer: BlockSparseLinear, score: Score, generator: torch.Generator, dense_gradient: torch.Tensor | None
+def score_slots(
+    layer: BlockSparseLinear, score: Score, generator: torch.Generator, observed: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """The scores of all slots, of shape `(nnzb,)`; those that need values come from the ranks that hold them."""
     index = layer.block_index.long()
-    values = None
+    device, fields = index.device, dict[str, Any]()
     if "values" in score.needs:
-        values, first = local_rows(layer.values)
-        index = index[first : first + len(values)]
-    scores = score.function(
-        BlockStatistics(
-            len(index),
-            generator,
-            index.device if values is None else values.device,
-            values=values,
-            gradient=dense_gradient[index] if dense_gradient is not None and "gradient" in score.needs else None,
+        fields["values"], first = local_rows(layer.values)
+        device, index = fields["values"].device, index[first : first + len(fields["values"])]
+    fields |= {name: observed[name][index] for name in score.needs & observed.keys()}
+    scores = score.function(BlockStatistics(len(index), generator, device, **fields))
+    return gather_rows(scores, layer.values).to(index.device) if "values" in score.needs else scores
+
+
+def _score_positions(
+    layer: BlockSparseLinear,
+    score: Score,
+    generator: torch.Generator,
+    observed: Mapping[str, torch.Tensor],
+    occupied: torch.Tensor,
+    barred: torch.Tensor,
+    wanted: int,
+) -> torch.Tensor:
+    """
+    The scores of all positions, of shape `(blocks,)`, of which `wanted` will be regrown: at none of `barred`, beside
+    the blocks that stay, `occupied`.
+    """
+    fields: dict[str, Any] = {name: observed[name] for name in score.needs & observed.keys()}
+    if "ever_active" in score.needs:
+        fields["ever_active"] = ever_active(layer)
+    for name, positions in (("occupied", occupied), ("barred", barred)):
+        if name in score.needs:
+            fields[name] = torch.zeros(layer.num_blocks, dtype=torch.bool, device=positions.device)
+            fields[name] = fields[name].index_fill(0, positions, True).view(layer.grid)
+    return score.function(BlockStatistics(layer.num_blocks, generator, occupied.device, wanted=wanted, **fields))
+
+
+def _check_observed(prune_score: str, regrow_rule: str, observed: Mapping[str, torch.Tensor]) -> None:
+    """Raises `ValueError` if a statistic that only training can collect is needed and missing."""
+    needs = SCORES[prune_score].needs | SCORES[regrow_rule].needs
+    missing = sorted((needs & OBSERVED) - observed.keys())
+    if missing:
+        names = ", ".join("`dense_gradient`" if name == "gradient" else f"`observed[{name!r}]`" for name in missing)
+        raise ValueError(
+            f"prune_score={prune_score!r} with regrow_rule={regrow_rule!r} needs {names}. Got none: pass it for every "
+            "position, or use `TopologyUpdater`, which collects it."
         )
-    )
-    return scores if values is None else gather_rows(scores, layer.values).to(index.device)
 
 
 def _others(slots: torch.Tensor, nnzb: int) -> torch.Tensor:

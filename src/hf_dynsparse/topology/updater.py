@@ -2,6 +2,7 @@
 
 import logging
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,23 @@ from torch import nn
 from ..nn import BlockSparseLinear, sparse_layers
 from ..optim import check_optimizer_state
 from ..shards import local_rows, shard_again_
+from .allocation import allocate_by_weight, allocate_globally
 from .dense_gradient import DenseGradientProbe
+from .density import changes_sizes, check_density, check_sizes_may_change, scheduled_blocks
 from .exploration import block_ages, dof_coverage, is_tracked, track_exploration_
-from .schedules import pruning_ratio_at, update_steps
-from .scores import PRUNE_SCORES, REGROW_RULES, resolve_score
-from .update import LayerUpdate, Replacement, choose_replacement, is_finite, replace_blocks_
+from .momentum import add_to_momentum_, has_momentum, mean_momentum, track_momentum_
+from .resize import begin_at_size_
+from .schedules import density_share, pruning_ratio_at, update_steps
+from .scores import PRUNE_SCORES, REGROW_RULES, SCORES, check_regrow_std, resolve_score
+from .update import (
+    LayerUpdate,
+    Replacement,
+    choose_replacement,
+    is_finite,
+    replace_blocks_,
+    replaced_count,
+    score_slots,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -52,17 +65,34 @@ class TopologyUpdater:
     resumed run repeats them. Every rank's topology is compared after each update. Layers may be whole on every rank
     (DDP) or split by blocks (FSDP2: `fully_shard`); then scores are gathered, and a rank writes the blocks it holds.
 
+    With a `density_schedule` the model as it is has the density of the end; the updater gives it the initial one at
+    once, by random blocks. Shapes follow the density: whatever depends on the sizes of parameters, such as DDP, must
+    be made anew after an update.
+
     Args:
         model (`nn.Module`): a model with `BlockSparseLinear` layers.
         optimizer (`torch.optim.Optimizer`): of this model's parameters; moments of new blocks are cleared in it.
         total_steps (`int`): optimiser steps of the run.
-        num_updates (`int`, *optional*), update_every (`int`, *optional*): give one; see `update_steps`.
-        first_step, last_step (`int`, *optional*): no update before or after.
+        num_updates (`int`, *optional*), update_every (`float`, *optional*): give one; see `update_steps`.
+        first_step, last_step (`float`, *optional*): no update before or after; see `update_steps`.
         pruning_ratio (`float`): share of active blocks that the first update replaces.
         prune_score, regrow_rule (`str`): see `SCORES`.
         schedule (`str`): how the pruning ratio decays; see `SCHEDULES`.
         readmit (`bool`): whether a block pruned in an update may return in the same one (RigL).
         seed (`int`): the same on every rank.
+        replace_step (`bool`): whether an update takes the place of the optimiser step before it (RigL). The loop does
+            this: no parameter may move in a step that `replaces_step` names.
+        regrow_std (`float`): standard deviation of the values of new blocks; 0 makes them zero.
+        density_schedule (`str`): how the density goes from the initial to the final one; see `density_share`.
+        initial_sparsity (`float`): that of the beginning, with a density schedule.
+        density_begin, density_end (`float`): shares of the run between which a named density schedule acts. The last
+            update has the final density in any case.
+        shrink_counts (`bool`): whether blocks that a smaller density costs count as replaced (MST).
+        allocation (`str`): which layers have how many blocks: "layer": as scheduled for each; "global": those of the
+            highest prune scores of all layers stay (GraNet); "momentum": what is regrown is shared out by the mean
+            gradient momentum of the layers (SNFS).
+        final_nnzb (`Mapping[str, int]`, *optional*): active blocks of each layer at the end, when a run resumes: the
+            layers then stay as they are.
 
     Raises:
         ValueError: for arguments out of range, a model without sparse layers, frozen values to update, values that
@@ -92,9 +122,18 @@ class TopologyUpdater:
         readmit: bool = False,
         seed: int = 0,
         *,
-        update_every: int | None = None,
-        first_step: int | None = None,
-        last_step: int | None = None,
+        update_every: float | None = None,
+        first_step: float | None = None,
+        last_step: float | None = None,
+        replace_step: bool = False,
+        regrow_std: float = 0.0,
+        density_schedule: str = "constant",
+        initial_sparsity: float = 0.0,
+        density_begin: float = 0.0,
+        density_end: float = 1.0,
+        shrink_counts: bool = False,
+        allocation: str = "layer",
+        final_nnzb: Mapping[str, int] | None = None,
     ) -> None:
         self.layers: dict[str, BlockSparseLinear] = sparse_layers(model)
         if not self.layers:
@@ -102,8 +141,10 @@ class TopologyUpdater:
                 "`TopologyUpdater` needs a model with `BlockSparseLinear` layers. Got none: build a DynSparse model "
                 "with sparsity > 0, or call `sparsify_(model, ...)` first."
             )
-        needs = resolve_score(prune_score, "prune_score", PRUNE_SCORES).needs
-        needs |= resolve_score(regrow_rule, "regrow_rule", REGROW_RULES).needs
+        self.needs = resolve_score(prune_score, "prune_score", PRUNE_SCORES).needs
+        self.needs |= resolve_score(regrow_rule, "regrow_rule", REGROW_RULES).needs
+        check_regrow_std(regrow_std)
+        check_density(density_schedule, initial_sparsity, density_begin, density_end, allocation)
         self.update_steps = update_steps(total_steps, num_updates, update_every, first_step, last_step)
         pruning_ratio_at(0, max(1, len(self.update_steps)), pruning_ratio, schedule)
         frozen = [name for name, layer in self.layers.items() if not layer.values.requires_grad]
@@ -120,17 +161,34 @@ class TopologyUpdater:
         self.model, self.optimizer = model, optimizer
         self.pruning_ratio, self.schedule, self.seed = pruning_ratio, schedule, seed
         self.prune_score, self.regrow_rule, self.readmit = prune_score, regrow_rule, readmit
-        self.needs_gradient = "gradient" in needs
+        self.regrow_std, self.replace_step = regrow_std, replace_step
+        self.needs_gradient = "gradient" in self.needs
+        self.needs_momentum = "momentum" in {*self.needs, allocation}
+        self.density_schedule, self.initial_sparsity = density_schedule, initial_sparsity
+        self.density_begin, self.density_end = density_begin, density_end
+        self.shrink_counts, self.allocation, self.total_steps = shrink_counts, allocation, total_steps
         self._probe: DenseGradientProbe | None = None
         for layer in self.layers.values():
             if not is_tracked(layer):
                 track_exploration_(layer)
+            if self.needs_momentum and not has_momentum(layer):
+                track_momentum_(layer)
+        self.final_nnzb = dict(final_nnzb or {name: layer.nnzb for name, layer in self.layers.items()})
+        if changes_sizes(density_schedule, allocation):
+            what = f"density_schedule={density_schedule!r} and allocation={allocation!r}"
+            check_sizes_may_change(self.layers, self.num_updates, what)
+            if final_nnzb is None:
+                self._begin()
         self.prepare(1)
 
     @property
     def num_updates(self) -> int:
         """Topology updates of the whole run."""
         return len(self.update_steps)
+
+    def replaces_step(self, next_step: int) -> bool:
+        """Whether an update takes the place of optimiser step `next_step`."""
+        return self.replace_step and next_step in self.update_steps
 
     def prepare(self, next_step: int) -> None:
         """
@@ -141,7 +199,8 @@ class TopologyUpdater:
         if self._probe is not None:
             self._probe.remove()
             self._probe = None
-        if self.needs_gradient and next_step in self.update_steps:
+        updates_follow = bool(self.update_steps) and next_step <= self.update_steps[-1]
+        if (self.needs_gradient and next_step in self.update_steps) or (self.needs_momentum and updates_follow):
             self._probe = DenseGradientProbe(self.layers.values())
 
     def step(self, global_step: int) -> TopologyReport | None:
@@ -156,6 +215,11 @@ class TopologyUpdater:
             TypeError: for optimiser state that cannot be told apart by block.
             RuntimeError: if the ranks of a distributed run disagree about the topology.
         """
+        if self._probe is not None:
+            self._probe.reduce()
+            if self.needs_momentum and all(map(is_finite, self._probe.gradients.values())):
+                for layer in self.layers.values():
+                    add_to_momentum_(layer, self._probe)
         report = self._update(self.update_steps.index(global_step)) if global_step in self.update_steps else None
         self.prepare(global_step + 1)
         return report
@@ -196,8 +260,6 @@ class TopologyUpdater:
     @torch.no_grad()
     def _update(self, update: int) -> TopologyReport | None:
         shard_again_(self.model)
-        if self._probe is not None:
-            self._probe.reduce()
         problem = self._not_finite()
         if problem:
             logger.warning("Topology update %d of %d is skipped: %s.", update + 1, self.num_updates, problem)
@@ -207,10 +269,16 @@ class TopologyUpdater:
         ratio = pruning_ratio_at(update, self.num_updates, self.pruning_ratio, self.schedule)
         # All layers choose before any is changed, so that a skipped update leaves no trace.
         try:
-            chosen = {name: self._choose(name, layer, ratio, update) for name, layer in self.layers.items()}
+            targets = self._targets(ratio, update)
+            chosen = {
+                name: self._choose(name, layer, ratio, update, targets[name]) for name, layer in self.layers.items()
+            }
         except FloatingPointError as error:
             logger.warning("Topology update %d of %d is skipped: %s.", update + 1, self.num_updates, error)
             return None
+        if self._probe is not None:  # it knows the layers by the memory of their indices
+            self._probe.remove()
+            self._probe = None
         done = {
             name: replace_blocks_(layer, chosen[name], self.optimizer, update) for name, layer in self.layers.items()
         }
@@ -228,15 +296,62 @@ class TopologyUpdater:
             layers=done,
         )
 
-    def _choose(self, name: str, layer: BlockSparseLinear, ratio: float, update: int) -> Replacement:
+    def _begin(self) -> None:
+        for name, nnzb in self._scheduled(0.0).items():
+            begin_at_size_(self.layers[name], nnzb, self._generator("start", name))
+
+    def _scheduled(self, progress: float) -> dict[str, int]:
+        share = density_share(progress, self.density_schedule, self.density_begin, self.density_end)
+        return scheduled_blocks(self.layers, self.final_nnzb, self.initial_sparsity, share)
+
+    def _targets(self, ratio: float, update: int) -> dict[str, int]:
+        """Active blocks of each layer after the update."""
+        is_last = update == self.num_updates - 1
+        scheduled = self._scheduled(1.0 if is_last else self.update_steps[update] / self.total_steps)
+        total = sum(scheduled.values())
+        if self.allocation == "global":
+            score = SCORES[self.prune_score]
+            return allocate_globally(
+                self.layers,
+                total,
+                {
+                    # The mean over entries, should layers have blocks of several sizes.
+                    name: score_slots(layer, score, self._generator(update, f"{name}/all"), self._observed(layer))
+                    / layer.values[0].numel()
+                    for name, layer in self.layers.items()
+                },
+            )
+        if self.allocation == "momentum":
+            replaced = {
+                name: replaced_count(ratio, layer.nnzb, layer.num_blocks, self.readmit)
+                for name, layer in self.layers.items()
+            }
+            weights = {name: mean_momentum(layer) for name, layer in self.layers.items()}
+            return allocate_by_weight(self.layers, total, replaced, weights)
+        return scheduled
+
+    def _generator(self, moment: int | str, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{moment}/{name}".encode()))
+
+    def _observed(self, layer: BlockSparseLinear) -> dict[str, torch.Tensor]:
+        observed = self._probe.statistics(layer, self.needs) if self._probe else {}
+        if self.needs_momentum:
+            observed["momentum"] = layer.get_buffer("gradient_momentum")
+        return observed
+
+    def _choose(self, name: str, layer: BlockSparseLinear, ratio: float, update: int, target: int) -> Replacement:
         return choose_replacement(
             layer,
             pruning_ratio=ratio,
             prune_score=self.prune_score,
             regrow_rule=self.regrow_rule,
             readmit=self.readmit,
-            generator=torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{update}/{name}".encode())),
-            dense_gradient=self._probe.blocks(layer) if self._probe else None,
+            regrow_std=self.regrow_std,
+            generator=self._generator(update, name),
+            observed=self._observed(layer),
+            nnzb=target,
+            # Under SNFS a layer prunes its share and regrows another: not both.
+            shrink_counts=self.shrink_counts or self.allocation == "momentum",
         )
 
     def _not_finite(self) -> str | None:

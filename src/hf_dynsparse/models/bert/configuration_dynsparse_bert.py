@@ -1,13 +1,15 @@
 """What a DynSparse BERT is: the stock configuration plus sparsity, block size and distribution."""
 
 import logging
+from math import prod
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import BertConfig
 
 from ...distributions import DISTRIBUTIONS, active_blocks
-from ...layout import as_block_shape, block_grid, check_sparsity
+from ...layout import BlockSize, as_block_shape, block_grid, block_shapes_of, check_sparsity
+from ...nn import INITIAL_TOPOLOGIES, SPARSE_INITS
 
 
 logger = logging.getLogger(__name__)
@@ -60,8 +62,9 @@ class DynSparseBertConfig(BertConfig):
     Args:
         sparsity (`float`, defaults to 0.9):
             Share of inactive positions of every linear layer of the encoder, in [0, 1). 0 gives dense layers.
-        block_size (`int` or `[rows, columns]`, defaults to 16):
-            Side of a square block; 1 is unstructured. Must divide both sides of every encoder matrix.
+        block_size (`int`, `[rows, columns]` or `dict[str, int]`, defaults to 16):
+            Side of a square block; 1 is unstructured. Must divide both sides of every encoder matrix. Or sizes by
+            shell-style patterns of layer names such as `{"*attention*": 4, "*": 16}`: the longest that matches counts.
         distribution (`str`, defaults to `"uniform"`):
             How the density is spread over the layers: `"uniform"` (the paper) or `"erk"`.
         nnzb (`dict[str, int]`, *optional*):
@@ -70,6 +73,12 @@ class DynSparseBertConfig(BertConfig):
             `sparsity` is then what it amounts to, for information.
         sparse_prediction (`bool`, defaults to `True`):
             Whether the masked-language-modelling head computes logits at masked positions only while training.
+        sparse_init (`str`, defaults to `"normal"`):
+            Initial values of sparse layers: `"normal"` (the paper) draws them as those of a dense layer; `"fan_in"`
+            makes them larger by `sqrt(inputs / active inputs)` of each block row, for outputs of the same variance.
+        initial_topology (`str`, defaults to `"random"`):
+            Where the first blocks are: anywhere (the paper), or `"balanced"`: as many in each block row, and in each
+            block column.
 
     Raises:
         StrictDataclassError: from construction, for a value of the wrong type or out of range.
@@ -84,10 +93,12 @@ class DynSparseBertConfig(BertConfig):
     model_type = "dynsparse_bert"
 
     sparsity: float | int = 0.9
-    block_size: int | list[int] | tuple[int, int] = 16
+    block_size: BlockSize = 16
     distribution: str = "uniform"
     nnzb: dict[str, int] | None = None
     sparse_prediction: bool = True
+    sparse_init: str = "normal"
+    initial_topology: str = "random"
 
     def validate_heads(self) -> None:
         """Check that the heads share the hidden size evenly."""
@@ -100,21 +111,27 @@ class DynSparseBertConfig(BertConfig):
     def validate_sparsity(self) -> None:
         """Check sparsity, distribution and block size against the shapes of the encoder."""
         check_sparsity(self.sparsity)
-        as_block_shape(self.block_size)
+        self.block_shapes()
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(f"`distribution` must be one of {', '.join(DISTRIBUTIONS)}. Got {self.distribution!r}.")
         if self.nnzb is None:
             self.nnzb_per_layer()
 
+    def validate_initialization(self) -> None:
+        """Check how values and topology begin."""
+        for name, known in (("sparse_init", SPARSE_INITS), ("initial_topology", INITIAL_TOPOLOGIES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}. Got {getattr(self, name)!r}.")
+
     def validate_nnzb(self) -> None:
         """Check numbers of active blocks against the shapes of the encoder."""
-        shapes = encoder_shapes(self)
+        shapes, blocks = encoder_shapes(self), self.block_shapes()
         for name, nnzb in (self.nnzb or {}).items():
             if name not in shapes:
                 raise ValueError(
                     f"`nnzb` must name layers of the encoder. Got {name!r}. Choose from {', '.join(shapes)}."
                 )
-            rows, columns = block_grid(shapes[name], self.block_shape, f"`{name}`")
+            rows, columns = block_grid(shapes[name], blocks[name], f"`{name}`")
             if not 1 <= nnzb <= rows * columns:
                 raise ValueError(
                     f"`nnzb` of {name} must lie in [1, {rows * columns}]. Got {nnzb}. Leave the layer out to make it "
@@ -185,8 +202,22 @@ class DynSparseBertConfig(BertConfig):
 
     @property
     def block_shape(self) -> tuple[int, int]:
-        """`(rows, columns)` of one block."""
+        """
+        `(rows, columns)` of one block, in a model whose layers have blocks of one size.
+
+        Raises:
+            ValueError: if they have several.
+        """
+        if isinstance(self.block_size, dict):
+            raise ValueError(
+                f"`block_shape` is that of all layers. Got `block_size` {self.block_size}, one by name. Ask "
+                "`block_shapes()`."
+            )
         return as_block_shape(self.block_size)
+
+    def block_shapes(self) -> dict[str, tuple[int, int]]:
+        """`(rows, columns)` of one block of each encoder layer, by its name inside the encoder."""
+        return block_shapes_of(encoder_shapes(self), self.block_size)
 
     def nnzb_per_layer(self) -> dict[str, int]:
         """Number of active blocks of each encoder layer, by its name inside the encoder; empty for a dense model."""
@@ -194,15 +225,14 @@ class DynSparseBertConfig(BertConfig):
             return dict(self.nnzb)
         if not self.sparsity:
             return {}
-        return active_blocks(encoder_shapes(self), self.sparsity, self.block_shape, self.distribution)
+        return active_blocks(encoder_shapes(self), self.sparsity, self.block_shapes(), self.distribution)
 
     def num_active_entries(self) -> int:
         """Active entries `nnz` of all encoder matrices."""
-        rows, columns = self.block_shape
-        nnzb = self.nnzb_per_layer()
+        nnzb, blocks = self.nnzb_per_layer(), self.block_shapes()
         return sum(
-            nnzb[name] * rows * columns if name in nnzb else out_features * in_features
-            for name, (out_features, in_features) in encoder_shapes(self).items()
+            nnzb[name] * prod(blocks[name]) if name in nnzb else prod(shape)
+            for name, shape in encoder_shapes(self).items()
         )
 
 

@@ -29,8 +29,8 @@ from transformers.models.bert.modeling_bert import (
 )
 
 from ...integrity import ChecksumWriter, order_metadata
-from ...layout import random_block_index
-from ...nn import BlockSparseLinear, sparse_layers
+from ...layout import BlockLayout, BlockSize
+from ...nn import INITIAL_TOPOLOGIES, SPARSE_INITS, BlockSparseLinear, sparse_layers
 from ..loading import check_readable, count_nonzero_blocks, load_whole, refuse_pickles
 from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes
 
@@ -44,16 +44,20 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
     config: DynSparseBertConfig
     # Inherited losses are means over a batch, although their forward takes any argument: the Trainer must be told.
     accepts_loss_kwargs = False
-    # Training adds these to record exploration; a loaded model has no use for them.
-    _keys_to_ignore_on_load_unexpected = [r"\.ever_active$", r"\.active_since$"]
+    # Training adds these to record what it needs; a loaded model has no use for them.
+    _keys_to_ignore_on_load_unexpected = [r"\.ever_active$", r"\.active_since$", r"\.gradient_momentum$"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, BlockSparseLinear):
             # Only these initialisers leave alone what a checkpoint has already filled.
             std = self.config.initializer_range
-            init.copy_(module.block_index, random_block_index(module.num_blocks, module.nnzb))
+            index = INITIAL_TOPOLOGIES[self.config.initial_topology](module.grid, module.nnzb, None)
+            init.copy_(module.block_index, index)
             init.trunc_normal_(module.values, mean=0.0, std=std, a=-2 * std, b=2 * std)
+            if (scale := SPARSE_INITS[self.config.sparse_init]) is not None:
+                by_slot = scale(BlockLayout(index, module.shape, module.block_shape))
+                init.copy_(module.values, module.values * by_slot.to(module.values))
             if module.bias is not None:
                 init.zeros_(module.bias)
         else:
@@ -122,7 +126,7 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
         return sparse.to(model.device).train(model.training)
 
     @classmethod
-    def from_nonzeros(cls, name_or_path_or_model: Any, block_size: int | tuple[int, int] = 1, **kwargs: Any) -> Self:
+    def from_nonzeros(cls, name_or_path_or_model: Any, block_size: BlockSize = 1, **kwargs: Any) -> Self:
         """
         A sparse copy of a dense BERT that was pruned: it has the active blocks which hold an entry other than zero,
         layer by layer, and the same outputs. `config.nnzb` says how many.
@@ -132,7 +136,8 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
 
         Args:
             name_or_path_or_model (`str`, `os.PathLike` or `PreTrainedModel`): a checkpoint, or a model in memory.
-            block_size (`int` or `tuple[int, int]`, defaults to 1): that of the pruning; 1 if it was unstructured.
+            block_size (`int`, `tuple[int, int]` or `dict`, defaults to 1): that of the pruning; 1 if it was
+                unstructured.
             kwargs: for a checkpoint: passed to `from_pretrained`, such as `num_labels`.
 
         Raises:
@@ -155,11 +160,12 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
         config = DynSparseBertConfig.from_stock(dense.config, sparsity=0.0, block_size=block_size, nnzb=None)
         encoder = dense.base_model.encoder
         weights = {name: encoder.get_submodule(name).weight for name in encoder_shapes(config)}
-        nnzb = count_nonzero_blocks(weights, config.block_shape)
+        nnzb = count_nonzero_blocks(weights, config.block_shapes())
         if not nnzb:
-            rows, columns = config.block_shape
+            sizes = sorted(set(config.block_shapes().values()))
             raise ValueError(
-                f"`from_nonzeros` must find zero blocks of {rows} x {columns}. Got none in the encoder of "
+                "`from_nonzeros` must find zero blocks of "
+                f"{', '.join(f'{rows} x {columns}' for rows, columns in sizes)}. Got none in the encoder of "
                 f"{dense.name_or_path or type(dense).__name__}. Give a smaller `block_size`, or prune here: "
                 "`from_pretrained(..., sparsity=0.9)`."
             )
@@ -390,10 +396,10 @@ def _build_encoder(config: DynSparseBertConfig) -> BertEncoder:
     # Dense shapes on meta cost nothing: the dense encoder is never allocated.
     with torch.device("meta"):
         encoder = BertEncoder(config)
-        shapes = encoder_shapes(config)
+        shapes, blocks = encoder_shapes(config), config.block_shapes()
         for name, nnzb in config.nnzb_per_layer().items():
             out_features, in_features = shapes[name]
-            encoder.set_submodule(name, BlockSparseLinear(in_features, out_features, config.block_shape, nnzb=nnzb))
+            encoder.set_submodule(name, BlockSparseLinear(in_features, out_features, blocks[name], nnzb=nnzb))
     return encoder if device.type == "meta" else encoder.to_empty(device=device)
 
 

@@ -1,0 +1,68 @@
+"""A total number of blocks, shared out between layers by what they hold."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from ..nn import BlockSparseLinear
+from .selection import select_highest
+
+
+Layers = Mapping[str, BlockSparseLinear]
+
+ALLOCATIONS = ("layer", "global", "momentum")
+
+
+def allocate_globally(layers: Layers, total: int, scores: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """
+    Active blocks of each layer if the `total` with the highest scores of all layers stay, at least one in each; a
+    model with fewer grows in proportion to the free positions.
+
+    Args:
+        scores (`Mapping[str, torch.Tensor]`): of the active blocks of each layer, of shape `(nnzb,)`.
+    """
+    counts = {name: layer.nnzb for name, layer in layers.items()}
+    missing = total - sum(counts.values())
+    if missing >= 0:
+        free = {name: layer.num_blocks - layer.nnzb for name, layer in layers.items()}
+        grown = share_out(missing, free, free)
+        return {name: counts[name] + grown[name] for name in counts}
+    ranked = [score.index_fill(0, score.argmax(), math.inf) for score in scores.values()]
+    owner = torch.repeat_interleave(torch.arange(len(ranked)), torch.tensor([len(score) for score in ranked]))
+    stay = select_highest(torch.cat(ranked), max(total, len(ranked))).cpu()
+    return dict(zip(scores, torch.bincount(owner[stay], minlength=len(ranked)).tolist(), strict=True))
+
+
+def allocate_by_weight(
+    layers: Layers, total: int, replaced: Mapping[str, int], weights: Mapping[str, float]
+) -> dict[str, int]:
+    """
+    Active blocks of each layer if each gives up its `replaced` blocks and what makes up `total` is shared out in
+    proportion to `weights` (SNFS, arXiv:1907.04840, section 3).
+    """
+    left = {name: max(1, layer.nnzb - replaced[name]) for name, layer in layers.items()}
+    free = {name: layer.num_blocks - layer.nnzb for name, layer in layers.items()}
+    grown = share_out(min(total - sum(left.values()), sum(free.values())), weights, free)
+    return {name: left[name] + grown[name] for name in left}
+
+
+def share_out(total: int, weights: Mapping[str, float], limits: Mapping[str, int]) -> dict[str, int]:
+    """
+    Whole numbers in proportion to `weights`, none above its limit, that add up to `total`: largest remainders first,
+    ties to the earlier. What a limit cuts off goes to the others.
+    """
+    shares = dict.fromkeys(weights, 0)
+    while (rest := total - sum(shares.values())) > 0:
+        room = {name: limits[name] - shares[name] for name in weights if shares[name] < limits[name]}
+        if not room:
+            break
+        sum_of_weights = sum(weights[name] for name in room)
+        exact = {name: rest * (weights[name] / sum_of_weights if sum_of_weights else 1 / len(room)) for name in room}
+        whole = {name: min(room[name], math.floor(exact[name])) for name in room}
+        if not any(whole.values()):
+            for name in sorted(room, key=lambda name: -exact[name])[:rest]:
+                whole[name] = 1
+        for name, count in whole.items():
+            shares[name] += count
+    return shares

@@ -1,0 +1,310 @@
+"""Every method in the table, and density that changes: exact counts, survivors untouched, new blocks from zero."""
+
+import math
+
+import pytest
+import torch
+from helpers import generator, make_layer
+from torch import nn
+
+from hf_dynsparse import BlockSparseLinear, TopologyUpdater
+from hf_dynsparse.layout import count_active_blocks
+from hf_dynsparse.optim import check_optimizer_state
+from hf_dynsparse.topology import METHODS, block_ages, density_share, ever_active, method_settings, prune_regrow_
+from hf_dynsparse.topology.allocation import allocate_globally, share_out
+from hf_dynsparse.topology.update import pruned_count
+
+
+pytestmark = pytest.mark.usefixtures("deterministic")
+
+STEPS = 40
+SIZES_OF = {"first": (8, 12), "second": (6, 8)}
+NNZB = {"first": 24, "second": 12}  # a quarter each: sparsity 0.75
+
+
+class Network(nn.Module):
+    """Two sparse layers at sparsity 0.75."""
+
+    def __init__(self, block_size: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(
+            {name: make_layer(grid, block_size, NNZB[name], seed=i) for i, (name, grid) in enumerate(SIZES_OF.items())}
+        )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        hidden = self.layers["first"](input)  # [tokens, 16]
+        return self.layers["second"](torch.tanh(hidden))
+
+
+def batch(seed: int) -> torch.Tensor:
+    return torch.randn(5, 24, generator=generator(seed))
+
+
+def settings_of(method: str, **given: object) -> dict:
+    settings = method_settings(method, given)
+    if settings["num_updates"] is None and settings["update_every"] is None:
+        settings["num_updates"] = 9
+    return settings
+
+
+def start(method: str, seed: int = 0, **given: object) -> tuple[Network, torch.optim.AdamW, TopologyUpdater]:
+    model = Network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return model, optimizer, TopologyUpdater(model, optimizer, STEPS, seed=seed, **settings_of(method, **given))
+
+
+def train_step(model: Network, optimizer: torch.optim.Optimizer, updater: TopologyUpdater, step: int) -> None:
+    """Up to the update."""
+    model(batch(step)).square().mean().backward()
+    if updater.replaces_step(step):
+        optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def run(method: str, steps: int = STEPS, **given: object) -> Network:
+    model, optimizer, updater = start(method, **given)
+    for step in range(1, steps + 1):
+        train_step(model, optimizer, updater, step)
+        updater.step(step)
+    return model
+
+
+def tensors_by_block(layer: BlockSparseLinear, optimizer: torch.optim.Optimizer) -> dict[int, list[torch.Tensor]]:
+    """Values and moments of each active block, by its place."""
+    rows = [layer.values.detach(), *check_optimizer_state(optimizer, layer.values)]
+    return {place: [tensor[slot].clone() for tensor in rows] for slot, place in enumerate(layer.block_index.tolist())}
+
+
+def sparsity_at(step: int, last: int, settings: dict) -> float:
+    """By the words of the paper on gradual pruning, not by our functions."""
+    begin, end = settings["density_begin"], settings["density_end"]
+    progress = min(1.0, max(0.0, (step / STEPS - begin) / (end - begin)))
+    if step >= last:
+        progress = 1.0
+    return 0.75 + (settings["initial_sparsity"] - 0.75) * (1 - progress) ** 3
+
+
+def expected_sparsity(step: int, updater: TopologyUpdater, settings: dict) -> float:
+    """Of the whole model after `step`."""
+    done = [update for update in updater.update_steps if update <= step]
+    if settings["density_schedule"] == "constant":
+        return 0.75
+    if settings["density_schedule"] == "cubic":
+        return sparsity_at(done[-1] if done else 0, updater.update_steps[-1], settings)
+    phases = [tuple(map(float, part.split(":"))) for part in settings["density_schedule"].split(",")]
+    progress = 0.0 if not done else 1.0 if done[-1] == updater.update_steps[-1] else done[-1] / STEPS
+    return 0.75 * (1 - [share for begin, share in phases if begin <= progress][-1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_holds_for_every_method(method: str) -> None:
+    model, optimizer, updater = start(method)
+    settings = settings_of(method)
+    names, parameters = list(SIZES_OF), list(model.parameters())
+    layers, seen = {name: model.layers[name] for name in names}, set[float]()
+    for step in range(STEPS + 1):
+        if step:
+            moving = [parameter.detach().clone() for parameter in parameters]
+            train_step(model, optimizer, updater, step)
+            replaced = settings["replace_step"] and step in updater.update_steps
+            assert all(map(torch.equal, moving, parameters)) == replaced
+            index = {name: layer.block_index.clone() for name, layer in layers.items()}
+            before = {name: tensors_by_block(layer, optimizer) for name, layer in layers.items()}
+            report = updater.step(step)
+            assert (report is not None) == (step in updater.update_steps)
+        sparsity = expected_sparsity(step, updater, settings)
+        seen.add(sparsity)
+        counts = {name: count_active_blocks(layer.num_blocks, 1 - sparsity) for name, layer in layers.items()}
+        reached = {name: layer.nnzb for name, layer in layers.items()}
+        assert sum(reached.values()) == sum(counts.values())
+        assert reached == counts or settings["allocation"] != "layer"
+        for name, layer in layers.items():
+            layer.layout.validate()
+            assert len(layer.block_index) == len(layer.active_since) == layer.nnzb
+            assert ever_active(layer)[layer.block_index.long()].all()
+            if not step:
+                continue
+            after = tensors_by_block(layer, optimizer)
+            for place, rows in after.items():
+                if place in before[name]:
+                    assert all(map(torch.equal, rows, before[name][place]))
+                else:
+                    assert all(not row.any() for row in rows)
+            stayed = [place for place in index[name].tolist() if place in after]
+            if len(after) == len(before[name]):  # every survivor has its slot
+                slots = (index[name] == layer.block_index).sum()
+                assert slots == len(stayed)
+            else:  # and otherwise its place among the survivors
+                assert [place for place in layer.block_index.tolist() if place in before[name]] == stayed
+    assert list(model.parameters()) == parameters  # the same objects, though of other shapes
+    assert (len(seen) > 1) == (method in ("gmp", "granet", "ac_dc", "mst"))
+
+
+def same(first: Network, second: Network) -> bool:
+    return all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+
+
+FROM_HALF = {"initial_sparsity": 0.5, "density_end": 0.7}
+GRANET_AS_RIGL = {"initial_sparsity": 0.75, "density_end": 1.0, "allocation": "layer", "last_step": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "other", "theirs"),
+    [
+        ("static", {}, "dynsparse", {"num_updates": 0}),
+        # RigL with random regrowth, no return and no step left out is SET.
+        (
+            "rigl",
+            {"regrow_rule": "random", "readmit": False, "replace_step": False, "schedule": "constant"},
+            "set",
+            {"last_step": 0.75},
+        ),
+        ("mest", {"prune_score": "l1", "schedule": "constant", "pruning_ratio": 0.3}, "set", {}),
+        ("granet", GRANET_AS_RIGL, "rigl", {"pruning_ratio": 0.5, "replace_step": False}),
+        ("granet", {"pruning_ratio": 0.0, "allocation": "layer"}, "gmp", FROM_HALF),
+        ("gmp", {"density_schedule": "constant"}, "static", {}),
+        # Phases that never leave the final density.
+        ("dynsparse", {"density_schedule": "0:0"}, "dynsparse", {}),
+        ("snfs", {"allocation": "layer", "regrow_rule": "random"}, "dynsparse", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_methods_that_are_each_other(method: str, given: dict, other: str, theirs: dict) -> None:
+    assert same(run(method, **given), run(other, **theirs))
+
+
+def test_the_cubic_hits_both_ends_and_falls_fast_at_first() -> None:
+    shares = [density_share(step / 10, "cubic", 0.2, 0.7) for step in range(11)]
+    assert shares[:3] == [1.0, 1.0, 1.0]
+    assert shares[7:] == [0.0, 0.0, 0.0, 0.0]
+    assert shares[3:7] == pytest.approx([0.8**3, 0.6**3, 0.4**3, 0.2**3])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("square", "`density_schedule` must be one of constant, cubic, or phases .* Got 'square'"),
+        ("0.1:1,0.5:0", "phases of ascending progress from 0"),
+        ("0:1,0.5:0,0.4:1", "phases of ascending progress from 0"),
+        ("0:1,0.5:2", r"each with a share in \[0, 1\]"),
+    ],
+)
+def test_bad_density_schedules_are_errors(schedule: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        start("gmp", density_schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"density_begin": 0.5}, "0 <= begin < end <= 1. Got density_begin=0.5 and density_end=0.5"),
+        ({"initial_sparsity": 1.0}, r"must lie in \[0, 1\). Got 1.0"),
+        ({"allocation": "fair"}, "`allocation` must be one of layer, global, momentum. Got 'fair'"),
+        ({"num_updates": 0}, "changes in topology updates only. Got density_schedule='cubic'"),
+    ],
+)
+def test_bad_densities_are_errors(given: dict, message: str) -> None:
+    model = Network()
+    with pytest.raises(ValueError, match=message):
+        start("gmp", **given)
+    assert {name: layer.nnzb for name, layer in model.layers.items()} == NNZB
+
+
+@pytest.mark.parametrize("readmit", [False, True], ids=["barred", "readmit"])
+@pytest.mark.parametrize("shrink_counts", [False, True], ids=["sum", "max"])
+def test_counts_of_one_update(shrink_counts: bool, readmit: bool) -> None:
+    for nnzb in range(1, 13):
+        for target in range(1, 13):
+            for ratio in (0.0, 0.3, 1.0):
+                layer = make_layer((3, 4), 1, nnzb, tracked=True)
+                before = set(layer.block_index.tolist())
+                settings = {"pruning_ratio": ratio, "readmit": readmit, "shrink_counts": shrink_counts}
+                removed = pruned_count(ratio, nnzb, 12, target, readmit, shrink_counts)
+                update = prune_regrow_(layer, nnzb=target, generator=generator(nnzb), **settings)
+                after = set(layer.block_index.tolist())
+                assert len(after) == layer.nnzb == target
+                churn = math.floor(ratio * nnzb + 0.5) or (1 if ratio else 0)
+                shrink = max(0, nnzb - target)
+                assert removed <= (max(churn, shrink) if shrink_counts else churn + shrink)
+                assert removed >= shrink
+                assert len(before - after) == update.removed <= removed
+                if not readmit:
+                    assert update.removed == removed
+                    assert len(after - before) == target - nnzb + removed
+                assert block_ages(layer, 1).eq(0).sum() == len(after - before)
+
+
+def test_growing_changes_no_output() -> None:
+    layer = make_layer((4, 6), 2, 5)
+    input = torch.randn(3, 12, generator=generator())
+    before = layer(input)
+    prune_regrow_(layer, nnzb=17, pruning_ratio=0.0)
+    assert layer.nnzb == 17
+    torch.testing.assert_close(layer(input), before)
+    layer(input).sum().backward()  # all of them train, although the old graph is still there
+    assert layer.values.grad.shape == (17, 2, 2)
+
+
+def test_the_initial_blocks_are_like_those_that_are_there() -> None:
+    model = nn.ModuleDict({"layer": BlockSparseLinear(256, 256, 4, sparsity=0.9)})
+    layer = model["layer"]
+    layer.reset_parameters(0.05, generator(1))
+    old, values = layer.block_index.clone(), layer.values.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters())
+    TopologyUpdater(model, optimizer, 10, 2, density_schedule="cubic", seed=3)
+    assert layer.nnzb == layer.num_blocks == 4096
+    assert torch.equal(layer.block_index[: len(old)], old)
+    assert torch.equal(layer.values[: len(old)], values)
+    fresh = layer.values.detach()[len(old) :]
+    assert float(fresh.std() / values.std()) == pytest.approx(1.0, abs=0.03)
+    assert fresh.abs().max() <= 0.105
+    again = nn.ModuleDict({"layer": BlockSparseLinear(256, 256, 4, sparsity=0.9)})
+    again["layer"].reset_parameters(0.05, generator(1))
+    torch.manual_seed(99)  # which plays no part
+    TopologyUpdater(again, torch.optim.AdamW(again.parameters()), 10, 2, density_schedule="cubic", seed=3)
+    assert torch.equal(again["layer"].values, layer.values)
+
+
+def test_allocate_globally_keeps_the_highest_of_all() -> None:
+    layers = {"a": make_layer((2, 3), 1, 4), "b": make_layer((2, 3), 1, 3)}
+    scores = {"a": torch.tensor([5.0, 1.0, 4.0, 6.0]), "b": torch.tensor([0.1, 0.2, 0.3])}
+    assert allocate_globally(layers, 4, scores) == {"a": 3, "b": 1}  # one stays, however low
+    assert allocate_globally(layers, 7, scores) == {"a": 4, "b": 3}
+    assert allocate_globally(layers, 12, scores) == {"a": 6, "b": 6}
+
+
+def test_share_out_is_exact() -> None:
+    assert share_out(10, {"a": 1.0, "b": 1.0, "c": 1.0}, dict.fromkeys("abc", 10)) == {"a": 4, "b": 3, "c": 3}
+    assert share_out(10, {"a": 8.0, "b": 1.0, "c": 1.0}, {"a": 3, "b": 9, "c": 9}) == {"a": 3, "b": 4, "c": 3}
+    assert share_out(5, {"a": 0.0, "b": 0.0}, {"a": 9, "b": 9}) == {"a": 3, "b": 2}
+    assert share_out(9, {"a": 1.0, "b": 2.0}, {"a": 2, "b": 2}) == {"a": 2, "b": 2}
+
+
+def test_momentum_goes_where_the_gradient_is() -> None:
+    """SNFS gives blocks to the layer whose gradients are larger; the total stays."""
+    model, optimizer, updater = start("snfs", pruning_ratio=0.5)
+    for step in range(1, updater.update_steps[0] + 1):
+        model(batch(step)).square().mean().backward()
+        updater.step(step)
+        optimizer.zero_grad()
+    momentum = {name: layer.gradient_momentum.abs().mean() for name, layer in model.layers.items()}
+    grown = {name: layer.nnzb - NNZB[name] for name, layer in model.layers.items()}
+    assert sum(grown.values()) == 0
+    richer = max(momentum, key=momentum.get)
+    assert grown[richer] > 0
+
+
+def test_a_resumed_updater_leaves_sizes_alone() -> None:
+    model, optimizer, updater = start("gmp")
+    for step in range(1, 11):
+        train_step(model, optimizer, updater, step)
+        updater.step(step)
+    sizes = {name: layer.nnzb for name, layer in model.layers.items()}
+    assert sizes != NNZB
+    again = TopologyUpdater(model, optimizer, STEPS, final_nnzb=updater.final_nnzb, **settings_of("gmp"))
+    assert {name: layer.nnzb for name, layer in model.layers.items()} == sizes
+    for step in range(11, STEPS + 1):
+        train_step(model, optimizer, again, step)
+        again.step(step)
+    assert same(model, run("gmp"))
