@@ -43,11 +43,11 @@ from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from hf_dynsparse.plots_study import draw_study
-from hf_dynsparse.study import best_configurations
-from hf_dynsparse.study_plan import Run, plan_runs, read_plan
-from hf_dynsparse.study_report import format_table, write_report
-from hf_dynsparse.study_runs import read_run, read_step_seconds
+from hf_dynsparse.study.analysis import best_configurations
+from hf_dynsparse.study.pictures import draw_study
+from hf_dynsparse.study.plan import Run, plan_runs, read_plan
+from hf_dynsparse.study.report import format_table, write_report
+from hf_dynsparse.study.runs import read_run, read_step_seconds
 
 
 SCRIPT = Path(mlm.__file__)

@@ -62,11 +62,11 @@ from hf_dynsparse.layout import parse_block_size
 from hf_dynsparse.model_card import describe_data, describe_start
 from hf_dynsparse.plots import plot_block_map, plot_training
 from hf_dynsparse.scripts import ScriptArguments, find_checkpoint, parse_arguments, settle_process, stop
+from hf_dynsparse.study.untrained import add_untrained_rest_
 from hf_dynsparse.summary import format_summary, summarize_run
 from hf_dynsparse.topology import update_steps
 from hf_dynsparse.topology_frames import read_history
 from hf_dynsparse.topology_history import TopologyHistory
-from hf_dynsparse.untrained import add_untrained_rest_
 
 
 logger = logging.getLogger("run_mlm_dynsparse")

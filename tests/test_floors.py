@@ -68,12 +68,7 @@ PLACES = {
     "export.py": Place(4, TRAINER),
     "inspection.py": Place(4, TRAINER | {"fsspec"}),
     "plots.py": Place(5, {"matplotlib", "numpy"}),
-    "plots_study.py": Place(5, {"matplotlib", "numpy"}),
-    "study.py": Place(4, {"numpy"}),
-    "study_plan.py": Place(0, {"yaml"}),
-    "study_report.py": Place(5, {"jinja2"}),
-    "study_runs.py": Place(0, set()),
-    "untrained.py": Place(2, {"torch"}),
+    "study/": Place(5, {"matplotlib", "numpy", "jinja2", "yaml", "torch"}),
     "plots_topology.py": Place(5, {"PIL", "numpy"}),
     "__init__.py": Place(6, set()),  # the public list
     "__main__.py": Place(6, set()),

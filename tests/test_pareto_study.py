@@ -17,8 +17,7 @@ from scripts import EXAMPLES, run_script
 from toy import toy_model
 
 from hf_dynsparse import sparse_layers
-from hf_dynsparse.plots_study import PICTURES, draw_study
-from hf_dynsparse.study import (
+from hf_dynsparse.study.analysis import (
     best_configurations,
     cost_at_loss,
     cost_ratio,
@@ -30,9 +29,10 @@ from hf_dynsparse.study import (
     series,
     variations,
 )
-from hf_dynsparse.study_report import format_table, ratios, table_rows, write_report
-from hf_dynsparse.study_runs import StudyRun, mean_newborn_share, read_run, read_step_seconds
-from hf_dynsparse.untrained import add_untrained_rest_
+from hf_dynsparse.study.pictures import PICTURES, draw_study
+from hf_dynsparse.study.report import format_table, ratios, table_rows, write_report
+from hf_dynsparse.study.runs import StudyRun, mean_newborn_share, read_run, read_step_seconds
+from hf_dynsparse.study.untrained import add_untrained_rest_
 
 
 STUDY = EXAMPLES / "pareto_study.py"

@@ -1,6 +1,7 @@
 """Dynamic block-sparse training of transformers: only the active blocks are stored, trained, saved and loaded."""
 
 from .arguments import DynSparseTrainingArguments
+from .block_adam import BlockAdamW
 from .callback import KernelCallback, TopologyCallback
 from .estimate import estimate_run
 from .export import export_bsr, export_dense, export_onnx, export_program, read_bsr, sparsify_checkpoint
@@ -21,17 +22,20 @@ from .models import (
 )
 from .nn import BlockSparseLinear, sparse_layers, topology_summary
 from .ops import configure_kernels, use_backend
-from .optim import group_lasso_, sparse_learning_rate
+from .optim import group_lasso_, parameter_groups, sparse_learning_rate
 from .quantizer import DynSparseQuantizationConfig, densify_, sparsify_
 from .remote_code import save_with_code
 from .seeded_dropout import seed_dropout_
-from .topology import TopologyUpdater, prune_regrow_
+from .topology import METHODS, TopologyUpdater, prune_regrow_
+from .topology_history import TopologyHistory
 from .trainer import DynSparseTrainer
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
+    "BlockAdamW",
     "BlockLayout",
     "BlockSparseLinear",
     "DynSparseBertConfig",
@@ -47,6 +51,7 @@ __all__ = [
     "DynSparseTrainingArguments",
     "KernelCallback",
     "TopologyCallback",
+    "TopologyHistory",
     "TopologyUpdater",
     "configure_kernels",
     "densify_",
@@ -60,6 +65,7 @@ __all__ = [
     "inference_flops_per_sequence",
     "inspect_checkpoint",
     "keep_freed_memory",
+    "parameter_groups",
     "prune_regrow_",
     "read_bsr",
     "save_with_code",

@@ -140,6 +140,11 @@ class TopologyCallback(TrainerCallback, ExportableState):
         if kwargs["model"] is not None:
             self.track_(kwargs["model"])
 
+    @property
+    def observed_positions(self) -> int:
+        """See [`TopologyUpdater`]; 0 outside of training."""
+        return self._updater.observed_positions if self._updater is not None else 0
+
     def track_(self, model: nn.Module) -> None:
         """Begin to record what this run needs in every sparse layer that does not yet."""
         track_model_(model)

@@ -60,7 +60,8 @@ def count_costs(model: PreTrainedModel, facts: Mapping[str, Any]) -> list[list[s
         forward = inference_flops_per_sequence(model, length)
         rows.append((f"FLOPs of a forward pass, {length} tokens", "{:.4g}", forward, forward + 2 * length * inactive))
     flops = facts.get("flops") or 0
-    dense_flops = flops + 6 * facts["tokens"] * inactive if "tokens" in facts else facts.get("dense_flops")
+    # Where it is not known, the density was the same all the time.
+    dense_flops = facts.get("dense_flops") or flops + 6 * facts.get("tokens", 0) * inactive
     if flops and dense_flops:
         rows.append(("FLOPs of the training", "{:.4g}", flops, dense_flops))
     cells = [[what, form.format(ours), form.format(dense), f"{ours / dense:.1%}"] for what, form, ours, dense in rows]

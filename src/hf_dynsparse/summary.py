@@ -70,18 +70,13 @@ def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_le
         metrics (`dict[str, float]`): of the last evaluation.
         seq_len (`int`): tokens per training sequence, for the dense twin's FLOPs.
     """
-    model, state, folder = (
-        trainer.accelerator.unwrap_model(trainer.model),
-        trainer.state,
-        Path(str(trainer.args.output_dir)),
-    )
+    model, folder = trainer.accelerator.unwrap_model(trainer.model), Path(str(trainer.args.output_dir))
     dense_config = DynSparseBertConfig.from_stock(model.config, sparsity=0.0, nnzb=None)
-    sparse_flops = flops_per_sequence(model, seq_len)
     topology = trainer.topology.metrics if trainer.topology else {}
     return {
         "eval_loss": metrics["eval_loss"],
         "perplexity": math.exp(min(metrics["eval_loss"], 700.0)),
-        "dense_flops": state.total_flos / sparse_flops * flops_per_sequence(dense_config, seq_len),
+        "dense_flops": trainer.throughput.tokens / seq_len * flops_per_sequence(dense_config, seq_len),
         "sparsity": topology_summary(model).sparsity,
         "block_size": model.config.block_size,
         "coverage": topology.get("coverage", 1.0),

@@ -212,13 +212,17 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Training FLOPs of this batch by the paper's count; 0 for a model or input that it does not cover."""
+        """
+        Training FLOPs of this batch by the paper's count, and of the dense gradient where an update will use it;
+        0 for a model or input that is not covered.
+        """
         model = self.accelerator.unwrap_model(self.model)
         if "input_ids" not in inputs or not isinstance(model, PreTrainedModel):
             return 0
         # [batch, sequence] or [batch, choices, sequence]
         ids = inputs["input_ids"]
-        return ids.numel() // ids.shape[-1] * flops_per_sequence(model, ids.shape[-1])
+        observed = 2 * ids.numel() * self.topology.observed_positions if self.topology is not None else 0
+        return ids.numel() // ids.shape[-1] * flops_per_sequence(model, ids.shape[-1]) + observed
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log `logs` with the metrics of the run so far."""

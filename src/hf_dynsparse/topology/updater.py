@@ -224,6 +224,13 @@ class TopologyUpdater:
         self.prepare(global_step + 1)
         return report
 
+    @property
+    def observed_positions(self) -> int:
+        """Inactive positions whose gradient is being collected for the next update; usually none."""
+        if self._probe is None:
+            return 0
+        return sum(layer.in_features * layer.out_features - layer.values.numel() for layer in self.layers.values())
+
     def coverage(self) -> float:
         """DOF coverage so far."""
         return dof_coverage(self.layers.values())

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .optim import sparse_learning_rate
-from .study_runs import TOPOLOGY, StudyRun
+from ..optim import sparse_learning_rate
+from .runs import TOPOLOGY, StudyRun
 
 
 # What is not part of a configuration: it is averaged over, or tuned.

@@ -8,10 +8,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .study import Configuration, cost_ratio, dense_family, loss_at_cost, series, size_of, title
+from .analysis import Configuration, cost_ratio, dense_family, loss_at_cost, series, size_of, title
 
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parents[1] / "templates"
 COSTS = ("flops", "seconds")
 
 

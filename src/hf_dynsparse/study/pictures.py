@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .inspection import inspect_checkpoint
-from .plots import COLOURS, DASHES, _picture, plot_layer_maps
-from .study import (
+from ..inspection import inspect_checkpoint
+from ..plots import COLOURS, DASHES, _picture, plot_layer_maps
+from .analysis import (
     Configuration,
     dense_family,
     label,

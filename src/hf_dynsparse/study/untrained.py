@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from .nn import BlockSparseLinear, sparse_layers
+from ..nn import BlockSparseLinear, sparse_layers
 
 
 @torch.no_grad()
