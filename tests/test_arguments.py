@@ -10,7 +10,7 @@ from hf_dynsparse.topology import METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"prune_score": "l3"}, "`prune_score` must be one of l1, l2, linf.* Got 'l3'"),
+        ({"prune_score": "l3"}, "`prune_score` must be one of l1, l1_patient, l2, linf.* Got 'l3'"),
         ({"prune_score": "unfired"}, "`prune_score` must be one of .* Got 'unfired'"),
         ({"regrow_rule": "l1"}, "`regrow_rule` must be one of random, gradient, unfired, .* Got 'l1'"),
         ({"pruning_schedule": "sine"}, "`schedule` must be one of cosine, constant, linear, step. Got 'sine'"),

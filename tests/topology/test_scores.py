@@ -130,7 +130,7 @@ def test_balanced_fills_what_is_empty_by_hand(occupied: list[str], barred: list[
 
 
 def test_every_score_declares_what_it_looks_at() -> None:
-    filled = {"ever_active": torch.tensor([True, False, True])}
+    filled = dict.fromkeys(("ever_active", "newborn"), torch.tensor([True, False, True]))
     filled |= dict.fromkeys(("values", "gradient", "momentum", "input_scale", "output_scale"), BLOCKS)
     filled |= dict.fromkeys(("occupied", "barred"), torch.tensor([[True, False, False]]))
     for score in SCORES.values():
@@ -143,7 +143,7 @@ def test_every_score_declares_what_it_looks_at() -> None:
 
 
 def test_names() -> None:
-    assert PRUNE_SCORES == ("l1", "l2", "linf", "random", "gradient", "weight_gradient", "mest")
+    assert PRUNE_SCORES == ("l1", "l1_patient", "l2", "linf", "random", "gradient", "weight_gradient", "mest")
     by_gradient = "gradient_normalised", "correlation", "gradient_random", "momentum"
     assert ("random", "gradient", "unfired", "balanced", *by_gradient) == REGROW_RULES
     with pytest.raises(ValueError, match="`regrow_rule` must be one of random, gradient, unfired, .* Got 'l1'"):
@@ -206,3 +206,12 @@ SCORINGS = {
 def test_select_highest_of_a_large_tensor(name: str, count: int) -> None:
     scores = SCORINGS[name](generator())
     assert select_highest(scores, count).tolist() == stable_highest(scores, count)
+
+
+def test_patient_score_spares_the_newest_while_others_are_left() -> None:
+    newborn = torch.tensor([True, False, True, False, False])
+    values = torch.tensor([0.1, 3.0, 0.2, -2.0, 1.0]).view(5, 1, 1)
+    score = SCORES["l1_patient"].function(statistics(5, values=values, newborn=newborn))
+    assert score.argsort().tolist() == [4, 3, 1, 0, 2]
+    none_new = SCORES["l1_patient"].function(statistics(5, values=values, newborn=torch.zeros(5, dtype=torch.bool)))
+    assert torch.equal(none_new, SCORES["l1"].function(statistics(5, values=values)))

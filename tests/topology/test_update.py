@@ -205,7 +205,11 @@ def test_random_regrow_is_uniform_and_depends_on_the_generator_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"prune_score": "unfired"}, ValueError, "`prune_score` must be one of l1, l2, linf, random, gradient"),
+        (
+            {"prune_score": "unfired"},
+            ValueError,
+            "`prune_score` must be one of l1, l1_patient, l2, linf, random, gradient",
+        ),
         ({"regrow_rule": "l1"}, ValueError, "`regrow_rule` must be one of random, gradient, unfired, .* Got 'l1'"),
         ({"regrow_rule": "gradient"}, ValueError, "dense_gradient"),
         ({"prune_score": "gradient"}, ValueError, "dense_gradient"),

@@ -339,3 +339,16 @@ def test_gradient_regrow_of_a_compiled_model() -> None:
             net(batch(step)).square().sum().backward()
             updater.step(step)
     assert indices(model) == indices(plain)
+
+
+def test_patient_updates_remove_no_newborn_block() -> None:
+    shares = {}
+    for score in ("l1", "l1_patient"):
+        layer = make_layer((16, 16), 2, 128)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)  # new blocks stay zero
+        updater = TopologyUpdater(
+            nn.Sequential(layer), optimizer, 10, 4, pruning_ratio=0.25, prune_score=score, schedule="constant"
+        )
+        reports = [report for step in range(1, 11) if (report := updater.step(step)) is not None]
+        shares[score] = [report.newborn_share for report in reports]
+    assert shares == {"l1": [0.0, 1.0, 1.0, 1.0], "l1_patient": [0.0, 0.0, 0.0, 0.0]}

@@ -74,6 +74,12 @@ def count_newborn(layer: BlockSparseLinear, slots: torch.Tensor, updates_done: i
     return int((_buffer(layer, "active_since")[slots] == updates_done).sum())
 
 
+def newborn_slots(layer: BlockSparseLinear) -> torch.Tensor:
+    """Which slots hold a block that the last update brought: `torch.bool` of shape `(nnzb,)`; none before the first."""
+    since = _buffer(layer, "active_since")
+    return (since == since.max()) & (since > 0)
+
+
 def block_ages(layer: BlockSparseLinear, updates_done: int) -> torch.Tensor:
     """How many topology updates each active block has survived: `torch.int32` of shape `(nnzb,)`."""
     return updates_done - _buffer(layer, "active_since")

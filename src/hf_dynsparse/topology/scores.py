@@ -38,6 +38,7 @@ class BlockStatistics:
         input_scale (`torch.Tensor` of shape `(count, 1, columns)`): root of the summed squares of each input channel
             of the layer, over the tokens that the loss depends on.
         output_scale (`torch.Tensor` of shape `(count, rows, 1)`): the same of the gradient of each output.
+        newborn (`torch.Tensor` of shape `(count,)`, `torch.bool`): which active blocks the last update brought.
         ever_active (`torch.Tensor` of shape `(count,)`, `torch.bool`): which blocks were active at any time so far.
         occupied (`torch.Tensor` of shape `(block_rows, block_columns)`, `torch.bool`): where blocks stay active.
         barred (`torch.Tensor` of shape `(block_rows, block_columns)`, `torch.bool`): where none may be regrown.
@@ -52,6 +53,7 @@ class BlockStatistics:
     momentum: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     output_scale: torch.Tensor | None = None
+    newborn: torch.Tensor | None = None
     ever_active: torch.Tensor | None = None
     occupied: torch.Tensor | None = None
     barred: torch.Tensor | None = None
@@ -74,6 +76,15 @@ class Score:
 def l1(blocks: BlockStatistics) -> torch.Tensor:
     """Sum of magnitudes: the paper's default (arXiv:2108.06277, section 3)."""
     return _given(blocks.values).abs().sum((1, 2), dtype=torch.float32)
+
+
+def l1_patient(blocks: BlockStatistics) -> torch.Tensor:
+    """
+    L1 norm, but what the last update brought goes only after everything else: a block that starts at zero has had one
+    stretch of training, and would else be the first to go.
+    """
+    norm = l1(blocks)
+    return norm + _given(blocks.newborn) * (norm.max() + 1.0)
 
 
 def l2(blocks: BlockStatistics) -> torch.Tensor:
@@ -165,6 +176,7 @@ def _given(field: torch.Tensor | None) -> torch.Tensor:
 
 SCORES: dict[str, Score] = {
     "l1": Score(l1, frozenset({"values"})),
+    "l1_patient": Score(l1_patient, frozenset({"values", "newborn"})),
     "l2": Score(l2, frozenset({"values"})),
     "linf": Score(linf, frozenset({"values"})),
     "random": Score(random),
@@ -183,7 +195,7 @@ SCORES: dict[str, Score] = {
 OBSERVED = frozenset({"gradient", "momentum", "input_scale", "output_scale"})
 
 # An inactive block has no values to look at; a pruned one was active, so its history says nothing.
-PRUNE_SCORES = tuple(name for name, score in SCORES.items() if score.needs <= {"values", "gradient"})
+PRUNE_SCORES = tuple(name for name, score in SCORES.items() if score.needs <= {"values", "gradient", "newborn"})
 REGROW_RULES = tuple(name for name, score in SCORES.items() if "values" not in score.needs)
 
 

@@ -10,7 +10,7 @@ import torch
 from ..nn import BlockSparseLinear
 from ..optim import clear_moments_
 from ..shards import gather_rows, local_rows, whole, write_rows_
-from .exploration import count_newborn, ever_active, is_tracked, record_active_
+from .exploration import count_newborn, ever_active, is_tracked, newborn_slots, record_active_
 from .resize import resize_
 from .scores import OBSERVED, PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics, Score, resolve_score
 from .selection import select_highest
@@ -227,11 +227,13 @@ def score_slots(
 ) -> torch.Tensor:
     """The scores of all slots, of shape `(nnzb,)`; those that need values come from the ranks that hold them."""
     index = layer.block_index.long()
-    device, fields = index.device, dict[str, Any]()
+    first, device, fields = 0, index.device, dict[str, Any]()
     if "values" in score.needs:
         fields["values"], first = local_rows(layer.values)
         device, index = fields["values"].device, index[first : first + len(fields["values"])]
     fields |= {name: observed[name][index] for name in score.needs & observed.keys()}
+    if "newborn" in score.needs:
+        fields["newborn"] = newborn_slots(layer)[first : first + len(index)].to(device)
     scores = score.function(BlockStatistics(len(index), generator, device, **fields))
     return gather_rows(scores, layer.values).to(index.device) if "values" in score.needs else scores
 
