@@ -77,8 +77,9 @@ class DynSparseTrainingArguments(TrainingArguments):
     prune_score: str | None = field(
         default=None,
         metadata={
-            "help": "Active blocks with the lowest score are pruned: a norm of their values (DynSparse: l1), the "
-            "same with the newest spared (l1_patient), |w g| (weight_gradient), |w| + 0.01 |g| (mest), the dense gradient, or any (random).",
+            "help": "Active blocks with the lowest score are pruned: a norm of their values (DynSparse: l1), the same "
+            "with the newest spared (l1_patient), |w g| (weight_gradient), |w| + 0.01 |g| (mest), the dense gradient, "
+            "or any (random).",
             "choices": list(PRUNE_SCORES),
         },
     )

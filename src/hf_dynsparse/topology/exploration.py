@@ -75,7 +75,7 @@ def count_newborn(layer: BlockSparseLinear, slots: torch.Tensor, updates_done: i
 
 
 def newborn_slots(layer: BlockSparseLinear) -> torch.Tensor:
-    """Which slots hold a block that the last update brought: `torch.bool` of shape `(nnzb,)`; none before the first."""
+    """Which slots hold a block of the last update, `torch.bool` of shape `(nnzb,)`; none before the first."""
     since = _buffer(layer, "active_since")
     return (since == since.max()) & (since > 0)
 
