@@ -30,6 +30,7 @@ from hf_dynsparse.study.analysis import (
     variations,
 )
 from hf_dynsparse.study.pictures import PICTURES, draw_study
+from hf_dynsparse.study.plan import Run
 from hf_dynsparse.study.report import format_table, ratios, table_rows, write_report
 from hf_dynsparse.study.runs import StudyRun, mean_newborn_share, read_run, read_step_seconds
 from hf_dynsparse.study.untrained import add_untrained_rest_
@@ -492,3 +493,10 @@ def test_a_recorded_default_is_a_setting(tmp_path):
     }
     assert run.results["seconds"] == 5.0
     assert run.results["seconds_from"] == "the run itself"
+
+
+def test_a_folder_has_no_wildcards_in_its_name():
+    run = Run(
+        (("size", "wide"), ("block_size", "*attention*=4,*=16"), ("method", "static"), ("learning_rate", "8e-05"))
+    )
+    assert run.name == "wide_block_size=attention=4,=16_static_learning_rate=8e-05"

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,8 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """Its folder: readable, and the same for the same settings."""
-        return "_".join(value if key in WORDS else f"{key}={value}" for key, value in self.settings)
+        settings = (value if key in WORDS else f"{key}={value}" for key, value in self.settings)
+        return re.sub(r"[^\w.,=+-]", "", "_".join(settings))  # no wildcards or slashes in the name of a folder
 
     def flags(self, sizes: dict[str, dict[str, Any]]) -> list[str]:
         """Of run_mlm_dynsparse.py."""
