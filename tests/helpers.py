@@ -8,7 +8,7 @@ import torch
 
 from hf_dynsparse import BlockSparseLinear
 from hf_dynsparse.ops import native
-from hf_dynsparse.topology import track_exploration_
+from hf_dynsparse.topology import PRUNE_SCORES, REGROW_RULES, track_exploration_
 
 
 # `block_size` as a user writes it; the unstructured case, squares, a row, a column and a rectangle.
@@ -21,6 +21,13 @@ GRIDS = ((3, 5), (1, 1), (1, 6), (5, 1), (4, 4))
 DENSITIES = (0, 0.1, 1.0)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Prune scores and regrow rules know nothing of each other: each once, and a pair that shares the dense gradient.
+SCORES_AND_RULES = (
+    *((score, "random") for score in PRUNE_SCORES),
+    *(("l1", rule) for rule in REGROW_RULES if rule != "random"),
+    ("mest", "gradient"),
+)
 
 # A product may be off by twice the error of the dense product in the same dtype, plus two roundings of one entry (a
 # dense product of few entries can be exact by luck); more in float64, where the dense product is taken for the truth.

@@ -1,10 +1,10 @@
-import inspect
+from dataclasses import asdict
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_dynsparse import DynSparseTrainingArguments, TopologyCallback
-from hf_dynsparse.topology import METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES
+from hf_dynsparse.topology import METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, TopologySettings
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,7 @@ def test_defaults_are_the_paper(tmp_path):
     settings = args.topology_settings()
     assert (settings["pruning_ratio"], settings["prune_score"], settings["regrow_rule"]) == (0.5, "l1", "random")
     assert (settings["schedule"], settings["readmit"], settings["group_lasso"]) == ("cosine", False, 0.0)
-    defaults = inspect.signature(TopologyCallback).parameters.values()
-    assert {**settings, "seed": 0} == {parameter.name: parameter.default for parameter in defaults}
+    assert {**settings, "seed": 0} == {**asdict(TopologySettings()), "group_lasso": 0.0}
     assert args.get_warmup_steps(757_000) == pytest.approx(10_000, rel=0.001)
     assert args.lr_scheduler_type == "linear"
     # Each rank's topology is compared instead of overwritten.
@@ -47,7 +46,7 @@ def test_settings_are_the_arguments_of_the_callback(tmp_path):
         output_dir=str(tmp_path), seed=7, pruning_schedule="linear", topology_last_step=9
     )
     settings = args.topology_settings()
-    assert settings.keys() == inspect.signature(TopologyCallback).parameters.keys()
+    assert settings.keys() == {*asdict(TopologySettings()), "group_lasso"}
     assert (settings["seed"], settings["schedule"], settings["last_step"]) == (7, "linear", 9)
     assert TopologyCallback(**settings).state()["args"] == settings
 

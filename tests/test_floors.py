@@ -55,6 +55,8 @@ PLACES = {
     "finetuning.py": Place(4, TRAINER | {"evaluate"}),
     "arguments.py": Place(4, TRAINER),
     "callback.py": Place(4, TRAINER),
+    "kernel_callback.py": Place(4, TRAINER),
+    "run_callbacks.py": Place(4, TRAINER),
     "fsdp.py": Place(4, TRAINER),
     "checkpoint.py": Place(4, TRAINER),
     "resizing.py": Place(4, TRAINER),

@@ -15,8 +15,9 @@ from hf_dynsparse import (
     flops_per_sequence,
     sparse_layers,
 )
-from hf_dynsparse.callback import EpochCallback, default_num_updates
+from hf_dynsparse.callback import default_num_updates
 from hf_dynsparse.ops import choice, tuning
+from hf_dynsparse.run_callbacks import EpochCallback
 from tests.toy import toy_arguments, toy_collator, toy_examples, toy_model, toy_trainer
 
 

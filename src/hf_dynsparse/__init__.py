@@ -2,11 +2,12 @@
 
 from .arguments import DynSparseTrainingArguments
 from .block_adam import BlockAdamW
-from .callback import KernelCallback, TopologyCallback
+from .callback import TopologyCallback
 from .estimate import estimate_run
 from .export import export_bsr, export_dense, export_onnx, export_program, read_bsr, sparsify_checkpoint
 from .flops import flops_per_sequence, inference_flops_per_sequence
 from .inspection import inspect_checkpoint
+from .kernel_callback import KernelCallback
 from .layout import BlockLayout
 from .memory import keep_freed_memory
 from .model_card import write_model_card

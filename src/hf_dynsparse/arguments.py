@@ -8,9 +8,7 @@ from transformers.training_args import OptimizerNames
 
 from .distillation import check_distillation
 from .ops.choice import TUNING_MODES
-from .topology import ALLOCATIONS, METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, method_settings, pruning_ratio_at
-from .topology.density import check_density
-from .topology.scores import check_regrow_std, resolve_score
+from .topology import ALLOCATIONS, METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, TopologySettings, method_settings
 
 
 # A flag that may be left out, `--readmit`, or `--readmit false`: the parser knows two of these by itself.
@@ -220,12 +218,8 @@ class DynSparseTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         settings = self.topology_settings()
-        resolve_score(settings["prune_score"], "prune_score", PRUNE_SCORES)
-        resolve_score(settings["regrow_rule"], "regrow_rule", REGROW_RULES)
-        check_regrow_std(self.regrow_std)
-        pruning_ratio_at(0, 1, settings["pruning_ratio"], settings["schedule"])
-        names = ("density_schedule", "initial_sparsity", "density_begin", "density_end", "allocation")
-        check_density(*(settings[name] for name in names))
+        del settings["group_lasso"]
+        TopologySettings(**settings)  # refuses what is out of range
         if self.num_topology_updates is not None and self.num_topology_updates < 0:
             raise ValueError(f"`num_topology_updates` must not be negative. Got {self.num_topology_updates}.")
         if self.num_topology_updates is not None and self.topology_update_every is not None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from .integrity import open_weights, verify_weights
+from .nn import TRAINING_BUFFERS
 
 
 logger = logging.getLogger(__name__)
@@ -155,9 +156,9 @@ def check_same_model(model: PreTrainedModel, checkpoint: str | Path) -> None:
             saved |= {name: weights.get_slice(name).get_shape() for name in list(weights.keys())}
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     # A run without these may be followed by one with them.
-    exploration = (".ever_active", ".active_since", ".gradient_momentum")
+    recorded = tuple(f".{name}" for name in TRAINING_BUFFERS)
     for name, tensor in model.state_dict().items():
-        if saved and name not in tied and not name.endswith(exploration) and saved.get(name) != list(tensor.shape):
+        if saved and name not in tied and not name.endswith(recorded) and saved.get(name) != list(tensor.shape):
             theirs = tuple(saved[name]) if name in saved else "none"
             raise ValueError(
                 f"A resumed run must have the model of its checkpoint. Got `{name}` of shape {tuple(tensor.shape)}, "

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .layout import BlockLayout
-from .nn import BlockSparseLinear
+from .nn import TRAINING_BUFFERS, BlockSparseLinear
 from .saved_model import load_config, model_class, split_revision
 
 
@@ -254,7 +254,7 @@ def _dense_shapes(config: PretrainedConfig, names: set[str], source: str) -> dic
 def _saved_layer(
     name: str, shape: tuple[int, int], places: dict[str, _Place], saved: dict[str, bytes], source: str
 ) -> SavedLayer:
-    leaves = ("values", "block_index", "ever_active", "active_since", "gradient_momentum")
+    leaves = ("values", "block_index", *TRAINING_BUFFERS)
     here = {leaf: places[f"{name}.{leaf}"] for leaf in leaves if f"{name}.{leaf}" in places}
     values, index = here.get("values"), here["block_index"]
     if values is None or index.dtype != "I32" or len(values.shape) != 3 or values.shape[:1] != index.shape:

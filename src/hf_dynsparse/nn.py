@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 # Heads and poolers stay dense (arXiv:2108.06277, section 3).
 DENSE_PARTS = ("*cls*", "*pooler*", "*classifier*", "*lm_head*", "*score*", "*qa_outputs*", "*head*")
 
+# Buffers that training adds to a sparse layer to record what it needs; a loaded model has no use for them.
+TRAINING_BUFFERS = ("ever_active", "active_since", "gradient_momentum")
+
 # Where the first blocks are: (block rows and columns, nnzb, generator) -> block index.
 INITIAL_TOPOLOGIES: dict[str, Callable[[tuple[int, int], int, torch.Generator | None], torch.Tensor]] = {
     "random": lambda grid, nnzb, generator: random_block_index(grid[0] * grid[1], nnzb, generator),

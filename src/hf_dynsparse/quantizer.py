@@ -28,7 +28,7 @@ from .integrity import verify_weights, warn_of_nonfinite, with_checksums
 from .layout import as_block_shape, block_grid, check_sparsity
 from .models.bert.configuration_dynsparse_bert import encoder_shapes
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
-from .nn import DENSE_PARTS, BlockSparseLinear, sparse_layers
+from .nn import DENSE_PARTS, TRAINING_BUFFERS, BlockSparseLinear, sparse_layers
 
 
 METHOD = "dynsparse"
@@ -200,8 +200,7 @@ class DynSparseQuantizer(HfQuantizer):
             _replace_(model, _present(model, self.quantization_config.nnzb or {}), self.quantization_config)
             prefix = f"{model.base_model_prefix}."
             markers = "|".join(re.escape(name.removeprefix(prefix)) for name in sparse_layers(model))
-            # The last two are what training records about exploration; a loaded model has no use for them.
-            ours = {rf"(^|\.)({markers})\.weight$", r"\.ever_active$", r"\.active_since$", r"\.gradient_momentum$"}
+            ours = {rf"(^|\.)({markers})\.weight$", *(rf"\.{name}$" for name in TRAINING_BUFFERS)}
             model._keys_to_ignore_on_load_unexpected = ours | set(model._keys_to_ignore_on_load_unexpected or ())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:

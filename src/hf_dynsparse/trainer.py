@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from .arguments import DynSparseTrainingArguments
 from .block_adam import BlockAdamW
-from .callback import EpochAware, EpochCallback, KernelCallback, ThroughputCallback, TopologyCallback
+from .callback import TopologyCallback
 from .checkpoint import (
     STAGING_FOLDER,
     check_same_model,
@@ -31,11 +31,13 @@ from .distillation import Distillation
 from .flops import flops_per_sequence
 from .fsdp import ShardedTrainer
 from .hub.trainer import HubTrainer
+from .kernel_callback import KernelCallback
 from .memory import keep_freed_memory
 from .model_card import trainer_facts, write_model_card
 from .nn import sparse_layers
 from .optim import parameter_groups
 from .resizing import check_final_sizes, rebuild_reducer_, resize_to_checkpoint_
+from .run_callbacks import EpochAware, EpochCallback, ThroughputCallback
 from .safeguards import SaveAttempt, are_finite, check_writable
 from .seeded_dropout import seed_dropout_
 from .shards import whole

@@ -11,7 +11,7 @@ import torch
 import worker
 from launch import two_ranks
 from toy import toy_model, toy_trainer
-from transformers import AutoModelForMaskedLM, Trainer
+from transformers import AutoConfig, AutoModelForMaskedLM, Trainer
 
 from hf_dynsparse import TopologyCallback, flops_per_sequence, sparse_layers, sparsify_
 from hf_dynsparse.layout import count_active_blocks
@@ -46,7 +46,7 @@ def sizes(model: Any) -> dict[str, int]:
     return {name: layer.nnzb for name, layer in sparse_layers(model).items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "gmp"])  # "ages" holds all of it
 def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path, method: str) -> None:
     whole = toy_trainer(tmp_path, **METHODS[method], **SAVED)
     whole.train()
@@ -76,7 +76,7 @@ def test_configuration_and_flops_follow_the_density(tmp_path: Path) -> None:
     updates = (2, 4, 6, 8, 10)
     sparsity, flops, before = 0.0, 0, toy_model(sparsity=0.0).config
     for step in range(1, 13):
-        config = AutoModelForMaskedLM.from_pretrained(tmp_path / f"checkpoint-{step}").config
+        config = AutoConfig.from_pretrained(tmp_path / f"checkpoint-{step}")
         flops += 4 * flops_per_sequence(before, 16)
         if step in updates:
             progress = 1.0 if step == 10 else min(1.0, step / 12 / 0.75)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import blocks_of, generator, make_layer
+from helpers import SCORES_AND_RULES, blocks_of, generator, make_layer
 from torch import nn
 from torch.nn.functional import linear
 
 from hf_dynsparse import BlockSparseLinear, TopologyUpdater, prune_regrow_
 from hf_dynsparse.optim import check_optimizer_state
-from hf_dynsparse.topology import PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics
+from hf_dynsparse.topology import SCORES, BlockStatistics
 from hf_dynsparse.topology.dense_gradient import DenseGradientProbe
 
 
@@ -137,8 +137,7 @@ def test_three_of_four_by_gradient_is_exact() -> None:
     assert best < new
 
 
-@pytest.mark.parametrize("regrow_rule", REGROW_RULES)
-@pytest.mark.parametrize("prune_score", PRUNE_SCORES)
+@pytest.mark.parametrize(("prune_score", "regrow_rule"), SCORES_AND_RULES)
 def test_a_dense_gradient_is_collected_only_where_it_is_needed(prune_score: str, regrow_rule: str) -> None:
     layer = make_layer()
     updater = TopologyUpdater(

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers import COVERAGE_ATOL, cosine_ratio, generator, make_layer, place_
+from helpers import COVERAGE_ATOL, SCORES_AND_RULES, cosine_ratio, generator, make_layer, place_
 
 from hf_dynsparse import BlockSparseLinear, prune_regrow_
 from hf_dynsparse.optim import check_optimizer_state
 from hf_dynsparse.topology import (
-    PRUNE_SCORES,
     REGROW_RULES,
     LayerUpdate,
     block_ages,
@@ -132,9 +131,8 @@ def observed(layer: BlockSparseLinear) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("readmit", [False, True], ids=["barred", "readmit"])
-@pytest.mark.parametrize("block_size", [1, 4, 16, (1, 4), (4, 2)], ids=str)
-@pytest.mark.parametrize("regrow_rule", REGROW_RULES)
-@pytest.mark.parametrize("prune_score", PRUNE_SCORES)
+@pytest.mark.parametrize("block_size", [1, 4, (4, 2)], ids=str)
+@pytest.mark.parametrize(("prune_score", "regrow_rule"), SCORES_AND_RULES)
 def test_what_holds_for_every_variant(prune_score: str, regrow_rule: str, block_size: object, readmit: bool) -> None:
     for ratio in (0.0, 0.01, 0.4, 1.0):
         layer, optimizer = trained((5, 6), block_size, 12)
@@ -239,7 +237,7 @@ def test_values_that_are_not_finite_are_an_error() -> None:
 
 
 @pytest.mark.parametrize("readmit", [False, True], ids=["barred", "readmit"])
-@pytest.mark.parametrize("num_updates", [40, 80, 160])
+@pytest.mark.parametrize("num_updates", [40, 80])
 def test_coverage_of_a_run_is_the_closed_form(num_updates: int, readmit: bool) -> None:
     layer = BlockSparseLinear(512, 512, block_size=1, sparsity=0.9)
     density, missed = layer.nnzb / layer.num_blocks, 1 - layer.nnzb / layer.num_blocks

@@ -1,10 +1,10 @@
-"""Text into batches: the embedded corpus, documents, a tokenizer, next-sentence pairs and whole-word masking."""
+"""Text into batches: the embedded corpus, sentences, a tokenizer, next-sentence pairs and whole-word masking."""
 
 from .collators import DataCollatorForWholeWordMasking
 from .corpus import EmbeddedCorpus, embedded_corpus
-from .documents import read_documents, split_sentences
 from .glue import GLUE_TASKS, GlueTask, glue_metrics, read_glue
 from .next_sentence import build_next_sentence_pairs
+from .sentences import split_sentences
 from .tokenizer import train_wordpiece_tokenizer
 
 
@@ -16,7 +16,6 @@ __all__ = [
     "build_next_sentence_pairs",
     "embedded_corpus",
     "glue_metrics",
-    "read_documents",
     "read_glue",
     "split_sentences",
     "train_wordpiece_tokenizer",

@@ -48,7 +48,7 @@ TEXT_HOLDERS = (
 
 
 class EmbeddedCorpus(NamedTuple):
-    """The two plain-text files of the embedded corpus; `read_documents` reads them."""
+    """The two plain-text files of the embedded corpus."""
 
     train_file: Path
     validation_file: Path

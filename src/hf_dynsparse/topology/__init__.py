@@ -3,10 +3,12 @@
 from .allocation import ALLOCATIONS
 from .exploration import block_ages, dof_coverage, ever_active, track_exploration_
 from .methods import METHODS, Method, method_settings
+from .report import TopologyReport
 from .schedules import DENSITY_SCHEDULES, SCHEDULES, density_share, pruning_ratio_at, update_steps
 from .scores import PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics, Score
+from .settings import TopologySettings
 from .update import LayerUpdate, prune_regrow_
-from .updater import TopologyReport, TopologyUpdater
+from .updater import TopologyUpdater
 
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Method",
     "Score",
     "TopologyReport",
+    "TopologySettings",
     "TopologyUpdater",
     "block_ages",
     "density_share",

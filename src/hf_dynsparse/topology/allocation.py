@@ -1,17 +1,43 @@
-"""A total number of blocks, shared out between layers by what they hold."""
+"""How many active blocks each layer is to have: as scheduled for each, or a total shared out by what they hold."""
 
 import math
 from collections.abc import Mapping
 
 import torch
 
+from ..layout import count_active_blocks
 from ..nn import BlockSparseLinear
+from .momentum import mean_momentum
 from .selection import select_highest
+from .update import replaced_count
 
 
 Layers = Mapping[str, BlockSparseLinear]
 
 ALLOCATIONS = ("layer", "global", "momentum")
+
+
+def scheduled_blocks(
+    layers: Layers, final: Mapping[str, int], initial_sparsity: float, share: float
+) -> dict[str, int]:
+    """
+    Active blocks of each layer at a share of the way from the final density (0) to the initial one (1). On the way the
+    sparsity of every layer is the same multiple of its final one, so that the whole model has what the schedule says.
+
+    Args:
+        final (`Mapping[str, int]`): active blocks of each layer at the end.
+    """
+    if share == 0.0:
+        return dict(final)
+    positions = sum(layer.in_features * layer.out_features for layer in layers.values())
+    active = sum(final[name] * math.prod(layer.block_shape) for name, layer in layers.items())
+    end = 1.0 - active / positions
+    targets = {}
+    for name, layer in layers.items():
+        own = 1.0 - final[name] / layer.num_blocks
+        begin = initial_sparsity * own / end if end else initial_sparsity
+        targets[name] = count_active_blocks(layer.num_blocks, 1.0 - (own + (begin - own) * share))
+    return targets
 
 
 def allocate_globally(layers: Layers, total: int, scores: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -34,15 +60,17 @@ def allocate_globally(layers: Layers, total: int, scores: Mapping[str, torch.Ten
     return dict(zip(scores, torch.bincount(owner[stay], minlength=len(ranked)).tolist(), strict=True))
 
 
-def allocate_by_weight(
-    layers: Layers, total: int, replaced: Mapping[str, int], weights: Mapping[str, float]
-) -> dict[str, int]:
+def allocate_by_momentum(layers: Layers, total: int, pruning_ratio: float, readmit: bool) -> dict[str, int]:
     """
-    Active blocks of each layer if each gives up its `replaced` blocks and what makes up `total` is shared out in
-    proportion to `weights` (SNFS, arXiv:1907.04840, section 3).
+    Active blocks of each layer if each gives up those that it replaces and what makes up `total` is shared out in
+    proportion to the layers' mean gradient momentum (SNFS, arXiv:1907.04840, section 3).
     """
-    left = {name: max(1, layer.nnzb - replaced[name]) for name, layer in layers.items()}
+    left = {
+        name: max(1, layer.nnzb - replaced_count(pruning_ratio, layer.nnzb, layer.num_blocks, readmit))
+        for name, layer in layers.items()
+    }
     free = {name: layer.num_blocks - layer.nnzb for name, layer in layers.items()}
+    weights = {name: mean_momentum(layer) for name, layer in layers.items()}
     grown = share_out(min(total - sum(left.values()), sum(free.values())), weights, free)
     return {name: left[name] + grown[name] for name in left}
 

@@ -1,6 +1,6 @@
 """
 The dense gradient of the sparse layers and the scale of what it is made of, for scores that ask for them: built at
-update steps and nowhere else.
+update steps and nowhere else, unless its mean over the steps is asked for.
 """
 
 from collections.abc import Callable, Iterable
@@ -51,7 +51,7 @@ class DenseGradientProbe:
         for layer in self.layers:
             if layer not in self.gradients:
                 raise RuntimeError(
-                    "The gradient regrow rule must see a backward pass between the previous `step(...)` of the "
+                    "A score of the dense gradient must see a backward pass between the previous `step(...)` of the "
                     f"updater and this one. Got none through {layer}. Call `step` once after every optimiser step."
                 )
             if torch.distributed.is_available() and torch.distributed.is_initialized():

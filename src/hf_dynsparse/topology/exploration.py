@@ -10,9 +10,6 @@ import torch
 from ..nn import BlockSparseLinear
 
 
-# Buffers that training adds to a sparse layer, and that a loaded model has no use for.
-EXPLORATION_BUFFERS = ("ever_active", "active_since")
-
 _BITS = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
 _ONES = torch.tensor([value.bit_count() for value in range(256)])
 
@@ -32,8 +29,7 @@ def track_exploration_(layer: BlockSparseLinear) -> None:
 
 def untrack_exploration_(layer: BlockSparseLinear) -> None:
     """Take the buffers of `track_exploration_` away."""
-    for name in EXPLORATION_BUFFERS:
-        delattr(layer, name)
+    del layer.ever_active, layer.active_since
 
 
 def is_tracked(layer: BlockSparseLinear) -> bool:

@@ -6,8 +6,10 @@ affair: SET, RigL and MEST were published with one such as `erk`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from .settings import TopologySettings
 
 
 @dataclass(frozen=True)
@@ -17,31 +19,16 @@ class Method:
 
     Args:
         source (`str`): where it was published.
-        settings (`Mapping[str, Any]`): arguments of `TopologyUpdater` that differ from those of DynSparse.
+        settings (`Mapping[str, Any]`): fields of `TopologySettings` that differ from those of DynSparse.
     """
 
     source: str
     settings: Mapping[str, Any]
 
 
-# The paper's method, by which every setting has a value.
+# The paper's method, by which every setting has a value; the last two are the same for all methods.
 DYNSPARSE: dict[str, Any] = {
-    "num_updates": None,
-    "update_every": None,
-    "first_step": None,
-    "last_step": None,
-    "pruning_ratio": 0.5,
-    "prune_score": "l1",
-    "regrow_rule": "random",
-    "schedule": "cosine",
-    "readmit": False,
-    "replace_step": False,
-    "density_schedule": "constant",
-    "initial_sparsity": 0.0,
-    "density_begin": 0.0,
-    "density_end": 1.0,
-    "shrink_counts": False,
-    "allocation": "layer",
+    field.name: field.default for field in fields(TopologySettings) if field.name not in ("regrow_std", "seed")
 }
 
 METHODS: dict[str, Method] = {

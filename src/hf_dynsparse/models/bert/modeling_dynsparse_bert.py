@@ -30,7 +30,7 @@ from transformers.models.bert.modeling_bert import (
 
 from ...integrity import ChecksumWriter, order_metadata
 from ...layout import BlockLayout, BlockSize
-from ...nn import INITIAL_TOPOLOGIES, SPARSE_INITS, BlockSparseLinear, sparse_layers
+from ...nn import INITIAL_TOPOLOGIES, SPARSE_INITS, TRAINING_BUFFERS, BlockSparseLinear, sparse_layers
 from ..loading import check_readable, count_nonzero_blocks, load_whole, refuse_pickles
 from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes
 
@@ -44,8 +44,7 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
     config: DynSparseBertConfig
     # Inherited losses are means over a batch, although their forward takes any argument: the Trainer must be told.
     accepts_loss_kwargs = False
-    # Training adds these to record what it needs; a loaded model has no use for them.
-    _keys_to_ignore_on_load_unexpected = [r"\.ever_active$", r"\.active_since$", r"\.gradient_momentum$"]
+    _keys_to_ignore_on_load_unexpected = [rf"\.{name}$" for name in TRAINING_BUFFERS]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

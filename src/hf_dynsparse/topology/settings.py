@@ -1,0 +1,82 @@
+"""What a run does with the topology: the settings that `TopologyUpdater`, `TopologyCallback` and methods share."""
+
+from dataclasses import dataclass
+
+from ..layout import check_sparsity
+from .allocation import ALLOCATIONS
+from .schedules import density_share, pruning_ratio_at
+from .scores import PRUNE_SCORES, REGROW_RULES, SCORES, check_regrow_std, resolve_score
+
+
+@dataclass(frozen=True)
+class TopologySettings:
+    """
+    When the topology is updated, and how. The defaults are DynSparse (arXiv:2108.06277, section 3).
+
+    Args:
+        num_updates (`int`, *optional*), update_every (`float`, *optional*): one of them; see `update_steps`.
+        first_step, last_step (`float`, *optional*): no update before or after; see `update_steps`.
+        pruning_ratio (`float`): share of active blocks that the first update replaces.
+        prune_score, regrow_rule (`str`): see `SCORES`.
+        schedule (`str`): how the pruning ratio decays; see `SCHEDULES`.
+        readmit (`bool`): whether a block pruned in an update may return in the same one (RigL).
+        replace_step (`bool`): whether an update takes the place of the optimiser step before it (RigL). The loop does
+            this: no parameter may move in a step that `TopologyUpdater.replaces_step` names.
+        density_schedule (`str`): how the density goes from the initial to the final one; see `density_share`.
+        initial_sparsity (`float`): that of the beginning, with a density schedule.
+        density_begin, density_end (`float`): shares of the run between which a named density schedule acts. The last
+            update has the final density in any case.
+        shrink_counts (`bool`): whether blocks that a smaller density costs count as replaced (MST).
+        allocation (`str`): which layers have how many blocks: "layer": as scheduled for each; "global": those of the
+            highest prune scores of all layers stay (GraNet); "momentum": what is regrown is shared out by the mean
+            gradient momentum of the layers (SNFS).
+        regrow_std (`float`): standard deviation of the values of new blocks; 0 makes them zero.
+        seed (`int`): the same on every rank.
+
+    Raises:
+        ValueError: for an unknown score, rule, schedule or allocation, or a number out of range.
+    """
+
+    num_updates: int | None = None
+    update_every: float | None = None
+    first_step: float | None = None
+    last_step: float | None = None
+    pruning_ratio: float = 0.5
+    prune_score: str = "l1"
+    regrow_rule: str = "random"
+    schedule: str = "cosine"
+    readmit: bool = False
+    replace_step: bool = False
+    density_schedule: str = "constant"
+    initial_sparsity: float = 0.0
+    density_begin: float = 0.0
+    density_end: float = 1.0
+    shrink_counts: bool = False
+    allocation: str = "layer"
+    regrow_std: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        resolve_score(self.prune_score, "prune_score", PRUNE_SCORES)
+        resolve_score(self.regrow_rule, "regrow_rule", REGROW_RULES)
+        check_regrow_std(self.regrow_std)
+        pruning_ratio_at(0, 1, self.pruning_ratio, self.schedule)
+        self.density_share(0.0)
+        check_sparsity(self.initial_sparsity)
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"`allocation` must be one of {', '.join(ALLOCATIONS)}. Got {self.allocation!r}.")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that updates need; see [`Score`]."""
+        of_scores = SCORES[self.prune_score].needs | SCORES[self.regrow_rule].needs
+        return of_scores | ({"momentum"} if self.allocation == "momentum" else set())
+
+    @property
+    def changes_sizes(self) -> bool:
+        """Whether updates change the numbers of active blocks of layers."""
+        return self.density_schedule != "constant" or self.allocation != "layer"
+
+    def density_share(self, progress: float) -> float:
+        """Where the density stands at a share of the run: 1 is the initial one, 0 the final one."""
+        return density_share(progress, self.density_schedule, self.density_begin, self.density_end)
