@@ -150,7 +150,7 @@ def test_the_plans_that_come_with_the_package_are_right(run_study, tmp_path, cap
     for plan in sorted((EXAMPLES / "studies").glob("*.yaml")):
         run_study(plan.read_text(), f"--output_dir {tmp_path / 'out'} --dry_run --report_to none --bf16 false")
         commands = capsys.readouterr().out.splitlines()
-        assert len(set(commands)) == len(commands) > 10
+        assert len(set(commands)) == len(commands) > 3
 
 
 # What is found
