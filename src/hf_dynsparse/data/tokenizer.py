@@ -10,6 +10,7 @@ from transformers import BertTokenizer
 
 
 MAX_ALPHABET = 1000
+MIN_ALPHABET = 64  # letters, digits and punctuation of a European language
 
 
 def train_wordpiece_tokenizer(
@@ -44,7 +45,7 @@ def train_wordpiece_tokenizer(
             " more for real text."
         )
     texts = list(texts)
-    alphabet = count_alphabet(texts, blank, min(MAX_ALPHABET, vocab_size // 4))
+    alphabet = count_alphabet(texts, blank, min(MAX_ALPHABET, max(MIN_ALPHABET, vocab_size // 4)))
     if not alphabet:
         raise ValueError("`texts` must hold at least one word. Got nothing to learn from: is the iterator used up?")
     # The trainer numbers the characters that continue a word in the order of a randomly seeded hash table, and breaks
