@@ -128,19 +128,17 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 def plan_tasks(runs: Sequence[Run], plan: dict[str, Any], rest: list[str], args: argparse.Namespace) -> list[Task]:
     """What each run takes; all but the first use the vocabulary of the first, unless the plan names one."""
     common = common_flags(plan["flags"], rest, args)
-    vocabulary = [f"--tokenizer_name={Path(args.output_dir, runs[0].name, 'tokenizer')}"]
-    flags = [run.flags(plan["sizes"]) for run in runs]
-    return [
-        Task(run.name, [*(vocabulary if run != runs[0] else []), *common, *own])
-        for run, own in zip(runs, flags, strict=True)
-    ]
+    vocabulary = vocabulary_flag(runs, args)
+    first, *others = ([*common, *run.flags(plan["sizes"])] for run in runs)
+    flags = [first, *([vocabulary, *own] for own in others)]
+    return [Task(run.name, own) for run, own in zip(runs, flags, strict=True)]
 
 
 def plan_timings(runs: Sequence[Run], plan: dict[str, Any], rest: list[str], args: argparse.Namespace) -> list[Task]:
     """A short run for each configuration, whatever its seed and learning rate."""
     flags = {key: value for key, value in plan["flags"].items() if key not in WHEN}
     common = common_flags(flags, rest, args)
-    vocabulary = f"--tokenizer_name={Path(args.output_dir, runs[0].name, 'tokenizer')}"
+    vocabulary = vocabulary_flag(runs, args)
     timed: dict[str, Run] = {}
     for run in runs:
         timed.setdefault(timing_name(run), run)
@@ -157,6 +155,11 @@ def plan_timings(runs: Sequence[Run], plan: dict[str, Any], rest: list[str], arg
         )
         for name, run in timed.items()
     ]
+
+
+def vocabulary_flag(runs: Sequence[Run], args: argparse.Namespace) -> str:
+    """The vocabulary that the first run trains."""
+    return f"--tokenizer_name={Path(args.output_dir, runs[0].name, 'tokenizer')}"
 
 
 def timing_name(run: Run) -> str:
@@ -182,8 +185,7 @@ def check_tasks(tasks: Iterable[Task]) -> None:
         # The vocabulary of the first run is not there yet.
         try:
             model_args, data_args, args = parser.parse_args_into_dataclasses(flags)
-            if model_args.static or model_args.dense_baseline:
-                args.num_topology_updates, args.topology_update_every = 0, None
+            mlm.settle_updates(model_args, args)
             mlm.check_data(model_args, data_args, args)
             mlm.check_topology(args, None)
             mlm.build_config(model_args, None)

@@ -192,8 +192,7 @@ def main() -> None:
     try:
         kinds = (ModelArguments, DataArguments, RunArguments)
         model_args, data_args, args = parse_arguments(*kinds, description=__doc__)
-        if model_args.static or model_args.dense_baseline:
-            args.num_topology_updates, args.topology_update_every = 0, None
+        settle_updates(model_args, args)
         checkpoint = find_checkpoint(args, model_args.token)
         check_data(model_args, data_args, args)
         check_topology(args, checkpoint)
@@ -269,6 +268,12 @@ def main() -> None:
     else:
         trainer.create_model_card()
     trainer.accelerator.end_training()
+
+
+def settle_updates(model_args: ModelArguments, args: RunArguments) -> None:
+    """No topology updates for a static model or the dense twin, whatever else is asked for."""
+    if model_args.static or model_args.dense_baseline:
+        args.num_topology_updates, args.topology_update_every = 0, None
 
 
 def check_topology(args: RunArguments, checkpoint: str | None) -> None:

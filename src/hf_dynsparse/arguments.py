@@ -14,6 +14,26 @@ from .topology import ALLOCATIONS, METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULE
 # A flag that may be left out, `--readmit`, or `--readmit false`: the parser knows two of these by itself.
 SWITCH: dict[str, Any] = {"nargs": "?", "const": True}
 
+# Arguments that a method governs, and what `TopologySettings` calls them.
+METHOD_FLAGS = {
+    "num_topology_updates": "num_updates",
+    "topology_update_every": "update_every",
+    "topology_first_step": "first_step",
+    "topology_last_step": "last_step",
+    "pruning_ratio": "pruning_ratio",
+    "prune_score": "prune_score",
+    "regrow_rule": "regrow_rule",
+    "pruning_schedule": "schedule",
+    "readmit": "readmit",
+    "replace_step": "replace_step",
+    "density_schedule": "density_schedule",
+    "initial_sparsity": "initial_sparsity",
+    "density_begin": "density_begin",
+    "density_end": "density_end",
+    "shrink_counts": "shrink_counts",
+    "allocation": "allocation",
+}
+
 BLOCK_AGE_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.ADAMW_TORCH)
 
 
@@ -254,24 +274,7 @@ class DynSparseTrainingArguments(TrainingArguments):
 
     def topology_settings(self) -> dict[str, Any]:
         """The keyword arguments of `TopologyCallback`: those of the method, and what is given explicitly."""
-        given = {
-            "num_updates": self.num_topology_updates,
-            "update_every": self.topology_update_every,
-            "first_step": self.topology_first_step,
-            "last_step": self.topology_last_step,
-            "pruning_ratio": self.pruning_ratio,
-            "prune_score": self.prune_score,
-            "regrow_rule": self.regrow_rule,
-            "schedule": self.pruning_schedule,
-            "readmit": self.readmit,
-            "replace_step": self.replace_step,
-            "density_schedule": self.density_schedule,
-            "initial_sparsity": self.initial_sparsity,
-            "density_begin": self.density_begin,
-            "density_end": self.density_end,
-            "shrink_counts": self.shrink_counts,
-            "allocation": self.allocation,
-        }
+        given = {setting: getattr(self, flag) for flag, setting in METHOD_FLAGS.items()}
         return {
             **method_settings(self.method, given),
             "regrow_std": self.regrow_std,

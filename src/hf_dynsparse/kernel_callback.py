@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -89,25 +90,27 @@ class KernelCallback(TrainerCallback, ExportableState):
         """
         if not self._settled:
             return
-        choices, (tokens, dtype) = choices_made(), self._steps
-        for layer in sparse_layers(model).values():
-            for backward in (False, True):
-                problem = layer.problem(tokens, backward=backward, dtype=dtype)
-                near = nearest_timed(problem, choices) if problem not in choices else None
-                if near is not None:
-                    choices[problem] = Choice(choices[near].backend, f"{INHERITED}{near.nnzb}")
+        choices = choices_made()
+        for problem in self._problems(model):
+            near = nearest_timed(problem, choices) if problem not in choices else None
+            if near is not None:
+                choices[problem] = Choice(choices[near].backend, f"{INHERITED}{near.nnzb}")
         keep_choices(choices)
         self._add_choices(model)
 
     def _add_choices(self, model: nn.Module) -> None:
         allow_new_choices()
-        tokens, dtype = self._steps
-        if tokens and PartialState().is_main_process:
-            for layer in sparse_layers(model).values():
-                for backward in (False, True):
-                    choose_backend(layer.problem(tokens, backward=backward, dtype=dtype))
+        if self._steps[0] and PartialState().is_main_process:
+            for problem in self._problems(model):
+                choose_backend(problem)
         self._saved = broadcast_object_list([[choice_to_json(*item) for item in choices_made().items()]])[0]
         keep_choices(dict(map(choice_from_json, self._saved)))
+
+    def _problems(self, model: nn.Module) -> Iterator[Problem]:
+        tokens, dtype = self._steps
+        for layer in sparse_layers(model).values():
+            for backward in (False, True):
+                yield layer.problem(tokens, backward=backward, dtype=dtype)
 
 
 def nearest_timed(problem: Problem, choices: dict[Problem, Choice]) -> Problem | None:

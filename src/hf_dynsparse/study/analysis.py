@@ -170,7 +170,7 @@ def variations(configurations: Iterable[Configuration], key: str) -> dict[str, l
         for each in sorted(group, key=lambda each: (len(each.plan), each.loss)):
             plainest.setdefault(each.settings[key], each)
         if len(plainest) > 1:
-            kept.append([plainest[value] for value in sorted(plainest, key=_order)])
+            kept.append([plainest[value] for value in sorted(plainest, key=order)])
     labels = label([group[0] for group in kept], ignored)
     return dict(zip(labels, kept, strict=True))
 
@@ -204,7 +204,7 @@ def series(configurations: Iterable[Configuration]) -> tuple[dict[Series, list[C
     lines: dict[Series, list[Configuration]] = {}
     for each in sorted(plainest.values(), key=lambda each: each.mean("flops")):
         lines.setdefault(Series(*(each.settings[key] for key in Series._fields)), []).append(each)
-    return dict(sorted(lines.items(), key=lambda item: [_order(part) for part in item[0]])), variants
+    return dict(sorted(lines.items(), key=lambda item: [order(part) for part in item[0]])), variants
 
 
 def learning_rate_rule(each: Configuration, configurations: Iterable[Configuration]) -> float | None:
@@ -264,7 +264,7 @@ def _key(settings: Any) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
-def _order(value: Any) -> tuple[bool, Any]:
+def order(value: Any) -> tuple[bool, Any]:
     """Numbers by size, also those in strings, then words."""
     try:
         return False, float(value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from statistics import mode
@@ -18,6 +19,7 @@ from .analysis import (
     dense_family,
     label,
     learning_rate_rule,
+    order,
     pareto_front,
     series,
     size_of,
@@ -148,13 +150,9 @@ def plot_sweeps(configurations: Sequence[Configuration], path: str | PathLike[st
     panels = {key: lines for key, lines in panels.items() if lines}
     if not panels:
         return False
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    with _picture(path, rows, columns, (4.6 * columns, 3.4 * rows), "", squeeze=False) as (_, grid):
-        for axes, (key, lines) in zip(grid.flat, panels.items(), strict=False):
+    with _grid(path, len(panels), height=3.4) as grid:
+        for axes, (key, lines) in zip(grid, panels.items(), strict=True):
             _sweep(axes, key, lines)
-        for axes in grid.flat[len(panels) :]:
-            axes.set_axis_off()
     return True
 
 
@@ -184,18 +182,17 @@ def plot_learning_rates(configurations: Sequence[Configuration], path: str | Pat
             panels.setdefault(size_of(each.settings), []).append(each)
     if not panels:
         return False
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    with _picture(path, rows, columns, (4.6 * columns, 3.6 * rows), "", squeeze=False) as (_, grid):
-        for axes, (size, swept) in zip(grid.flat, panels.items(), strict=False):
+    with _grid(path, len(panels), height=3.6) as grid:
+        for axes, (size, swept) in zip(grid, panels.items(), strict=True):
             for place, (each, name) in enumerate(zip(swept, label(swept, ("size", "preset")), strict=True)):
-                style = {
+                style: dict[str, Any] = {
                     "color": COLOURS[place % len(COLOURS)],
                     "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],
                 }
                 axes.plot(*zip(*each.sweep.items(), strict=True), marker="o", label=name, **style)
-            for rule in {learning_rate_rule(each, configurations) for each in swept} - {None}:
-                axes.axvline(rule, color="#808080", linestyle=":", linewidth=1)
+            for rule in {learning_rate_rule(each, configurations) for each in swept}:
+                if rule is not None:
+                    axes.axvline(rule, color="#808080", linestyle=":", linewidth=1)
             axes.set_title(size)
             axes.set_xscale("log")
             rates = sorted({rate for each in swept for rate in each.sweep})
@@ -204,8 +201,6 @@ def plot_learning_rates(configurations: Sequence[Configuration], path: str | Pat
             axes.set_xlabel("peak learning rate (dotted: by the rule)")
             axes.set_ylabel("evaluation loss (nats)")
             _legend(axes)
-        for axes in grid.flat[len(panels) :]:
-            axes.set_axis_off()
     return True
 
 
@@ -271,6 +266,18 @@ PICTURES: dict[str, tuple[Callable[[Sequence[Configuration], Path], bool], str]]
 }
 
 
+@contextmanager
+def _grid(path: str | PathLike[str], count: int, height: float) -> Iterator[list[Axes]]:
+    """A picture of `count` panels, three in a row, each `height` inches high."""
+    columns = min(3, count)
+    rows = -(-count // columns)
+    with _picture(path, rows, columns, (4.6 * columns, height * rows), "", squeeze=False) as (_, grid):
+        panels = list(grid.flat)
+        for axes in panels[count:]:
+            axes.set_axis_off()
+        yield panels[:count]
+
+
 def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[1]:  # a single line has no name
         axes.legend(frameon=False, fontsize=6.5)
@@ -286,8 +293,7 @@ def _spreads(line: Iterable[Configuration]) -> list[float]:
 
 
 def _colours(names: Iterable[Any]) -> dict[Any, str]:
-    ordered = sorted(set(names), key=lambda name: (float(name) if _is_number(name) else math.inf, str(name)))
-    return {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(ordered)}
+    return {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(sorted(set(names), key=order))}
 
 
 def _markers(names: Iterable[Any]) -> dict[Any, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 
 PLAN_KEYS = {"flags": dict, "sizes": dict, "sweeps": list}

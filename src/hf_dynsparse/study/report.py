@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .analysis import Configuration, cost_ratio, dense_family, loss_at_cost, series, size_of, title
+from .analysis import Configuration, cost_ratio, dense_family, loss_at_cost, order, series, size_of, title
 
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -116,7 +116,7 @@ def ratios(configurations: Sequence[Configuration]) -> list[dict[str, str]]:
     """The headline: FLOPs at equal loss relative to the dense family, a row a family, a column a block size."""
     family = dense_family(configurations)
     lines, _ = series(configurations)
-    blocks = list(dict.fromkeys(kind.block_size for kind in sorted(lines, key=lambda kind: _side(kind.block_size))))
+    blocks = list(dict.fromkeys(kind.block_size for kind in sorted(lines, key=lambda kind: order(kind.block_size))))
     rows: dict[str, dict[str, str]] = {}
     for kind, line in lines.items():
         for each in line:
@@ -139,10 +139,6 @@ def _cell(value: float | None, form: str) -> str:
     if value is None:
         return "outside"
     return "-" if math.isnan(value) else format(value, form)
-
-
-def _side(block_size: str) -> tuple[bool, float, str]:
-    return (False, float(block_size), "") if block_size.isdigit() else (True, 0.0, block_size)
 
 
 def _distinct(values: Iterable[Any]) -> str:

@@ -8,25 +8,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from ..arguments import METHOD_FLAGS
+
 
 # Topology arguments, and how `TopologyCallback` calls them in trainer_state.json.
-TOPOLOGY = {
-    "num_topology_updates": "num_updates",
-    "topology_update_every": "update_every",
-    "topology_first_step": "first_step",
-    "topology_last_step": "last_step",
-    "pruning_ratio": "pruning_ratio",
-    "pruning_schedule": "schedule",
-    "prune_score": "prune_score",
-    "regrow_rule": "regrow_rule",
-    "regrow_std": "regrow_std",
-    "readmit": "readmit",
-    "replace_step": "replace_step",
-    "group_lasso": "group_lasso",
-    "density_schedule": "density_schedule",
-    "density_begin": "density_begin",
-    "density_end": "density_end",
-}
+TOPOLOGY = {**METHOD_FLAGS, "regrow_std": "regrow_std", "group_lasso": "group_lasso"}
 RESULTS = (
     *("eval_loss", "flops", "dense_flops", "steps", "tokens", "epochs", "coverage", "topology_updates"),
     *("encoder_bytes", "dense_encoder_bytes", "checkpoint_bytes", "hardware"),

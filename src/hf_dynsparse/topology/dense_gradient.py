@@ -14,14 +14,14 @@ from ..ops import observe_weight_gradient
 
 class DenseGradientProbe:
     """
-    Sums the dense gradient of each layer's weight over the backward passes between construction and `remove`, and the
-    squares of its inputs and of the gradients of its outputs, over the tokens that the loss depends on.
+    Sums the dense gradient of each layer's weight over the backward passes between construction and `remove`, and with
+    `scales` the squares of its inputs and of the gradients of its outputs, over the tokens that the loss depends on.
 
     Costs one dense matrix product and one dense fp32 matrix per layer while it is attached.
     """
 
-    def __init__(self, layers: Iterable[BlockSparseLinear]) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, layers: Iterable[BlockSparseLinear], scales: bool = True) -> None:
+        self.layers, self.scales = tuple(layers), scales
         self.gradients: dict[BlockSparseLinear, torch.Tensor] = {}
         self.squares: dict[BlockSparseLinear, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer in self.layers:
@@ -30,15 +30,23 @@ class DenseGradientProbe:
     def _accumulate(self, layer: BlockSparseLinear, grad: torch.Tensor, input: torch.Tensor) -> None:
         dtype = torch.promote_types(grad.dtype, torch.float32)
         product = (grad.T @ input).to(dtype)  # [out, in]
+        if layer in self.gradients:
+            self.gradients[layer] += product
+        else:
+            self.gradients[layer] = product
+        if self.scales:
+            self._accumulate_squares(layer, grad, input, dtype)
+
+    def _accumulate_squares(
+        self, layer: BlockSparseLinear, grad: torch.Tensor, input: torch.Tensor, dtype: torch.dtype
+    ) -> None:
         # Padding has inputs and no gradient: it must not count, or the shape of a batch would.
         used = input * (grad != 0).any(1, keepdim=True)
         of_input, of_output = (torch.linalg.vector_norm(x, dim=0, dtype=dtype).square() for x in (used, grad))
-        if layer in self.gradients:
-            self.gradients[layer] += product
+        if layer in self.squares:
             self.squares[layer][0].add_(of_input)
             self.squares[layer][1].add_(of_output)
         else:
-            self.gradients[layer] = product
             self.squares[layer] = of_input, of_output
 
     def reduce(self) -> None:
@@ -55,7 +63,7 @@ class DenseGradientProbe:
                     f"updater and this one. Got none through {layer}. Call `step` once after every optimiser step."
                 )
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                for tensor in (self.gradients[layer], *self.squares[layer]):
+                for tensor in (self.gradients[layer], *self.squares.get(layer, ())):
                     torch.distributed.all_reduce(tensor)
                     tensor /= torch.distributed.get_world_size()
 
@@ -67,12 +75,15 @@ class DenseGradientProbe:
 
     def statistics(self, layer: BlockSparseLinear, needs: frozenset[str]) -> dict[str, torch.Tensor]:
         """The fields of `BlockStatistics` in `needs` that the probe knows: `gradient` and the scales."""
-        of_input, of_output = self.squares[layer]
         (block_rows, block_columns), (rows, columns) = layer.grid, layer.block_shape
         makers: dict[str, Callable[[], torch.Tensor]] = {
             "gradient": lambda: self.blocks(layer),
-            "input_scale": lambda: of_input.sqrt().view(block_columns, 1, columns).repeat(block_rows, 1, 1),
-            "output_scale": lambda: of_output.sqrt().view(-1, rows, 1).repeat_interleave(block_columns, 0),
+            "input_scale": lambda: (
+                self.squares[layer][0].sqrt().view(block_columns, 1, columns).repeat(block_rows, 1, 1)
+            ),
+            "output_scale": lambda: (
+                self.squares[layer][1].sqrt().view(-1, rows, 1).repeat_interleave(block_columns, 0)
+            ),
         }
         return {name: make() for name, make in makers.items() if name in needs}
 

@@ -119,7 +119,8 @@ class TopologyUpdater:
         updates_follow = bool(self.update_steps) and next_step <= self.update_steps[-1]
         update_is_next = next_step in self.update_steps
         if ("gradient" in self._needs and update_is_next) or ("momentum" in self._needs and updates_follow):
-            self._probe = DenseGradientProbe(self.layers.values())
+            scales = not self._needs.isdisjoint({"input_scale", "output_scale"})
+            self._probe = DenseGradientProbe(self.layers.values(), scales)
 
     def step(self, global_step: int) -> TopologyReport | None:
         """
