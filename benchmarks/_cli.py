@@ -64,7 +64,7 @@ def run(
     print(f"{one_line(machine)}\nclock: {machine['clock']}; medians of {args.repeats} turns", flush=True)
     try:
         rows = measure(args)
-    except (ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise SystemExit(f"{parser.prog}: {error}") from error
     if args.json:
         command = shlex.join(["python", f"benchmarks/{parser.prog}", *(sys.argv[1:] if argv is None else argv)])

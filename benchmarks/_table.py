@@ -53,6 +53,16 @@ COLUMNS: dict[str, Columns] = {
         "error ": _number("relative_error", ".0e"),
         "backend": lambda row: row["backend"],
     },
+    "bench_sentences": {
+        "batch": lambda row: row["batch"],
+        "model           ": lambda row: row["model"],
+        "s for 1,000": _number("seconds", ".3f"),
+        "of the first": _number("ratio_first", ".3f"),
+        "same answers": _number("same_predictions", ".1%"),
+        "sparsity": _number("sparsity", ".3f"),
+        "layers MB": _number("layer_bytes", ".3f", 1e-6),
+        "backend": lambda row: row["backend"],
+    },
 }
 
 

@@ -29,21 +29,17 @@ import itertools
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import pandas
 import run_mlm_dynsparse as mlm
 from huggingface_hub.errors import StrictDataclassError
-from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from hf_dynsparse.study.analysis import best_configurations
+from hf_dynsparse.study.jobs import FlagParser, Job, run_jobs, usable_cores
 from hf_dynsparse.study.pictures import draw_study
 from hf_dynsparse.study.plan import Run, plan_runs, read_plan
 from hf_dynsparse.study.report import format_table, write_report
@@ -180,7 +176,7 @@ def check_tasks(tasks: Iterable[Task]) -> None:
     Raises:
         ValueError, OSError, StrictDataclassError: naming the run.
     """
-    parser = Parser((mlm.ModelArguments, mlm.DataArguments, mlm.RunArguments))
+    parser = FlagParser((mlm.ModelArguments, mlm.DataArguments, mlm.RunArguments))
     for name, flags in tasks:
         # The vocabulary of the first run is not there yet.
         try:
@@ -188,16 +184,9 @@ def check_tasks(tasks: Iterable[Task]) -> None:
             mlm.settle_updates(model_args, args)
             mlm.check_data(model_args, data_args, args)
             mlm.check_topology(args, None)
-            mlm.build_config(model_args, None)
+            mlm.build_config(model_args, args, None)
         except (ValueError, OSError, StrictDataclassError) as error:
             raise ValueError(f"{name}: {str(error).strip().splitlines()[-1].strip()}") from error
-
-
-class Parser(HfArgumentParser):
-    """One that does not end the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def is_finished(folder: Path) -> bool:
@@ -219,44 +208,8 @@ def command(task: Task, output: Path) -> list[str]:
 
 def execute_all(words: str, waves: list[list[Task]], jobs: int, output: Path, pin: bool) -> list[str]:
     """Run the tasks, wave after wave, `jobs` at a time; returns what went wrong."""
-    cores = usable_cores()
-    shares: SimpleQueue[list[int]] = SimpleQueue()
-    for job in range(jobs):
-        shares.put(cores[job::jobs])
-    running: set[subprocess.Popen[bytes]] = set()
-
-    def execute(task: Task) -> str | None:
-        folder, share = output / task.name, shares.get()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").unlink(missing_ok=True)  # half written
-        try:
-            with Path(f"{folder}.log").open("wb") as log:
-                process = subprocess.Popen(command(task, output), stdout=log, stderr=subprocess.STDOUT)
-                running.add(process)
-                if pin:
-                    os.sched_setaffinity(process.pid, share)  # before it has threads, which inherit it
-                process.wait()
-                running.discard(process)
-        finally:
-            shares.put(share)
-        lines = Path(f"{folder}.log").read_text(errors="replace").strip().splitlines() or ["no output"]
-        return None if is_finished(folder) else f"{task.name}: {lines[-1]}"
-
-    failed = []
-    with tqdm(total=sum(map(len, waves)), desc=words, unit="run") as progress, ThreadPoolExecutor(jobs) as pool:
-        try:
-            for wave in waves:
-                for done in as_completed([pool.submit(execute, task) for task in wave]):
-                    progress.update()
-                    if error := done.result():
-                        failed.append(error)
-                        progress.write(f"failed: {error}")
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                process.terminate()
-            sys.exit("Interrupted. The same command goes on with what is missing.")
-    return failed
+    commands = [[Job(task.name, command(task, output)) for task in wave] for wave in waves]
+    return run_jobs(commands, output, is_finished, jobs=jobs, pin=pin, words=words)
 
 
 def report(runs: Sequence[Run], output: Path, plan: str, tasks: Sequence[Task]) -> None:
@@ -281,11 +234,6 @@ def report(runs: Sequence[Run], output: Path, plan: str, tasks: Sequence[Task]) 
     text = format_table(configurations)
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-
-
-def usable_cores() -> list[int]:
-    """Numbers of the cores that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ Fine-tune a sparse or dense encoder on a GLUE task, or on sentences of your own.
         --model_name_or_path runs/medium-s90-b16 --task_name sst2 --glue_dir glue_data --output_dir runs/sst2
     # the same pattern made dense, or evolving
     accelerate launch examples/run_glue_dynsparse.py ... --finetune_mode dense
+    # a fine-tuned model trained on with 8 bits, and saved as an int8 model (see docs/int8.md)
+    accelerate launch examples/run_glue_dynsparse.py ... --quantization_aware --teacher runs/sst2-dense
     # a dense BERT made sparse by its largest blocks, learning from the dense one
     accelerate launch examples/run_glue_dynsparse.py \
         --model_name_or_path bert-base-uncased --sparsity 0.8 --block_size 4 --teacher runs/sst2-dense ...
@@ -43,10 +45,12 @@ from hf_dynsparse.checkpoint import check_same_model
 from hf_dynsparse.data import GLUE_TASKS, glue_metrics, read_glue
 from hf_dynsparse.finetuning import (
     FinetuningArguments,
+    finish_quantization_,
     load_metric,
     load_pretrained,
     load_teacher,
     prepare_finetuning_,
+    set_final_sparsity_,
 )
 from hf_dynsparse.layout import parse_block_size
 from hf_dynsparse.model_card import describe_data, describe_start
@@ -69,7 +73,10 @@ class ModelArguments:
     )
     sparsity: float | None = field(
         default=None,
-        metadata={"help": "Make a dense checkpoint sparse: leave out this share, keep the blocks of largest L1 norm."},
+        metadata={
+            "help": "Make a dense checkpoint sparse: leave out this share, keep the blocks of largest L1 norm. With "
+            "--finetune_mode gradual step by step, while it trains."
+        },
     )
     block_size: str | None = field(
         default=None, metadata={"help": "With --sparsity: side of a block, or ROWSxCOLUMNS such as 1x4. Default: 16."}
@@ -173,6 +180,7 @@ def main() -> None:
             model_args.model_name_or_path,
             sparsity=model_args.sparsity,
             block_size=block_size,
+            all_blocks=args.finetune_mode == "gradual",
             config=config,
             ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
             trust_remote_code=model_args.trust_remote_code,
@@ -183,7 +191,7 @@ def main() -> None:
         if args.teacher:
             teacher = load_teacher(AutoModelForSequenceClassification, args.teacher, **{**hub, "revision": "main"})
         prepare_finetuning_(model, args)
-        if checkpoint is not None:
+        if checkpoint is not None and args.finetune_mode != "gradual":  # whose sizes change; the trainer checks
             check_same_model(model, checkpoint)
         with args.main_process_first(desc="tokenize"):
             examples = tokenize(raw, columns, tokenizer, data_args, model.config.max_position_embeddings)
@@ -203,12 +211,15 @@ def main() -> None:
         logger.info("%d training examples; %s", len(examples["train"]), topology_summary(model))
 
     results: dict[str, float] = {}
+    facts: dict[str, Any] = {}
     if args.do_train:
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.log_metrics("train", outcome.metrics)
         trainer.save_metrics("train", outcome.metrics)
         trainer.save_state()
+        if args.quantization_aware:
+            facts = finish_quantization_(trainer)
     if args.do_eval:
         results = trainer.evaluate()
         if data_args.task_name == "mnli" and "validation_mismatched" in examples:
@@ -219,7 +230,7 @@ def main() -> None:
         for split in [split for split in examples if split.startswith("test")]:
             predict(trainer, examples[split], labels, f"{data_args.task_name or 'test'}{split.removeprefix('test')}")
     if args.do_train and trainer.is_world_process_zero():
-        report(trainer, results, model_args, data_args)
+        report(trainer, results, facts | about_run(model_args, data_args))
     if args.push_to_hub:
         trainer.push_to_hub()
     elif args.do_train:
@@ -231,6 +242,8 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     """Refuse what cannot work before anything is read or built."""
     if model_args.model_name_or_path is None:
         raise ValueError("`--model_name_or_path` must name a checkpoint, a folder or on the Hub. Got none.")
+    if args.finetune_mode == "gradual":
+        set_final_sparsity_(args, model_args.sparsity)
     if data_args.task_name is not None:
         data_args.task_name = data_args.task_name.lower().replace("-", "")
         if data_args.task_name not in GLUE_TASKS:
@@ -383,12 +396,10 @@ def predict(trainer: DynSparseTrainer, rows: datasets.Dataset, labels: list[str]
         logger.info("%d predictions in %s", len(lines), path)
 
 
-def report(
-    trainer: DynSparseTrainer, results: dict[str, float], model_args: ModelArguments, data_args: DataArguments
-) -> None:
+def report(trainer: DynSparseTrainer, results: dict[str, float], facts: dict[str, Any]) -> None:
     """Write summary.json and training.png, and say what was reached."""
     folder = Path(str(trainer.args.output_dir))
-    summary = about_run(model_args, data_args) | summarize_finetuning(trainer, results)
+    summary = facts | summarize_finetuning(trainer, results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     try:
         plot_training(trainer.state.log_history, folder / "training.png", title=folder.name)

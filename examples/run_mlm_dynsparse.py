@@ -10,6 +10,8 @@ Pre-train an always-sparse BERT by masked language modelling, with a topology th
     accelerate launch examples/run_mlm_dynsparse.py ... --dense_baseline              # the dense twin
     accelerate launch examples/run_mlm_dynsparse.py ... --static                      # sparse, pattern fixed
     accelerate launch examples/run_mlm_dynsparse.py ... --teacher runs/dense          # learn from a dense model too
+    accelerate launch examples/run_mlm_dynsparse.py ... --model_name_or_path runs/dense --method prune_ofa \
+        --sparsity 0.9 --block_size 1 --learning_rate_rewinding                       # prune a dense model gradually
 
 Writes into the output folder: the model and tokenizer (`from_pretrained` loads them), README.md (a card),
 summary.json, training.png, block_map.png, topology_history/ (`hf-dynsparse animate` draws it), and checkpoints from
@@ -34,6 +36,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoTokenizer,
+    BertConfig,
     PreTrainedTokenizerBase,
     TrainerState,
 )
@@ -57,8 +60,8 @@ from hf_dynsparse.data import (
     train_wordpiece_tokenizer,
 )
 from hf_dynsparse.estimate import DENSE_LEARNING_RATES
-from hf_dynsparse.finetuning import load_teacher
-from hf_dynsparse.layout import parse_block_size
+from hf_dynsparse.finetuning import every_block, load_teacher, set_final_sparsity_
+from hf_dynsparse.layout import block_shapes_of, parse_block_size
 from hf_dynsparse.model_card import describe_data, describe_start
 from hf_dynsparse.plots import plot_block_map, plot_training
 from hf_dynsparse.scripts import ScriptArguments, find_checkpoint, parse_arguments, settle_process, stop
@@ -83,12 +86,19 @@ class ModelArguments:
     preset: str = field(
         default="mini", metadata={"help": "Size of the BERT: tiny, mini, small, medium, base or large."}
     )
-    sparsity: float = field(default=0.9, metadata={"help": "Share of inactive positions in every encoder matrix."})
-    block_size: str = field(
-        default="16",
+    sparsity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of inactive positions in every encoder matrix. Default: 0.9, or that of "
+            "--model_name_or_path. A dense checkpoint is pruned to it: at once, or gradually if --method changes the "
+            "density."
+        },
+    )
+    block_size: str | None = field(
+        default=None,
         metadata={
             "help": "Side of a block, or ROWSxCOLUMNS such as 1x4. 1 is unstructured. Or sizes by patterns of layer "
-            "names, such as *attention*=4,*=16."
+            "names, such as *attention*=4,*=16. Default: 16, or that of --model_name_or_path."
         },
     )
     distribution: str = field(
@@ -105,7 +115,7 @@ class ModelArguments:
         },
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Go on from the weights of a DynSparse checkpoint, a folder or Hub name."}
+        default=None, metadata={"help": "Go on from the weights of a BERT, dense or sparse: a folder or Hub name."}
     )
     config_name: str | None = field(
         default=None,
@@ -195,8 +205,8 @@ def main() -> None:
         settle_updates(model_args, args)
         checkpoint = find_checkpoint(args, model_args.token)
         check_data(model_args, data_args, args)
+        config = build_config(model_args, args, checkpoint)
         check_topology(args, checkpoint)
-        config = build_config(model_args, checkpoint)
     except (ValueError, OSError, StrictDataclassError) as error:
         stop(error)
 
@@ -323,17 +333,28 @@ def check_data(model_args: ModelArguments, data_args: DataArguments, args: RunAr
                 raise ValueError(f"`--{flag}` must hold text. Got {path}, which is empty.")
 
 
-def build_config(model_args: ModelArguments, checkpoint: str | None) -> DynSparseBertConfig:
+def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str | None) -> DynSparseBertConfig:
     """The model's configuration; on resume it must be that of the checkpoint."""
+    config = build_or_read_config(model_args, args, checkpoint)
+    if args.distillation_positions == "all":
+        config.sparse_prediction = False
+    return config
+
+
+def build_or_read_config(
+    model_args: ModelArguments, args: RunArguments, checkpoint: str | None
+) -> DynSparseBertConfig:
+    """The same, with logits at masked positions only while it trains."""
     source = model_args.config_name or model_args.model_name_or_path
     if source:
-        return AutoConfig.from_pretrained(source, revision=model_args.model_revision, token=model_args.token)
+        config = AutoConfig.from_pretrained(source, revision=model_args.model_revision, token=model_args.token)
+        return config_to_go_on(model_args, args, config) if model_args.model_name_or_path else config
     if model_args.preset not in LEARNING_RATES:
         raise ValueError(f"`--preset` must be one of {', '.join(LEARNING_RATES)}. Got {model_args.preset!r}.")
     config = DynSparseBertConfig.preset(
         model_args.preset,
-        sparsity=0.0 if model_args.dense_baseline else model_args.sparsity,
-        block_size=parse_block_size(model_args.block_size),
+        sparsity=0.0 if model_args.dense_baseline else 0.9 if model_args.sparsity is None else model_args.sparsity,
+        block_size=parse_block_size(model_args.block_size or "16"),
         distribution=model_args.distribution,
     )
     if model_args.config_overrides:
@@ -358,6 +379,45 @@ def build_config(model_args: ModelArguments, checkpoint: str | None) -> DynSpars
                     f"{checkpoint} has {saved[name]}. Give that, or another --output_dir."
                 )
     return config
+
+
+def config_to_go_on(model_args: ModelArguments, args: RunArguments, config: BertConfig) -> DynSparseBertConfig:
+    """That of a checkpoint, with the sparsity that it is given at once; one that it is to reach goes to `args`."""
+    source, sparsity = model_args.model_name_or_path, model_args.sparsity
+    if not isinstance(config, BertConfig):
+        raise ValueError(f"`--model_name_or_path` must name a BERT. Got {source}, a {config.model_type}.")
+    if not isinstance(config, DynSparseBertConfig):
+        config = DynSparseBertConfig.from_stock(config, sparsity=0.0)
+    block_size = parse_block_size(model_args.block_size) if model_args.block_size else None
+    changes_density = args.topology_settings()["density_schedule"] != "constant"
+    if config.nnzb_per_layer():
+        same_blocks = block_size is None or block_shapes_of(config.block_shapes(), block_size) == config.block_shapes()
+        if model_args.dense_baseline or not same_blocks:
+            raise ValueError(
+                f"A sparse checkpoint keeps its blocks. Got {source} of block size {config.block_size} with "
+                f"{'--dense_baseline' if same_blocks else f'--block_size {model_args.block_size}'}. Leave that out."
+            )
+        if sparsity in (None, config.sparsity):
+            return config
+        if not changes_density:
+            raise ValueError(
+                f"A sparse checkpoint keeps its sparsity. Got --sparsity {sparsity} for {source} of "
+                f"{config.sparsity}. Leave it out, or choose a --method that changes the density, such as prune_ofa."
+            )
+        set_final_sparsity_(args, sparsity)
+        return config
+    if model_args.dense_baseline or (sparsity is None and block_size is None and not changes_density):
+        return config
+    if sparsity is None:
+        raise ValueError(
+            f"A dense checkpoint is pruned to a `--sparsity`. Got {source} with --method {args.method} and "
+            f"--block_size {model_args.block_size}, and none. Give it, or --dense_baseline to train on as it is."
+        )
+    how = {"sparsity": sparsity, "block_size": 16 if block_size is None else block_size}
+    if changes_density:
+        set_final_sparsity_(args, sparsity)
+        how = every_block(config, how["block_size"])
+    return DynSparseBertConfig.from_stock(config, distribution=model_args.distribution, **how)
 
 
 def file_format(path: str) -> str | None:

@@ -7,6 +7,8 @@ Fine-tune a sparse or dense encoder on extractive question answering: SQuAD, or 
         --train_file train-v1.1.json --validation_file dev-v1.1.json --output_dir runs/squad
     # the same pattern made dense, or evolving
     accelerate launch examples/run_qa_dynsparse.py ... --finetune_mode dense
+    # a fine-tuned model trained on with 8 bits, and saved as an int8 model (see docs/int8.md)
+    accelerate launch examples/run_qa_dynsparse.py ... --quantization_aware --teacher runs/squad-dense
     # a dense BERT made sparse by its largest blocks, learning from the dense one
     accelerate launch examples/run_qa_dynsparse.py --model_name_or_path bert-base-uncased --sparsity 0.8 \
         --block_size 4 --dataset_name rajpurkar/squad --teacher runs/squad-dense --output_dir runs/squad-s80-b4
@@ -59,10 +61,12 @@ from hf_dynsparse.data.question_answering import (
 from hf_dynsparse.data.squad import SQUAD_FEATURES, check_squad_rows, read_squad, squad_metrics, squad_v2_metrics
 from hf_dynsparse.finetuning import (
     FinetuningArguments,
+    finish_quantization_,
     load_metric,
     load_pretrained,
     load_teacher,
     prepare_finetuning_,
+    set_final_sparsity_,
 )
 from hf_dynsparse.layout import parse_block_size
 from hf_dynsparse.model_card import describe_data, describe_start
@@ -85,7 +89,10 @@ class ModelArguments:
     )
     sparsity: float | None = field(
         default=None,
-        metadata={"help": "Make a dense checkpoint sparse: leave out this share, keep the blocks of largest L1 norm."},
+        metadata={
+            "help": "Make a dense checkpoint sparse: leave out this share, keep the blocks of largest L1 norm. With "
+            "--finetune_mode gradual step by step, while it trains."
+        },
     )
     block_size: str | None = field(
         default=None, metadata={"help": "With --sparsity: side of a block, or ROWSxCOLUMNS such as 1x4. Default: 16."}
@@ -200,11 +207,12 @@ def main() -> None:
             model_args.model_name_or_path,
             sparsity=model_args.sparsity,
             block_size=block_size,
+            all_blocks=args.finetune_mode == "gradual",
             config=config,
             **remote,
         )
         prepare_finetuning_(model, args)
-        if checkpoint is not None:
+        if checkpoint is not None and args.finetune_mode != "gradual":  # whose sizes change; the trainer checks
             check_same_model(model, checkpoint)
         padding = {"padding": "max_length", "max_length": data_args.max_seq_length}
         trainer = DynSparseTrainer(
@@ -221,6 +229,7 @@ def main() -> None:
         stop(error)
 
     results: dict[str, float] = {}
+    facts: dict[str, Any] = {}
     if args.do_train:
         logger.info(
             "%d questions in %d windows; %s", len(rows["train"]), len(features["train"]), topology_summary(model)
@@ -230,6 +239,8 @@ def main() -> None:
         trainer.log_metrics("train", outcome.metrics)
         trainer.save_metrics("train", outcome.metrics)
         trainer.save_state()
+        if args.quantization_aware:
+            facts = finish_quantization_(trainer)
     if args.do_eval:
         results = trainer.evaluate()
         trainer.log_metrics("eval", results)
@@ -238,7 +249,7 @@ def main() -> None:
         answer = answerer(rows["test"], features["test"], data_args)
         write_answers(answer(trainer.predict(only_inputs(features["test"])).predictions), "predict", args)
     if args.do_train and trainer.is_world_process_zero():
-        report(trainer, results, model_args, data_args)
+        report(trainer, results, facts | about_run(model_args, data_args))
     if args.push_to_hub:
         trainer.push_to_hub()
     elif args.do_train:
@@ -256,6 +267,8 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     """Refuse what cannot work before anything is read or built."""
     if model_args.model_name_or_path is None:
         raise ValueError("`--model_name_or_path` must name a checkpoint, a folder or on the Hub. Got none.")
+    if args.finetune_mode == "gradual":
+        set_final_sparsity_(args, model_args.sparsity)
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
     if data_args.dataset_name and any(files.values()):
         raise ValueError("Give --dataset_name or files, not both.")
@@ -407,12 +420,10 @@ def write_answers(answers: SquadAnswers, prefix: str, args: RunArguments) -> Non
     logger.info("%d answers in %s", len(answers.best), Path(args.output_dir) / f"{prefix}_predictions.json")
 
 
-def report(
-    trainer: DynSparseTrainer, results: dict[str, float], model_args: ModelArguments, data_args: DataArguments
-) -> None:
+def report(trainer: DynSparseTrainer, results: dict[str, float], facts: dict[str, Any]) -> None:
     """Write summary.json and training.png, and say what was reached."""
     folder = Path(str(trainer.args.output_dir))
-    summary = about_run(model_args, data_args) | summarize_finetuning(trainer, results)
+    summary = facts | summarize_finetuning(trainer, results)
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     try:
         plot_training(trainer.state.log_history, folder / "training.png", title=folder.name)

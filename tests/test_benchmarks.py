@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from toy import toy_model, toy_tokenizer
 
 import hf_dynsparse.nn
+from hf_dynsparse import DynSparseBertForSequenceClassification
 from hf_dynsparse.models.bert.configuration_dynsparse_bert import PRESETS
 
 
@@ -154,6 +156,81 @@ def test_wrong_flags_are_explained(run, capsys, flags):
     with pytest.raises(SystemExit):
         run("bench_linear", flags)
     assert "Got" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, a sparse one, one that is no classifier, and sentences for them."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    for name, options in {
+        "dense": {"sparsity": 0.0, "cls": DynSparseBertForSequenceClassification},
+        "sparse": {"cls": DynSparseBertForSequenceClassification},
+        "language": {},
+        "larger": {"vocab_size": 80, "cls": DynSparseBertForSequenceClassification},
+    }.items():
+        toy_model(**options).save_pretrained(folder / name)
+        toy_tokenizer().save_pretrained(folder / name)
+    (folder / "text.txt").write_text("w1 w2 w3\n\nw4\nw5 w6 w7 w8 w9\n" + "w1 " * 50 + "\nw2 w3\n")
+    (folder / "empty.txt").write_text("\n")
+    (folder / "glue" / "MRPC").mkdir(parents=True)
+    rows = "".join(f"{number % 2}\t1\t2\tw{number} w3\tw4\n" for number in range(6))
+    (folder / "glue/MRPC/dev.tsv").write_text(f"Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n{rows}")
+    return folder
+
+
+def test_sentences_compares_saved_models(load, classifiers, tmp_path, capsys):
+    models = f"--models a={classifiers / 'dense'} b={classifiers / 'sparse'} c={classifiers / 'dense'}"
+    source = f"--file {classifiers / 'text.txt'} --batches 1 3 --max_seq_length 16 --json {tmp_path / 'bench.json'}"
+    load("bench_sentences").main(shlex.split(f"{models} {source} {SHARED}"))
+    content = json.loads((tmp_path / "bench.json").read_text())
+    rows = content["rows"]
+    assert [(row["batch"], row["model"]) for row in rows] == [(size, name) for size in (1, 3) for name in "abc"]
+    for row in rows:
+        assert row.keys() >= EVERYWHERE
+        assert (row["sentences"], row["tokens"]) == (5, 5 + 3 + 7 + 16 + 4)  # with [CLS] and [SEP], the longest cut
+        assert row["seconds"] > 0
+        assert (row["sparsity"], row["block_size"]) == ((0.75, "4x4") if row["model"] == "b" else (0.0, None))
+    assert rows[0]["ratio_first"] == rows[0]["same_predictions"] == rows[2]["same_predictions"] == 1
+    assert rows[1]["layer_bytes"] < 0.5 * rows[0]["layer_bytes"]
+    assert content["machine"]["versions"]["torch"] in capsys.readouterr().out
+    load("report").main([str(tmp_path / "bench.json"), "--output_dir", str(tmp_path / "report")])
+    assert "same answers" in (tmp_path / "report/bench.md").read_text()
+
+
+def test_sentences_are_the_same_in_every_batch(load, classifiers):
+    sentences = load("bench_sentences")
+    model = sentences.load_classifier(classifiers / "sparse")
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight.mul_(50)  # so that sentences differ
+    tokenizer = toy_tokenizer()
+    text = [f"w{number} w{2 * number}" + " w3" * number for number in range(12)]
+    single = [tokenizer(one, return_tensors="pt") for one in text]
+    padded = [tokenizer(text[start : start + 5], padding=True, return_tensors="pt") for start in (0, 5, 10)]
+    with torch.no_grad():
+        margins = torch.cat([model(**one).logits.diff() for one in single])
+        model.classifier.bias[1] -= margins.mean()  # so that both answers occur
+    found = sentences.predict(model, single)
+    assert found.tolist() == sentences.predict(model, padded).tolist()
+    assert len(set(found.tolist())) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--models {0}/dense --file {0}/text.txt", "takes NAME=FOLDER, such as dense=runs/dense"),
+        (
+            "--models a={0}/language --file {0}/text.txt",
+            "must be classifiers of sentences. Got DynSparseBertForMaskedLM",
+        ),
+        ("--models a={0}/dense b={0}/larger --file {0}/text.txt", "one vocabulary and the same labels"),
+        ("--models a={0}/dense --file {0}/empty.txt", "at least one sentence. Got none"),
+        ("--models a={0}/dense --task_name mrpc", "needs a `--glue_dir`"),
+        ("--models a={0}/dense --task_name mrpc --glue_dir {0}/nowhere", "nowhere"),
+    ],
+)
+def test_sentences_that_cannot_be_compared(load, classifiers, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        load("bench_sentences").main(shlex.split(f"{flags.format(classifiers)} {SHARED}"))
 
 
 def test_quick_yields_to_other_flags(load, monkeypatch):

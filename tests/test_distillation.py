@@ -63,6 +63,38 @@ def test_masked_language_modelling_compares_labelled_positions(logits, masked_on
     assert teacher.take_mean() is None
 
 
+def test_all_real_tokens(logits):
+    teacher = Distillation(Echo(MaskedLMOutput(logits=logits)), positions="all")
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    rows = distillation_loss(torch.zeros(5, 5), torch.cat([logits[0], logits[1, :2]]))
+    outputs, given = MaskedLMOutput(logits=torch.zeros(2, 3, 5)), {"labels": LABELS, "attention_mask": mask}
+    assert teacher.loss(given, outputs) == pytest.approx(float(rows.mean()), rel=1e-6)
+    # Three labels of twelve are in this micro-batch: a quarter of its mean.
+    assert teacher.loss(given, outputs, 12) == pytest.approx(float(rows.mean()) / 4, rel=1e-6)
+    del given["attention_mask"]
+    every = distillation_loss(torch.zeros(6, 5), logits.flatten(0, 1))
+    assert teacher.loss(given, outputs) == pytest.approx(float(every.mean()), rel=1e-6)
+    sequence = SequenceClassifierOutput(logits=logits[:, 1])
+    whole = Distillation(Echo(SequenceClassifierOutput(logits=logits[:, 0])), positions="all")
+    expected = distillation_loss(logits[:, 1], logits[:, 0]).mean()
+    assert whole.loss({"labels": torch.tensor([0, 1])}, sequence) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_all_tokens_need_a_student_that_predicts_them(tmp_path):
+    args, teacher = toy_arguments(tmp_path, distillation_positions="all"), toy_model(9, sparsity=0.0)
+    with pytest.raises(ValueError, match="needs the student's logits at every token. Got a model with `sparse_pred"):
+        DynSparseTrainer(toy_model(), args, teacher=teacher)
+    student = toy_model(sparse_prediction=False).train()
+    trainer = DynSparseTrainer(student, args, teacher=teacher)
+    batch = toy_batch()
+    loss, outputs = trainer.compute_loss(student, batch, return_outputs=True)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    distilled = distillation_loss(outputs.logits[real], wanted[real]).mean()
+    assert loss.item() == pytest.approx((0.5 * outputs.loss + 0.5 * distilled).item(), rel=1e-6)
+
+
 def test_spans_leave_padding_out(logits):
     spans = logits[:, :, 0], logits[:, :, 1]
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
@@ -84,7 +116,11 @@ def test_sequences(logits):
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
-    [({"weight": 1.5}, r"must lie in \[0, 1\]. Got 1.5"), ({"temperature": 0.0}, "must be positive. Got 0.0")],
+    [
+        ({"weight": 1.5}, r"must lie in \[0, 1\]. Got 1.5"),
+        ({"temperature": 0.0}, "must be positive. Got 0.0"),
+        ({"positions": "some"}, "must be one of labelled, all. Got 'some'"),
+    ],
 )
 def test_bad_arguments(arguments, error, tmp_path):
     with pytest.raises(ValueError, match=error):

@@ -24,7 +24,7 @@ from scripts import EXAMPLES, assert_same_weights, run_script
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
 
 import hf_dynsparse
-from hf_dynsparse import DynSparseTrainingArguments, sparse_layers
+from hf_dynsparse import DynSparseTrainingArguments, densify_, sparse_layers
 from hf_dynsparse.topology_frames import read_history
 
 
@@ -74,9 +74,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(text: Path) -> Callable[..., Path]:
     """Run the script in this process: `run(output_dir, flags)`."""
 
-    def run_toy(output: Path, flags: str = "", train_file: str | None = "train.txt") -> Path:
+    def run_toy(output: Path, flags: str = "", train_file: str | None = "train.txt", toy: str = TOY) -> Path:
         train = f"--train_file {text / train_file} --cache_dir {text / 'cache'}" if train_file else ""
-        run_script(SCRIPT, f"{TOY} {train} --output_dir {output} {flags}")
+        run_script(SCRIPT, f"{toy} {train} --output_dir {output} {flags}")
         return output
 
     return run_toy
@@ -240,6 +240,73 @@ def test_going_on_from_a_saved_model(run: Callable[..., Path], finished: Path, t
     assert summary_of(out)["sparsity"] == 0.5
 
 
+@pytest.fixture(scope="module")
+def dense_bert(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a stock BERT. Not to be changed."""
+    folder = tmp_path_factory.mktemp("dense")
+    densify_(AutoModelForMaskedLM.from_pretrained(finished)).to_dense().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(finished).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
+    return folder
+
+
+def test_a_dense_checkpoint_is_pruned_step_by_step(run: Callable[..., Path], dense_bert: Path, tmp_path: Path) -> None:
+    flags = (
+        f"--model_name_or_path {dense_bert} --method prune_ofa --topology_update_every 2 --sparsity 0.75"
+        " --block_size 1x4 --learning_rate_rewinding --max_steps 10 --save_steps 3 --save_total_limit 9"
+        f" --teacher {dense_bert} --distillation_positions all"
+    )
+    toy = TOY.replace("--num_topology_updates 2", "")
+    whole = run(tmp_path / "whole", flags, toy=toy)
+    summary = summary_of(whole)
+    assert (summary["sparsity"], summary["topology_updates"]) == (0.75, 4)
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["sparsity"], config["nnzb"], config["block_size"]) == (0.75, None, [1, 4])
+    begun = AutoModelForMaskedLM.from_pretrained(whole / "checkpoint-3").config
+    assert begun.sparsity == pytest.approx(0.75 - 0.75 * 0.6**3, abs=1e-3)
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
+    part = run(tmp_path / "part", f"{flags} --resume_from_checkpoint last", toy=toy)
+    assert_same_weights(part, whole)
+
+
+def test_a_dense_checkpoint_trains_on_as_it_is(run: Callable[..., Path], dense_bert: Path, tmp_path: Path) -> None:
+    flags = f"--model_name_or_path {dense_bert} --learning_rate 0 --max_steps 1 --dense_baseline"
+    dense, before = run(tmp_path / "dense", flags), load_file(dense_bert / "model.safetensors")
+    after = load_file(dense / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+# What a checkpoint becomes: which, flags, then its sparsity, the side of its blocks and where the run leads.
+ON = {
+    "sparse, as it is": ("sparse", {}, (0.5, 8, None)),
+    "sparse, said again": ("sparse", {"sparsity": 0.5, "block_size": "8x8"}, (0.5, 8, None)),
+    "sparse, pruned further": ("sparse", {"sparsity": 0.9, "method": "gmp"}, (0.5, 8, 0.9)),
+    "dense, as it is": ("dense", {}, (0.0, 16, None)),
+    "dense, a baseline": ("dense", {"sparsity": 0.9, "block_size": "4", "dense_baseline": True}, (0.0, 16, None)),
+    "dense, pruned at once": ("dense", {"sparsity": 0.9, "block_size": "4"}, (0.9, 4, None)),
+    "dense, pruned gradually": ("dense", {"sparsity": 0.9, "block_size": "4", "method": "gmp"}, (0.0, 4, 0.9)),
+}
+
+
+@pytest.mark.parametrize("case", ON)
+def test_what_a_checkpoint_becomes(finished: Path, dense_bert: Path, tmp_path: Path, case: str) -> None:
+    kind, flags, (sparsity, side, final) = ON[case]
+    script = runpy.run_path(str(SCRIPT))
+    of_model = {name: value for name, value in flags.items() if name != "method"}
+    model_args = script["ModelArguments"](
+        model_name_or_path=str(finished if kind == "sparse" else dense_bert), **of_model
+    )
+    args = script["RunArguments"](
+        output_dir=str(tmp_path), method=flags.get("method", "dynsparse"), use_cpu=True, eval_strategy="no"
+    )
+    config = script["build_config"](model_args, args, None)
+    assert (config.sparsity, config.block_size, args.final_sparsity) == (sparsity, side, final)
+    assert bool(config.nnzb_per_layer()) == (sparsity > 0 or final is not None)
+    if kind == "dense" and final:
+        blocks = {config.hidden_size**2 // 16, config.hidden_size * config.intermediate_size // 16}
+        assert {*config.nnzb.values()} == blocks
+
+
 def test_arguments_from_a_file(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path) -> None:
     words = shlex.split(f"{TOY} --train_file {text / 'train.txt'} --output_dir {tmp_path / 'out'}")
     settings = dict(zip((flag.removeprefix("--") for flag in words[::2]), words[1::2], strict=True))
@@ -353,6 +420,17 @@ BAD = {
     "other updates": (
         "--resume_from_checkpoint {finished}/checkpoint-2 --pruning_ratio 0.1",
         ("pruning_ratio", "0.1", "0.5"),
+    ),
+    "another sparsity of a sparse model": (
+        "--model_name_or_path {finished} --sparsity 0.8",
+        ("--sparsity 0.8", "0.5", "prune_ofa"),
+    ),
+    "other blocks of a sparse model": ("--model_name_or_path {finished} --block_size 4", ("--block_size 4",)),
+    "a dense twin of a sparse model": ("--model_name_or_path {finished} --dense_baseline", ("--dense_baseline",)),
+    "rewinding without pruning": ("--learning_rate_rewinding", ("density_schedule='constant'",)),
+    "pruning without updates": (
+        "--model_name_or_path {finished} --sparsity 0.8 --method gmp --static",
+        ("pruned in topology updates", "0.8"),
     ),
     "no such model": ("--model_name_or_path {text}/nothing", ("nothing",)),
     "nsp and streaming": ("--nsp --streaming", ("--nsp", "--streaming")),

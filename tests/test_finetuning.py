@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 from hf_dynsparse import DynSparseBertForSequenceClassification, DynSparseTrainer, densify_, sparse_layers
 from hf_dynsparse.data import glue_metrics
@@ -13,7 +19,9 @@ from hf_dynsparse.finetuning import (
     load_pretrained,
     load_teacher,
     prepare_finetuning_,
+    set_final_sparsity_,
 )
+from hf_dynsparse.layout import count_active_blocks
 from tests.toy import TOY_SIZES, toy_batch, toy_model
 
 
@@ -30,9 +38,12 @@ def rows(count=16):
     return [{"input_ids": ids, "labels": int(ids[5] > 30)} for ids in batch["input_ids"]]
 
 
+GRADUAL = {"gradual": {"final_sparsity": 0.9, "method": "prune_ofa"}}
+
+
 @pytest.mark.parametrize("mode", FINETUNE_MODES)
 def test_recipes(tmp_path, mode):
-    args = arguments(tmp_path, finetune_mode=mode)
+    args = arguments(tmp_path, finetune_mode=mode, **GRADUAL.get(mode, {}))
     model = prepare_finetuning_(toy_classifier(), args)
     assert (args.learning_rate, args.num_train_epochs) == (
         FINETUNE_MODES[mode].learning_rate,
@@ -40,7 +51,7 @@ def test_recipes(tmp_path, mode):
     )
     assert bool(sparse_layers(model)) == (mode != "dense")
     ratio = FINETUNE_MODES[mode].learning_rate / FINETUNE_MODES["dense"].learning_rate
-    assert mode == "dense" or 3 <= ratio <= 5
+    assert mode in ("dense", "gradual") or 3 <= ratio <= 5
 
 
 def test_what_the_user_gives_stands(tmp_path):
@@ -63,13 +74,14 @@ def test_updates_without_dynamic(tmp_path, mode, given):
 
 
 def test_unknown_mode(tmp_path):
-    with pytest.raises(ValueError, match="must be one of locked, dense, dynamic. Got 'frozen'"):
+    with pytest.raises(ValueError, match="must be one of locked, dense, dynamic, gradual. Got 'frozen'"):
         arguments(tmp_path, finetune_mode="frozen")
 
 
 @pytest.mark.parametrize("mode", FINETUNE_MODES)
 def test_what_each_mode_does_to_the_topology(tmp_path, mode):
-    args = arguments(tmp_path, finetune_mode=mode, num_train_epochs=5, kernel_tuning="off", disable_tqdm=True)
+    given = {"num_train_epochs": 5, "kernel_tuning": "off", "disable_tqdm": True, **GRADUAL.get(mode, {})}
+    args = arguments(tmp_path, finetune_mode=mode, **given)
     model = toy_classifier()
     before = {name: layer.block_index.clone() for name, layer in sparse_layers(model).items()}
     nonzero = {name: layer.to_dense() != 0 for name, layer in sparse_layers(model).items()}
@@ -86,6 +98,23 @@ def test_what_each_mode_does_to_the_topology(tmp_path, mode):
     else:
         same = [torch.equal(layers[name].block_index, index) for name, index in before.items()]
         assert all(same) if mode == "locked" else not any(same)
+
+
+def test_gradual_takes_the_method_of_prune_once_for_all(tmp_path):
+    args = arguments(tmp_path, finetune_mode="gradual")
+    settings = args.topology_settings()
+    assert (args.method, settings["pruning_ratio"], settings["hidden_copy"]) == ("prune_ofa", 0.0, True)
+    assert arguments(tmp_path, finetune_mode="gradual", method="gmp").method == "gmp"
+    set_final_sparsity_(args, 0.9)
+    assert args.topology_settings()["final_sparsity"] == 0.9
+    with pytest.raises(ValueError, match="Got sparsity=0.8 and final_sparsity=0.9"):
+        set_final_sparsity_(args, 0.8)
+    with pytest.raises(ValueError, match="Got sparsity=None and final_sparsity=None"):
+        set_final_sparsity_(arguments(tmp_path), None)
+    with pytest.raises(ValueError, match="pruned in topology updates. Got sparsity=0.9"):
+        set_final_sparsity_(arguments(tmp_path), 0.9)
+    with pytest.raises(ValueError, match="Got one without sparse layers and final_sparsity=0.9"):
+        prepare_finetuning_(toy_classifier(sparsity=0.0), args)
 
 
 def test_load_pretrained_sparse(tmp_path):
@@ -114,6 +143,36 @@ def test_load_pretrained_dense_bert(tmp_path):
         weight, kept = dense.get_submodule(name).weight, layer.to_dense() != 0
         assert torch.equal(layer.to_dense()[kept], weight[kept])
         assert weight[kept].abs().sum() > 0.6 * weight.abs().sum()
+
+
+STOCK = {
+    "bert": (BertForSequenceClassification, BertConfig, {"hidden_size": 32, "intermediate_size": 64}),
+    "another": (DistilBertForSequenceClassification, DistilBertConfig, {"dim": 32, "hidden_dim": 64}),
+}
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_load_pretrained_with_all_blocks(tmp_path, kind):
+    cls, config, sizes = STOCK[kind]
+    heads, layers = ("num_attention_heads", "num_hidden_layers") if kind == "bert" else ("n_heads", "n_layers")
+    dense = cls(config(vocab_size=64, max_position_embeddings=32, **sizes, **{heads: 2, layers: 2})).eval()
+    dense.save_pretrained(tmp_path)
+    given = {"sparsity": 0.9, "block_size": (1, 4), "all_blocks": True, "num_labels": 2}
+    loaded = load_pretrained(AutoModelForSequenceClassification, str(tmp_path), **given).eval()
+    assert len(sparse_layers(loaded)) == 12
+    assert all(layer.nnzb == layer.num_blocks for layer in sparse_layers(loaded).values())
+    ids = toy_batch()["input_ids"]
+    torch.testing.assert_close(loaded(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-6)
+    args = arguments(tmp_path / "out", finetune_mode="gradual", max_steps=10, kernel_tuning="off", disable_tqdm=True)
+    set_final_sparsity_(args, 0.9)
+    DynSparseTrainer(prepare_finetuning_(loaded, args), args, train_dataset=rows()).train()
+    for layer in sparse_layers(loaded).values():
+        assert layer.nnzb == count_active_blocks(layer.num_blocks, 1 - 0.9)
+    loaded.save_pretrained(tmp_path / "pruned")
+    again = load_pretrained(AutoModelForSequenceClassification, str(tmp_path / "pruned"))
+    told = again.config.quantization_config.sparsity if kind == "another" else again.config.sparsity
+    assert told == 0.9
+    assert torch.equal(again.eval()(ids).logits, loaded.eval()(ids).logits)
 
 
 def test_a_densified_model_is_saved_dense(tmp_path):

@@ -54,7 +54,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     answers = {}
     for number, (auto, head) in enumerate(HEADS.items()):
         block_size = (1, 4, 8, (2, 8))[number % 4]
-        model = toy_model(number, head, block_size=block_size, sparsity=0.5)
+        slimmed = {"heads_per_layer": [1, 2], "intermediate_sizes": [16, 64]} if number % 2 else {}
+        model = toy_model(number, head, block_size=block_size, sparsity=0.5, **slimmed)
         save_with_code(model, work / auto)
         answers[auto] = answers_of(model)
     torch.save(answers, work / "answers.pt")

@@ -125,6 +125,21 @@ def test_a_dense_start_with_a_teacher(run, data):
     assert all(entry["dynsparse/distillation_loss"] >= 0 for entry in log if "loss" in entry)
 
 
+def test_gradual(run, data):
+    """A dense checkpoint is pruned while it is fine-tuned; a stop changes nothing."""
+    flags = f"--task_name sst2 --glue_dir {data / 'glue'} --finetune_mode gradual --sparsity 0.75 --block_size 1x4"
+    flags += " --max_steps 8 --save_strategy steps --save_steps 3"
+    whole = run(f"{flags} --save_total_limit 5", output="whole", start="dense")
+    summary = json.loads((whole / "summary.json").read_text())
+    assert (summary["mode"], summary["sparsity"], summary["topology_updates"]) == ("gradual", 0.75, 6)
+    assert "began as every block of the checkpoint" in (whole / "README.md").read_text()
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["sparsity"], config["nnzb"], config["block_size"]) == (0.75, None, [1, 4])
+    shutil.copytree(whole / "checkpoint-3", whole.parent / "part" / "checkpoint-3")
+    resumed = run(f"{flags} --resume_from_checkpoint last", output="part", start="dense")
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
 def test_predictions(run, data):
     output = run(f"--task_name rte --glue_dir {data / 'glue'} --do_predict true")
     lines = (output / "predict_results_rte.txt").read_text().splitlines()
@@ -175,6 +190,8 @@ def test_resume(run, data):
         ("--task_name sst2 --glue_dir {data}/glue --block_size 4", "needs a `sparsity`"),
         ("--task_name sst2 --glue_dir {data}/glue --sparsity 0.5", "which is sparse or quantized already"),
         ("--task_name sst2 --glue_dir {data}/glue --block_size 4xx", "Got '4xx'"),
+        ("--task_name sst2 --glue_dir {data}/glue --finetune_mode gradual", "Got sparsity=None"),
+        ("--sparsity 0.5 --finetune_mode gradual --method set", "Got 0.5 with density_schedule='constant'"),
         ("--task_name sst2 --glue_dir {data}/glue --finetune_mode locked --num_topology_updates 3", "dynamic"),
         ("--train_file {data}/own.csv", "`--do_eval` needs a `--validation_file`"),
         ("--train_file {data}/none.csv --do_eval false", "which does not exist"),

@@ -355,6 +355,11 @@ CASES = {
         "--dataset_name {data}/hub --max_train_samples 20",
         {"mode": "dynamic", "sparsity": 0.75, "topology_updates": 2, "task": "hub"},
     ),
+    "gradual": (
+        "--model_name_or_path {data}/dense --sparsity 0.75 --block_size 4 --finetune_mode gradual --max_eval_samples 6",
+        "--train_file {data}/train.json",
+        {"mode": "gradual", "sparsity": 0.75, "start": "dense", "pruned_to": 0.75},
+    ),
     "sparsified, with a teacher": (
         "--model_name_or_path {data}/dense --sparsity 0.5 --block_size 8 --teacher {finished} --eval_strategy steps"
         " --eval_steps 2 --max_eval_samples 6 --load_best_model_at_end --metric_for_best_model f1",

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from .distillation import check_distillation
+from .distillation import DISTILLATION_POSITIONS, check_distillation
+from .learning_rate import check_rewinding
 from .ops.choice import TUNING_MODES
 from .topology import ALLOCATIONS, METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, TopologySettings, method_settings
 
@@ -28,10 +30,12 @@ METHOD_FLAGS = {
     "replace_step": "replace_step",
     "density_schedule": "density_schedule",
     "initial_sparsity": "initial_sparsity",
+    "final_sparsity": "final_sparsity",
     "density_begin": "density_begin",
     "density_end": "density_end",
     "shrink_counts": "shrink_counts",
     "allocation": "allocation",
+    "hidden_copy": "hidden_copy",
 }
 
 BLOCK_AGE_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.ADAMW_TORCH)
@@ -130,6 +134,13 @@ class DynSparseTrainingArguments(TrainingArguments):
     initial_sparsity: float | None = field(
         default=None, metadata={"help": "Sparsity that the density schedule starts from; 0 is dense."}
     )
+    final_sparsity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Sparsity that the density schedule leads to, from that of the model: a trained one is pruned "
+            "step by step. Instead of --initial_sparsity."
+        },
+    )
     density_begin: float | None = field(
         default=None,
         metadata={"help": "Share of the run before which the cubic schedule stays at the initial density."},
@@ -150,6 +161,14 @@ class DynSparseTrainingArguments(TrainingArguments):
             "help": "Which layers have how many blocks: as each was built (layer), the highest prune scores of all "
             "layers (global: GraNet), or regrown by the mean gradient momentum of layers (momentum: SNFS).",
             "choices": list(ALLOCATIONS),
+        },
+    )
+    hidden_copy: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Remember pruned blocks: they return with their last values when active ones have shrunk below "
+            "them (Prune Once for All). For schedules of the density without regrowth.",
+            **SWITCH,
         },
     )
     regrow_std: float = field(
@@ -177,6 +196,13 @@ class DynSparseTrainingArguments(TrainingArguments):
             "are several times too long."
         },
     )
+    learning_rate_rewinding: bool = field(
+        default=False,
+        metadata={
+            "help": "While the density falls along a cubic, each topology update takes the learning rate back to near "
+            "its peak; the linear decay is for the steps outside of that window."
+        },
+    )
     new_block_warmup: int = field(
         default=0,
         metadata={"help": "With --block_age_adam: steps over which the learning rate of a new block rises."},
@@ -194,6 +220,14 @@ class DynSparseTrainingArguments(TrainingArguments):
     )
     distillation_weight: float = field(
         default=0.5, metadata={"help": "Share of the teacher in the loss; 1 leaves the labels out."}
+    )
+    distillation_positions: str = field(
+        default="labelled",
+        metadata={
+            "help": "Where the logits of tokens are compared: where there is a label (labelled), or at all tokens "
+            "that are not padding (all), for which the student must not predict masked positions only.",
+            "choices": list(DISTILLATION_POSITIONS),
+        },
     )
 
     kernel_tuning: str = field(
@@ -237,9 +271,7 @@ class DynSparseTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See `torch` DDP."})
 
     def __post_init__(self) -> None:
-        settings = self.topology_settings()
-        del settings["group_lasso"]
-        TopologySettings(**settings)  # refuses what is out of range
+        self.check_topology()
         if self.num_topology_updates is not None and self.num_topology_updates < 0:
             raise ValueError(f"`num_topology_updates` must not be negative. Got {self.num_topology_updates}.")
         if self.num_topology_updates is not None and self.topology_update_every is not None:
@@ -249,11 +281,20 @@ class DynSparseTrainingArguments(TrainingArguments):
             )
         if self.kernel_tuning not in TUNING_MODES:
             raise ValueError(f"`kernel_tuning` must be one of {', '.join(TUNING_MODES)}. Got {self.kernel_tuning!r}.")
-        check_distillation(self.distillation_temperature, self.distillation_weight)
+        check_distillation(self.distillation_temperature, self.distillation_weight, self.distillation_positions)
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative. Got {self.group_lasso}.")
         super().__post_init__()
         self._check_optimizer()
+
+    def check_topology(self) -> None:
+        """
+        Raises:
+            ValueError: for topology settings out of range, or that exclude each other.
+        """
+        settings = self.topology_settings()
+        del settings["group_lasso"]
+        TopologySettings(**settings)
 
     def _check_optimizer(self) -> None:
         if self.dense_learning_rate is not None and self.dense_learning_rate < 0:
@@ -265,6 +306,13 @@ class DynSparseTrainingArguments(TrainingArguments):
                 f"`new_block_warmup` goes by the ages of blocks. Got {self.new_block_warmup} without them: give "
                 "`block_age_adam=True` too."
             )
+        if self.learning_rate_rewinding:
+            check_rewinding(self.topology_settings())
+            if self.lr_scheduler_type != SchedulerType.LINEAR:
+                raise ValueError(
+                    "`learning_rate_rewinding` is a linear decay of its own. Got lr_scheduler_type="
+                    f"{str(SchedulerType(self.lr_scheduler_type).value)!r}. Leave one of them out."
+                )
         if self.block_age_adam and self.optim not in BLOCK_AGE_OPTIMIZERS:
             names = " or ".join(optimizer.value for optimizer in BLOCK_AGE_OPTIMIZERS)
             raise ValueError(

@@ -14,9 +14,10 @@ from transformers.trainer_callback import ExportableState
 
 from .nn import sparse_layers, topology_summary
 from .optim import group_lasso_
-from .resizing import configured, sizes_of, tell_config_
+from .resizing import configured, distribution_of, sizes_of, tell_config_
 from .topology import TopologySettings, TopologyUpdater, ever_active, track_exploration_
 from .topology.exploration import untrack_exploration_
+from .topology.hidden_copy import untrack_hidden_copy_
 from .topology.momentum import untrack_momentum_
 from .topology.updater import track_layers_
 
@@ -58,7 +59,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self.ever_active: dict[str, torch.Tensor] = {}
         self.on_resize: Callable[[], None] | None = None
         self.resizes = self.settings.changes_sizes
-        self._final: dict[str, Any] | None = None
+        self._final: dict[str, Any] | None = None  # what `configured` says, and the sizes of the model as given
         self._sizes: dict[str, int] = {}
         self._updater: TopologyUpdater | None = None
 
@@ -99,17 +100,23 @@ class TopologyCallback(TrainerCallback, ExportableState):
                 # Initial weights may have been loaded since `on_init_end`.
                 track_exploration_(layer)
                 untrack_momentum_(layer)
+                untrack_hidden_copy_(layer)
         if state.global_step == 0:
             self.metrics = {}
-            self._final = {"sizes": sizes_of(model), **configured(model)}
+            self._final = {"sizes": sizes_of(model), **configured(model, self.settings.final_sparsity)}
         else:
             self.restore(state)
         settings = self.settings
         if settings.num_updates is None and settings.update_every is None:
             settings = replace(settings, num_updates=default_num_updates(state.max_steps))
-        final = self._final["sizes"] if state.global_step > 0 and self._final is not None else None
+        given = self._final["sizes"] if state.global_step > 0 and self._final is not None else None
         self._updater = TopologyUpdater(
-            model, kwargs["optimizer"], state.max_steps, final_nnzb=final, **asdict(settings)
+            model,
+            kwargs["optimizer"],
+            state.max_steps,
+            distribution=distribution_of(model),
+            given_nnzb=given,
+            **asdict(settings),
         )
         self._note_sizes(model)
         cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
@@ -189,6 +196,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             self.ever_active[name] = ever_active(layer).view(layer.grid).cpu()
             untrack_exploration_(layer)
             untrack_momentum_(layer)
+            untrack_hidden_copy_(layer)
         self._updater = None
 
     def check_settings(self, saved: dict[str, Any]) -> None:

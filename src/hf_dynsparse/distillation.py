@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 # What heads call their logits: classification, regression and masked language modelling; pre-training; spans.
 TOKEN_OR_SEQUENCE = ("logits", "prediction_logits", "seq_relationship_logits")
 SPAN = ("start_logits", "end_logits")
+# Where the logits of tokens are compared.
+DISTILLATION_POSITIONS = ("labelled", "all")
 LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
 
@@ -41,22 +43,25 @@ class Distillation:
     A teacher, and what its logits add to the loss: `(1 - weight) * task loss + weight * distillation loss`
     (arXiv:2111.05754, section 3.1).
 
-    Token-level logits (masked language modelling) are compared where there is a label, span logits at real tokens,
-    all others for each sequence.
+    Token-level logits (masked language modelling) are compared where there is a label, or at all real tokens; span
+    logits at real tokens, all others for each sequence.
 
     Args:
         teacher (`nn.Module`): a model with the student's head; put into evaluation mode and frozen.
         temperature (`float`): see [`distillation_loss`].
         weight (`float`): share of the distillation loss, in [0, 1].
+        positions (`str`): where the logits of tokens are compared, `"labelled"` or, as in Prune Once for All, `"all"`.
 
     Raises:
-        ValueError: for a weight or temperature out of range.
+        ValueError: for a weight or temperature out of range, or unknown positions.
     """
 
-    def __init__(self, teacher: nn.Module, temperature: float = 2.0, weight: float = 0.5) -> None:
-        check_distillation(temperature, weight)
+    def __init__(
+        self, teacher: nn.Module, temperature: float = 2.0, weight: float = 0.5, positions: str = "labelled"
+    ) -> None:
+        check_distillation(temperature, weight, positions)
         self.teacher = teacher.eval().requires_grad_(False)
-        self.temperature, self.weight = temperature, weight
+        self.temperature, self.weight, self.positions = temperature, weight, positions
         self._accepted = set(inspect.signature(teacher.forward).parameters) - set(LABELS)
         self._sum: torch.Tensor | float = 0.0
         self._count = 0
@@ -66,8 +71,15 @@ class Distillation:
         Refuse a student whose logits mean something else than the teacher's.
 
         Raises:
-            ValueError: if the vocabularies or the labels differ in number.
+            ValueError: if the vocabularies or the labels differ in number, or the student gives no logits where they
+                are compared.
         """
+        if self.positions == "all" and getattr(student.config, "sparse_prediction", False):
+            raise ValueError(
+                "`distillation_positions='all'` needs the student's logits at every token. Got a model with "
+                "`sparse_prediction=True`, which has them at masked positions only. Set "
+                "`model.config.sparse_prediction = False`."
+            )
         for name in ("vocab_size", "num_labels"):
             ours, theirs = (getattr(model.config, name, None) for model in (student, self.teacher))
             if ours is not None and theirs is not None and ours != theirs:
@@ -94,10 +106,15 @@ class Distillation:
         parts = []
         for name in TOKEN_OR_SEQUENCE:
             if name in outputs:
-                rows = distillation_loss(
-                    *labelled_rows(outputs[name], answers[name], inputs.get("labels")), self.temperature
-                )
-                parts.append(rows.mean() if num_items_in_batch is None else rows.sum() / num_items_in_batch)
+                of_tokens = self.positions == "all" and answers[name].dim() == 3
+                compared = real_rows if of_tokens else labelled_rows
+                rows = distillation_loss(*compared(outputs[name], answers[name], inputs), self.temperature)
+                if num_items_in_batch is None:
+                    parts.append(rows.mean())
+                elif of_tokens:  # items are labels, of which most tokens have none
+                    parts.append(rows.mean() * (inputs["labels"] != -100).sum() / num_items_in_batch)
+                else:
+                    parts.append(rows.sum() / num_items_in_batch)
         padding = inputs["attention_mask"] == 0 if "attention_mask" in inputs else None
         for name in SPAN:
             if name in outputs:
@@ -114,11 +131,15 @@ class Distillation:
         return mean
 
 
-def check_distillation(temperature: float, weight: float) -> None:
+def check_distillation(temperature: float, weight: float, positions: str) -> None:
     """
     Raises:
-        ValueError: for a weight outside [0, 1] or a temperature that is not positive.
+        ValueError: for a weight outside [0, 1], a temperature that is not positive, or unknown positions.
     """
+    if positions not in DISTILLATION_POSITIONS:
+        raise ValueError(
+            f"`distillation_positions` must be one of {', '.join(DISTILLATION_POSITIONS)}. Got {positions!r}."
+        )
     if not 0.0 <= weight <= 1.0:
         raise ValueError(f"`distillation_weight` must lie in [0, 1]. Got {weight}. Choose 0.5 for equal parts.")
     if not temperature > 0.0:
@@ -126,17 +147,28 @@ def check_distillation(temperature: float, weight: float) -> None:
 
 
 def labelled_rows(
-    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor | None
+    student: torch.Tensor, teacher: torch.Tensor, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Logits `(rows, classes)` of both at labelled positions. A student that predicts masked positions only gives those
     rows already.
     """
+    labels = inputs.get("labels")
     if labels is not None and labels.dim() == teacher.dim() - 1 > 1:
         labelled = labels != -100
         student = student if student.dim() < teacher.dim() else student[labelled]
         teacher = teacher[labelled]
     return student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
+
+
+def real_rows(
+    student: torch.Tensor, teacher: torch.Tensor, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `(rows, classes)` of both at all tokens that are not padding, from `(batch, sequence, classes)`."""
+    if "attention_mask" not in inputs:
+        return student.flatten(0, 1), teacher.flatten(0, 1)
+    real = inputs["attention_mask"] != 0
+    return student[real], teacher[real]
 
 
 def only_tokens(logits: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:

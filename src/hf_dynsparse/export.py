@@ -117,7 +117,7 @@ def export_onnx(source: Source, file: str | Path) -> None:
     with written_aside(file) as aside, warnings.catch_warnings(), torch.no_grad():
         # torch's exporter asks its own pytree in a way that it has deprecated.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
-        dense = _dense_copy(_loaded(source)).float().eval()
+        dense = _densified(_loaded(source)).float().eval()
         outputs = dense(**_example_inputs(dense))
         names = [name for name, output in outputs.items() if torch.is_tensor(output)]
         program: Any = torch.onnx.export(export_program(dense), (), output_names=names, dynamo=True, verbose=False)
@@ -228,8 +228,11 @@ def _loaded(source: Source) -> PreTrainedModel:
 
 
 def _dense_copy(model: PreTrainedModel) -> PreTrainedModel:
-    if isinstance(model, DynSparseBertPreTrainedModel):
-        return model.to_dense()
+    return model.to_dense() if isinstance(model, DynSparseBertPreTrainedModel) else _densified(model)
+
+
+def _densified(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the same class and shapes: a slimmed model stays slim, which no stock class can be."""
     dense = copy.deepcopy(model)
     if sparse_layers(dense):
         densify_(dense)

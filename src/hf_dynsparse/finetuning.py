@@ -3,15 +3,23 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel
 
 from .arguments import DynSparseTrainingArguments
-from .layout import BlockSize
+from .distributions import active_blocks
+from .int8 import prepare_qat_, to_int8_
+from .layout import BlockSize, block_shapes_of
 from .models import DynSparseBertConfig
+from .models.bert.configuration_dynsparse_bert import encoder_shapes
 from .nn import sparse_layers, topology_summary
 from .quantizer import DynSparseQuantizationConfig, densify_
+from .summary import checkpoint_bytes, dense_bytes, task_metrics
+
+
+if TYPE_CHECKING:  # the trainer imports the model card, which imports this
+    from .trainer import DynSparseTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -32,7 +40,11 @@ FINETUNE_MODES = {
     "locked": Recipe(2e-4, 8.0, "the pattern stays fixed, only active blocks train"),
     "dense": Recipe(5e-5, 3.0, "the model is made dense first: zeros become trainable weights"),
     "dynamic": Recipe(2e-4, 8.0, "the pattern keeps evolving by topology updates"),
+    "gradual": Recipe(1e-4, 8.0, "a dense checkpoint is pruned step by step while it trains, and locked at the end"),
 }
+
+# Of a model that has been fine-tuned: arXiv:2111.05754, appendix.
+QUANTIZATION_AWARE = Recipe(1e-5, 3.0, "the pattern stays fixed, weights and inputs are rounded to 8 bits")
 
 
 def _recipes(field_name: str) -> str:
@@ -42,7 +54,8 @@ def _recipes(field_name: str) -> str:
 @dataclass
 class FinetuningArguments(DynSparseTrainingArguments):
     """
-    [`DynSparseTrainingArguments`] for a downstream task: recipes by mode, and topology updates only in `"dynamic"`.
+    [`DynSparseTrainingArguments`] for a downstream task: recipes by mode, and topology updates only in `"dynamic"` and
+    `"gradual"`, the latter by method `prune_ofa` if no other is given.
 
     Raises:
         ValueError: for an unknown mode, or topology updates asked for in a mode without them.
@@ -63,15 +76,27 @@ class FinetuningArguments(DynSparseTrainingArguments):
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": f"Epochs. Default: the recipe of the mode ({_recipes('num_train_epochs')})."}
     )
-    pruning_ratio: float = field(
-        default=0.1,
+    pruning_ratio: float | None = field(
+        default=None,
         metadata={
-            "help": "Share of active blocks that the first update of --finetune_mode dynamic replaces; far less than "
-            "in pre-training, for what is pruned here has been learned."
+            "help": "Share of active blocks that the first update of --finetune_mode dynamic replaces. Default: 0.1, "
+            "far less than in pre-training, for what is pruned here has been learned."
         },
     )
     warmup_steps: float = field(
         default=0.06, metadata={"help": "Linear warm-up: a number of steps, or below 1 a share of the run."}
+    )
+    quantization_aware: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on with weights and inputs rounded to 8 bits, from a model fine-tuned for this task, and "
+            "save an int8 model at the end. Defaults are then a learning rate of "
+            f"{QUANTIZATION_AWARE.learning_rate:g} and {QUANTIZATION_AWARE.num_train_epochs:g} epochs; give the "
+            "--teacher of the fine-tuning again."
+        },
+    )
+    quantize_embeddings: bool = field(
+        default=False, metadata={"help": "With --quantization_aware: word embeddings too."}
     )
 
     def __post_init__(self) -> None:
@@ -79,7 +104,18 @@ class FinetuningArguments(DynSparseTrainingArguments):
             raise ValueError(
                 f"`finetune_mode` must be one of {', '.join(FINETUNE_MODES)}. Got {self.finetune_mode!r}."
             )
-        if self.finetune_mode != "dynamic":
+        if self.quantization_aware and self.finetune_mode not in ("locked", "dense"):
+            raise ValueError(
+                f"`quantization_aware` training keeps the pattern. Got `finetune_mode` {self.finetune_mode}. "
+                "Fine-tune the model first, then start from it with `finetune_mode` locked."
+            )
+        if self.quantize_embeddings and not self.quantization_aware:
+            raise ValueError("`quantize_embeddings` needs `quantization_aware`. Got it alone. Give both or none.")
+        if self.finetune_mode == "gradual":
+            self.method = "prune_ofa" if self.method == "dynsparse" else self.method
+        elif self.pruning_ratio is None:
+            self.pruning_ratio = 0.1
+        if self.finetune_mode not in ("dynamic", "gradual"):
             if self.num_topology_updates or self.topology_update_every:
                 raise ValueError(
                     f"Topology updates need `finetune_mode` dynamic. Got {self.finetune_mode}. Change one of them."
@@ -90,14 +126,25 @@ class FinetuningArguments(DynSparseTrainingArguments):
 
 def prepare_finetuning_(model: PreTrainedModel, args: FinetuningArguments) -> PreTrainedModel:
     """
-    Make `model` dense, in place, if `args.finetune_mode` says so, and fill in the learning rate and epochs that the
-    user left open. To be called before the optimiser is made: densified weights need fresh moments.
+    Make `model` dense or quantisation-aware, in place, if `args` say so, and fill in the learning rate and epochs that
+    the user left open. To be called before the optimiser is made: densified weights need fresh moments.
+
+    Raises:
+        ValueError: if a model is to be pruned step by step that has no blocks, or to no sparsity.
     """
     was_sparse = bool(sparse_layers(model))
+    if args.finetune_mode == "gradual" and (not was_sparse or args.final_sparsity is None):
+        raise ValueError(
+            "`finetune_mode` gradual prunes the blocks of a model to `final_sparsity`. Got "
+            f"{'one with' if was_sparse else 'one without'} sparse layers and final_sparsity={args.final_sparsity}. "
+            "Load it by `load_pretrained(..., all_blocks=True)`, and call `set_final_sparsity_`."
+        )
     if was_sparse and args.finetune_mode == "dense":
         densify_(model)
+    if args.quantization_aware:
+        prepare_qat_(model, args.quantize_embeddings)
     mode = args.finetune_mode if was_sparse else "dense"
-    recipe = FINETUNE_MODES[mode]
+    recipe = QUANTIZATION_AWARE if args.quantization_aware else FINETUNE_MODES[mode]
     if args.learning_rate is None:
         args.learning_rate = recipe.learning_rate
     if args.num_train_epochs is None:
@@ -106,11 +153,51 @@ def prepare_finetuning_(model: PreTrainedModel, args: FinetuningArguments) -> Pr
         "Fine-tuning a %s model, mode %s: %s. Learning rate %g, %s.",
         f"{topology_summary(model).sparsity:.1%} sparse" if sparse_layers(model) else "dense",
         mode,
-        recipe.does if was_sparse else "there are no sparse layers",
+        recipe.does if was_sparse or args.quantization_aware else "there are no sparse layers",
         args.learning_rate,
         f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
     )
     return model
+
+
+def finish_quantization_(trainer: "DynSparseTrainer") -> dict[str, Any]:
+    """
+    At the end of quantisation-aware training: evaluate the rounded model, turn it into an int8 model, in place, and
+    save that in the output folder. What is evaluated from then on is the int8 model itself.
+
+    Returns:
+        `dict[str, Any]`: for the summary. `rounded_metrics`, which those of the int8 model must equal but for rounding
+            of sums, and for a BERT `encoder_bytes` and `dense_encoder_bytes`, of the dense encoder in float32.
+    """
+    metrics = trainer.evaluate(metric_key_prefix="rounded") if trainer.eval_dataset is not None else {}
+    model = to_int8_(trainer.accelerator.unwrap_model(trainer.model))
+    trainer.save_model()
+    facts: dict[str, Any] = {"rounded_metrics": task_metrics(metrics, "rounded_")}
+    if isinstance(model.config, BertConfig) and trainer.is_world_process_zero():
+        facts["encoder_bytes"] = checkpoint_bytes(str(trainer.args.output_dir), ".encoder.")
+        facts["dense_encoder_bytes"] = dense_bytes(model, ".encoder.")
+    return facts
+
+
+def set_final_sparsity_(args: DynSparseTrainingArguments, sparsity: float | None) -> None:
+    """
+    Let a run that was asked for `sparsity` lead to it, from a model that it gets with all its blocks.
+
+    Raises:
+        ValueError: if there is none, `args` want another, or they change no density.
+    """
+    if sparsity is None or args.final_sparsity not in (None, sparsity):
+        raise ValueError(
+            "A dense checkpoint that is pruned step by step needs one `sparsity`, that of the end. Got "
+            f"sparsity={sparsity} and final_sparsity={args.final_sparsity}. Give `--sparsity` alone."
+        )
+    if args.num_topology_updates == 0:
+        raise ValueError(
+            f"A model is pruned in topology updates. Got sparsity={sparsity} for the end of a run without updates. "
+            "Leave out what turns them off."
+        )
+    args.final_sparsity = sparsity
+    args.check_topology()
 
 
 def load_pretrained(
@@ -119,6 +206,7 @@ def load_pretrained(
     *,
     sparsity: float | None = None,
     block_size: BlockSize | None = None,
+    all_blocks: bool = False,
     config: PretrainedConfig | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -132,6 +220,8 @@ def load_pretrained(
         sparsity (`float`, *optional*): for a dense checkpoint: the share of positions to leave out.
         block_size (`int`, `tuple[int, int]` or, for a BERT, `dict`, *optional*): side of a block, 16 if only the
             sparsity is given; see [`DynSparseBertConfig`].
+        all_blocks (`bool`): whether a dense checkpoint keeps all its blocks nevertheless, as active ones: the start of
+            a run that leads to `sparsity` as its `final_sparsity`.
         config (`PretrainedConfig`, *optional*): instead of the checkpoint's own.
         kwargs: passed to `from_pretrained`, such as `num_labels`.
 
@@ -145,7 +235,7 @@ def load_pretrained(
     known = config or AutoConfig.from_pretrained(
         name_or_path, **{name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
     )
-    is_sparse = isinstance(known, DynSparseBertConfig) and known.sparsity > 0
+    is_sparse = isinstance(known, DynSparseBertConfig) and bool(known.nnzb_per_layer())
     if is_sparse or getattr(known, "quantization_config", None) is not None:
         raise ValueError(
             f"`sparsity` is for dense checkpoints. Got {sparsity} for {name_or_path}, which is sparse or quantized "
@@ -153,14 +243,24 @@ def load_pretrained(
         )
     blocks: Any = 16 if block_size is None else block_size  # the quantizer refuses sizes by layer
     if known.model_type in ("bert", DynSparseBertConfig.model_type):
-        sparse_class = auto_class._model_mapping[DynSparseBertConfig]
+        sparse_class, dense = auto_class._model_mapping[DynSparseBertConfig], cast(BertConfig, known)
+        how = every_block(dense, blocks) if all_blocks else {"sparsity": sparsity, "block_size": blocks}
         if config is not None:
-            dense_config = cast(BertConfig, config)
-            kwargs["config"] = DynSparseBertConfig.from_stock(dense_config, sparsity=sparsity, block_size=blocks)
-            return sparse_class.from_pretrained(name_or_path, **kwargs)
-        return sparse_class.from_pretrained(name_or_path, sparsity=sparsity, block_size=blocks, **kwargs)
-    settings = DynSparseQuantizationConfig(sparsity=sparsity, block_size=blocks)
-    return auto_class.from_pretrained(name_or_path, config=config, quantization_config=settings, **kwargs)
+            return sparse_class.from_pretrained(
+                name_or_path, config=DynSparseBertConfig.from_stock(dense, **how), **kwargs
+            )
+        return sparse_class.from_pretrained(name_or_path, **how, **kwargs)
+    settings = DynSparseQuantizationConfig(sparsity=0.0 if all_blocks else sparsity, block_size=blocks)
+    model = auto_class.from_pretrained(name_or_path, config=config, quantization_config=settings, **kwargs)
+    model.config.quantization_config.sparsity = sparsity  # a record; how many blocks there are stands beside it
+    return model
+
+
+def every_block(config: BertConfig, block_size: BlockSize) -> dict[str, Any]:
+    """The arguments of a [`DynSparseBertConfig`] of the dimensions of a dense one, all of whose blocks are active."""
+    shapes = encoder_shapes(config)
+    nnzb = active_blocks(shapes, 0.0, block_shapes_of(shapes, block_size))
+    return {"sparsity": 0.0, "block_size": block_size, "nnzb": nnzb}
 
 
 def load_teacher(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedModel:

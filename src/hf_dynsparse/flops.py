@@ -1,18 +1,20 @@
 """Floating-point operations per sequence, by the paper's count (arXiv:2108.06277, appendix on FLOPs)."""
 
+from typing import Any
+
 from torch import nn
 from transformers import BertConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .body import body_modules
-from .models.bert.configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes
+from .models.bert.configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes, layer_sizes
 from .nn import BlockSparseLinear
 
 
 def flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, seq_len: int) -> int:
     """
     Training FLOPs of one sequence without embeddings and heads: forward, input gradient and weight gradient,
-    `3 * (2 * T * nnz + 4 * T² * hidden * layers)`.
+    `3 * (2 * T * nnz + 4 * T² * hidden * layers)`; where layers have fewer heads, only those heads' share of hidden.
 
     Args:
         config_or_model (`BertConfig` or `PreTrainedModel`): a DynSparse or stock BERT configuration, or a model of
@@ -38,7 +40,15 @@ def inference_flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, 
         is_sparse = isinstance(config, DynSparseBertConfig)
         nnz = config.num_active_entries() if is_sparse else sum(o * i for o, i in encoder_shapes(config).values())
     # The second term is QK^T and AV.
-    return 2 * seq_len * nnz + 4 * seq_len**2 * config.hidden_size * config.num_hidden_layers
+    return 2 * seq_len * nnz + 4 * seq_len**2 * _attention_width(config)
+
+
+def _attention_width(config: Any) -> int:
+    """Rows of the queries of all layers together."""
+    if not isinstance(config, DynSparseBertConfig):
+        return int(config.hidden_size * config.num_hidden_layers)
+    head_size = config.hidden_size // config.num_attention_heads
+    return head_size * sum(heads for heads, _ in layer_sizes(config))
 
 
 def _active_entries(model: PreTrainedModel) -> int:

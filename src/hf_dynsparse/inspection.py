@@ -1,7 +1,8 @@
 """What a saved model holds, from the headers and block indices of its files alone: no weight is read."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,6 +16,8 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .int8.index_coding import decode_index
+from .layer_tables import count_units
 from .layout import BlockLayout
 from .nn import TRAINING_BUFFERS, BlockSparseLinear
 from .saved_model import load_config, model_class, split_revision
@@ -35,8 +38,10 @@ class SavedLayer:
         name (`str`): its name in the model.
         layout (`BlockLayout`): its shape and topology.
         bytes (`int`): what its weight takes: values, block index, and what a run records about exploration.
-        dense_bytes (`int`): what the dense weight would take in the same dtype.
+        dense_bytes (`int`): what the dense weight would take in the same dtype; of an int8 layer in float32.
         coverage (`float`, *optional*): DOF coverage so far, if the file is of a run that has not ended.
+        dtype (`str`): of its values, as safetensors calls it, such as `"F32"` or `"I8"`.
+        code_bits (`int`, *optional*): of the symbols that its block index is coded in, if it is int8.
     """
 
     name: str
@@ -44,6 +49,8 @@ class SavedLayer:
     bytes: int
     dense_bytes: int
     coverage: float | None
+    dtype: str
+    code_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class CheckpointReport:
         layers (`tuple[SavedLayer, ...]`): its sparse layers; none if it is dense.
         files (`dict[str, int]`): bytes of each file of weights.
         dense_bytes (`int`): what the tensors of the same model would take if it were dense.
+        int8 (`dict[str, int]`): bytes of its dense int8 matrices, embeddings included, by name.
+        units (`dict[str, list[int]]`): attention heads and intermediate neurons by layer; empty if all have as many.
     """
 
     source: str
@@ -64,11 +73,18 @@ class CheckpointReport:
     layers: tuple[SavedLayer, ...]
     files: dict[str, int]
     dense_bytes: int
+    units: dict[str, list[int]] = field(default_factory=dict)
+    int8: dict[str, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Of all files of weights."""
         return sum(self.files.values())
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it holds int8 matrices, sparse or dense."""
+        return bool(self.int8) or any(layer.code_bits for layer in self.layers)
 
     @property
     def nnz(self) -> int:
@@ -97,34 +113,43 @@ class CheckpointReport:
                 "bytes": layer.bytes,
                 "dense_bytes": layer.dense_bytes,
                 "coverage": layer.coverage,
+                "dtype": layer.dtype,
+                "code_bits": layer.code_bits,
             }
             for layer in self.layers
         ]
         totals = {"sparsity": self.sparsity, "nnz": self.nnz, "positions": self.positions}
         sizes = {"bytes": self.bytes, "dense_bytes": self.dense_bytes, "files": self.files}
-        return {"source": self.source, "architecture": self.architecture, **totals, **sizes, "layers": layers}
+        about = {"source": self.source, "architecture": self.architecture, "units": self.units, "int8": self.int8}
+        return {**about, **totals, **sizes, "layers": layers}
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.architecture}, " + ("sparse" if self.layers else "dense: no sparse layers")]
+        lines += [f"{unit} by layer: {', '.join(map(str, counts))}" for unit, counts in self.units.items()]
         if self.layers:
             lines += ["", *self._table(), ""]
             lines.append(
                 f"{len(self.layers)} sparse layers, {self.nnz:,} of {self.positions:,} entries active, "
                 f"sparsity {self.sparsity:.4f}"
             )
+        if self.int8:
+            lines.append(f"{len(self.int8)} dense int8 matrices, {sum(self.int8.values()):,} bytes")
         lines += [f"{name}: {size:,} bytes" for name, size in self.files.items()]
-        if self.layers:
-            lines.append(f"{self.bytes / self.dense_bytes:.1%} of the {self.dense_bytes:,} bytes of the dense model")
+        if self.layers or self.int8:
+            dense = "dense model" + " in float32" * self.is_int8
+            lines.append(f"{self.bytes / self.dense_bytes:.1%} of the {self.dense_bytes:,} bytes of the {dense}")
         return "\n".join(lines)
 
     def _table(self) -> list[str]:
         tracked = any(layer.coverage is not None for layer in self.layers)
-        rows = [("layer", "shape", "block", "nnzb", "density", "bytes", "of dense", *["coverage"] * tracked)]
+        extra = [*["coverage"] * tracked, *["dtype", "code bits"] * self.is_int8]
+        rows = [("layer", "shape", "block", "nnzb", "density", "bytes", "of dense", *extra)]
         for layer in self.layers:
             shape, block = ("x".join(map(str, sides)) for sides in (layer.layout.shape, layer.layout.block_shape))
             sizes = f"{layer.bytes:,}", f"{layer.bytes / layer.dense_bytes:.3f}"
             cells = layer.name, shape, block, f"{layer.layout.nnzb:,}", f"{layer.layout.density:.4f}", *sizes
-            rows.append((*cells, *["" if layer.coverage is None else f"{layer.coverage:.4f}"] * tracked))
+            coverage = ["" if layer.coverage is None else f"{layer.coverage:.4f}"] * tracked
+            rows.append((*cells, *coverage, *[layer.dtype, str(layer.code_bits or "")] * self.is_int8))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         pad = [str.ljust] + [str.rjust] * (len(widths) - 1)
         return ["  ".join(f(cell, w) for f, cell, w in zip(pad, row, widths, strict=True)).rstrip() for row in rows]
@@ -162,12 +187,21 @@ def inspect_checkpoint(source: str | Path) -> CheckpointReport:
             held = _read_header(file, sizes[name], path)
             saved |= _read_indices(file, held)
         places |= held
-    names = {key.removesuffix(".block_index") for key in places if key.endswith(".block_index")}
+    names = {key.rpartition(".")[0] for key in places if key.endswith((".block_index", ".block_code"))}
     shapes = _dense_shapes(config, names, str(source))
-    layers = tuple(_saved_layer(name, shape, places, saved, str(source)) for name, shape in shapes.items())
-    rest = sum(place.bytes for place in places.values()) - sum(layer.bytes for layer in layers)
-    dense_bytes = rest + sum(layer.dense_bytes for layer in layers)
-    return CheckpointReport(str(source), model_class(config).__name__, layers, sizes, dense_bytes)
+    coded = (getattr(config, "quantization_config", None) or {}).get("layers", {})
+    layers = tuple(
+        _saved_int8_layer(name, shape, places, saved, coded, str(source))
+        if f"{name}.block_code" in places
+        else _saved_layer(name, shape, places, saved, str(source))
+        for name, shape in shapes.items()
+    )
+    matrices = {key.rpartition(".")[0]: place.bytes for key, place in places.items() if key.endswith(".int8_values")}
+    int8 = {name: size for name, size in matrices.items() if name not in shapes}
+    rest = sum(place.bytes for place in places.values()) - sum(layer.bytes for layer in layers) - sum(int8.values())
+    dense_bytes = rest + sum(layer.dense_bytes for layer in layers) + 4 * sum(int8.values())
+    architecture, units = model_class(config).__name__, count_units(config)
+    return CheckpointReport(str(source), architecture, layers, sizes, dense_bytes, units, int8)
 
 
 class _Place(NamedTuple):
@@ -227,7 +261,7 @@ def _read_indices(file: BinaryIO, places: dict[str, _Place]) -> dict[str, bytes]
     """Block indices and what a run records about exploration, in the order of the file: neighbours come together."""
     saved = {}
     for key, place in sorted(places.items(), key=lambda item: item[1].begin):
-        if key.endswith((".block_index", ".ever_active")):
+        if key.endswith((".block_index", ".block_code", ".ever_active")):
             file.seek(place.begin)
             saved[key] = file.read(place.bytes)
     return saved
@@ -273,4 +307,28 @@ def _saved_layer(
         sum(place.bytes for place in here.values()),
         prod(shape) * values.bytes // prod(values.shape),
         None if explored is None else int.from_bytes(explored, "little").bit_count() / layout.num_blocks,
+        values.dtype,
     )
+
+
+def _saved_int8_layer(
+    name: str,
+    shape: tuple[int, int],
+    places: dict[str, _Place],
+    saved: dict[str, bytes],
+    coded: Mapping[str, Any],
+    source: str,
+) -> SavedLayer:
+    values, code, about = places.get(f"{name}.int8_values"), places[f"{name}.block_code"], coded.get(name)
+    described = [] if about is None else [about["nnzb"], *about["block"]]
+    if about is None or values is None or values.dtype != "I8" or code.dtype != "U8" or values.shape != described:
+        raise ValueError(
+            f"`{name}` must have `int8_values` of dtype I8 and the shape that config.json gives, {described}, and "
+            f"`block_code` of dtype U8. Got {values} and {code} in {source}. Load an intact checkpoint."
+        )
+    nnzb, *block = described
+    layout = BlockLayout(torch.empty(0, dtype=torch.int32), shape, (block[0], block[1]))
+    bytes_of_code = torch.frombuffer(bytearray(saved[f"{name}.block_code"]), dtype=torch.uint8)
+    ids = decode_index(bytes_of_code, about["bits"], nnzb, layout.num_blocks, f"`{name}` in {source}")
+    layout = replace(layout, block_index=ids)
+    return SavedLayer(name, layout, values.bytes + code.bytes, 4 * prod(shape), None, "I8", about["bits"])

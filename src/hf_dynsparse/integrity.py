@@ -24,6 +24,15 @@ logger = logging.getLogger(__name__)
 # whoever edits tensors on purpose can write their checksum too, and no hash without a key would change that.
 CHECKSUMS = "crc32"
 
+# What of a layer is never in floating point, by the last part of its name.
+INTEGER_TENSORS = {
+    "block_index": torch.int32,
+    "block_code": torch.uint8,
+    "int8_values": torch.int8,
+    "int32_bias": torch.int32,
+    "input_zero_point": torch.uint8,
+}
+
 
 def with_checksums(
     model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]
@@ -81,10 +90,12 @@ def check_dtype(name: str, dtype: torch.dtype | str, place: str) -> None:
     Check the dtype of a tensor in a checkpoint, which the loader would cast without a word.
 
     Raises:
-        ValueError: naming tensor and place, if an index is not int32, or a weight not in floating point.
+        ValueError: naming tensor and place, if an index is not int32, a weight not in floating point, or a tensor of
+            an int8 layer not what it must be.
     """
-    if name.endswith(".block_index"):
-        right, wanted = dtype == torch.int32, "torch.int32"
+    leaf = name.rpartition(".")[2]
+    if leaf in INTEGER_TENSORS:
+        right, wanted = dtype == INTEGER_TENSORS[leaf], str(INTEGER_TENSORS[leaf])
     elif name.endswith((".values", ".weight", ".bias")):
         right, wanted = isinstance(dtype, torch.dtype) and dtype.is_floating_point, "floating point"
     else:

@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .body import body_modules
 from .flops import inference_flops_per_sequence
+from .int8.embedding import Int8Embedding
+from .int8.layers import Int8BlockSparseLinear
+from .int8.quantizer import int8_modules
+from .models import DynSparseBertConfig
+from .models.bert.configuration_dynsparse_bert import layer_sizes
 from .nn import BlockSparseLinear, sparse_layers
 
 
@@ -28,9 +33,19 @@ def count_layers(model: PreTrainedModel) -> dict[str, Any]:
         "blocks": sorted({_times(layer.block_shape) for layer in layers.values()}),
         "nnz": sum(layer.values.numel() for layer in layers.values()),
         "positions": sum(layer.in_features * layer.out_features for layer in layers.values()),
-        "dense": sum(parameter.numel() for parameter in model.parameters())
-        - sum(layer.values.numel() for layer in layers.values()),
+        "dense": count_weights(model)[0] - sum(layer.values.numel() for layer in layers.values()),
+        "int8": len(int8_modules(model)),
+        "int8_embeddings": any(isinstance(module, Int8Embedding) for module in int8_modules(model).values()),
     }
+
+
+def count_weights(model: PreTrainedModel) -> tuple[int, int]:
+    """Weights of a model, int8 and int32 ones among them, and their bytes: no indices and no scales."""
+    tensors = list(model.parameters())
+    for module in int8_modules(model).values():
+        tensors += [getattr(module, leaf) for leaf in ("int8_values", "int32_bias") if leaf in module._buffers]
+    held = [tensor for tensor in tensors if tensor is not None]
+    return sum(tensor.numel() for tensor in held), sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def count_costs(model: PreTrainedModel, facts: Mapping[str, Any]) -> list[list[str]]:
@@ -41,16 +56,18 @@ def count_costs(model: PreTrainedModel, facts: Mapping[str, Any]) -> list[list[s
         facts (`Mapping[str, Any]`): of its run, if known: `seq_len`, tokens of a sequence; `flops` and `tokens` of the
             training; or `dense_flops` instead of the latter.
     """
-    layers = sparse_layers(model).values()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    layers, int8 = sparse_layers(model).values(), int8_modules(model)
+    parameters, whole = count_weights(model)
     values = sum(layer.values.numel() * layer.values.element_size() for layer in layers)
-    indices = sum(layer.nnzb * layer.block_index.element_size() for layer in layers)
-    as_dense = sum(layer.in_features * layer.out_features * layer.values.element_size() for layer in layers)
+    indices = sum(_index_bytes(layer) for layer in layers)
+    size = 4 if int8 else 0  # the dense model beside an int8 one is in float32
+    as_dense = sum(layer.in_features * layer.out_features * (size or layer.values.element_size()) for layer in layers)
     inactive = sum(layer.in_features * layer.out_features - layer.values.numel() for layer in layers)
+    dense = [module.int8_values for module in int8.values() if not isinstance(module, Int8BlockSparseLinear)]
+    gained = 3 * sum(matrix.numel() for matrix in dense)
     rows: list[tuple[str, str, float, float]] = [
         ("parameters", "{:,}", parameters, parameters + inactive),
-        ("MB of the checkpoint", "{:,.2f}", (whole + indices) / 1e6, (whole - values + as_dense) / 1e6),
+        ("MB of the checkpoint", "{:,.2f}", (whole + indices) / 1e6, (whole - values + as_dense + gained) / 1e6),
     ]
     if layers:
         rows.append(("MB of its sparse matrices", "{:,.2f}", (values + indices) / 1e6, as_dense / 1e6))
@@ -65,7 +82,21 @@ def count_costs(model: PreTrainedModel, facts: Mapping[str, Any]) -> list[list[s
     if flops and dense_flops:
         rows.append(("FLOPs of the training", "{:.4g}", flops, dense_flops))
     cells = [[what, form.format(ours), form.format(dense), f"{ours / dense:.1%}"] for what, form, ours, dense in rows]
-    return cells if layers else [row[:2] for row in cells]
+    return cells if layers or int8 else [row[:2] for row in cells]
+
+
+def _index_bytes(layer: BlockSparseLinear) -> int:
+    if isinstance(layer, Int8BlockSparseLinear):
+        return layer.block_code.numel()
+    return layer.nnzb * layer.block_index.element_size()
+
+
+def count_units(config: PretrainedConfig) -> dict[str, list[int]]:
+    """Attention heads and intermediate neurons by layer, of a BERT whose layers have numbers of their own."""
+    if not isinstance(config, DynSparseBertConfig) or not (config.heads_per_layer or config.intermediate_sizes):
+        return {}
+    heads, neurons = zip(*layer_sizes(config), strict=True)
+    return {"attention heads": list(heads), "intermediate neurons": list(neurons)}
 
 
 def _row(name: str, layers: list[BlockSparseLinear]) -> list[Any]:

@@ -12,7 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .finetuning import FINETUNE_MODES
-from .layer_tables import count_costs, count_layers
+from .int8.quantizer import METHOD as INT8_METHOD
+from .int8.quantizer import DynSparseInt8Config, put_int8_layers_
+from .layer_tables import count_costs, count_layers, count_units
 from .models import DynSparseBertConfig
 from .quantizer import DynSparseQuantizationConfig, DynSparseQuantizer
 from .saved_model import load_config, model_class
@@ -23,6 +25,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PICTURES = {
     "training.png": "Loss, and exploration of the topology if it evolved, against training FLOPs",
     "block_map.png": "Blocks of one layer: at the start, wherever one was active, at the end",
+    "ticket.png": "Attention heads by their gates, and the intermediate neurons of each layer that stay",
 }
 
 # What a model is for, by the Auto class that loads it. Where two classes would do, the first is meant.
@@ -105,8 +108,9 @@ def create_model_card(model: PreTrainedModel, **facts: Any) -> ModelCard:
         `ModelCard`: its `validate` asks the Hub.
     """
     auto_class, layers = _auto_class(model), count_layers(model)
-    needs_package = bool(layers["each"]) or isinstance(model.config, DynSparseBertConfig)
-    tags = [tag for tag, fits in (("dynsparse", needs_package), ("block-sparse", layers["each"])) if fits]
+    needs_package = bool(layers["each"] or layers["int8"]) or isinstance(model.config, DynSparseBertConfig)
+    known = ("dynsparse", needs_package), ("block-sparse", layers["each"]), ("int8", layers["int8"])
+    tags = [tag for tag, fits in known if fits]
     facts = {"model_name": type(model).__name__, "pipeline_tag": TASKS.get(auto_class), **facts}
     facts["tags"] = [*tags, *(model.model_tags or ()), *facts.get("tags", ())]
     log = facts.get("history", ())
@@ -121,6 +125,7 @@ def create_model_card(model: PreTrainedModel, **facts: Any) -> ModelCard:
         needs_package=needs_package,
         max_tokens=getattr(model.config, "max_position_embeddings", None),
         layers=layers,
+        units=count_units(model.config),
         facts=facts,
         data=facts.get("data"),
         explored=explored,
@@ -221,7 +226,9 @@ def empty_model(folder: str | Path) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = model_class(config)(config).to(config.dtype)
     how = getattr(config, "quantization_config", None)
-    if how is not None:
+    if how is not None and how.get("quant_method") == INT8_METHOD:
+        put_int8_layers_(model, DynSparseInt8Config(**how))
+    elif how is not None:
         DynSparseQuantizer(DynSparseQuantizationConfig(**how), pre_quantized=False).attach_(model)
     return model
 

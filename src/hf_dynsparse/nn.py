@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 DENSE_PARTS = ("*cls*", "*pooler*", "*classifier*", "*lm_head*", "*score*", "*qa_outputs*", "*head*")
 
 # Buffers that training adds to a sparse layer to record what it needs; a loaded model has no use for them.
-TRAINING_BUFFERS = ("ever_active", "active_since", "gradient_momentum")
+TRAINING_BUFFERS = ("ever_active", "active_since", "gradient_momentum", "hidden_values", "input_range")
+
+# The parameter that a search for a ticket adds to output projections; a loaded model has no use for it either.
+SEARCH_GATES = "gates"
 
 # Where the first blocks are: (block rows and columns, nnzb, generator) -> block index.
 INITIAL_TOPOLOGIES: dict[str, Callable[[tuple[int, int], int, torch.Generator | None], torch.Tensor]] = {

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ from .nn import DENSE_PARTS, TRAINING_BUFFERS, BlockSparseLinear, sparse_layers
 
 
 METHOD = "dynsparse"
+
+About = TypeVar("About")  # what is known of a layer
 
 
 class SparseLinear(BlockSparseLinear):
@@ -197,7 +199,7 @@ class DynSparseQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._source = str(model.name_or_path) if checkpoint_files else "the given `state_dict`"
             verify_weights(checkpoint_files or ())
-            _replace_(model, _present(model, self.quantization_config.nnzb or {}), self.quantization_config)
+            _replace_(model, present_layers(model, self.quantization_config.nnzb or {}), self.quantization_config)
             prefix = f"{model.base_model_prefix}."
             markers = "|".join(re.escape(name.removeprefix(prefix)) for name in sparse_layers(model))
             ours = {rf"(^|\.)({markers})\.weight$", *(rf"\.{name}$" for name in TRAINING_BUFFERS)}
@@ -337,8 +339,14 @@ def densify_(model: nn.Module) -> nn.Module:
     one again, and saves as such. Optimiser state must be made anew.
 
     Raises:
-        ValueError: if the model has no sparse layer.
+        ValueError: if the model has no sparse layer, or is quantised.
     """
+    quantizer = vars(model).get("hf_quantizer")
+    if quantizer is not None and not isinstance(quantizer, DynSparseQuantizer):
+        raise ValueError(
+            f"`densify_` needs weights in floating point. Got a {type(model).__name__} quantised by "
+            f"{type(quantizer).__name__}. Call `model.dequantize()` first."
+        )
     plain.densify_(model)
     for module in model.modules():  # the transformers model may stand inside another, such as PEFT's
         quantizer = vars(module).get("hf_quantizer")
@@ -383,19 +391,19 @@ def _shape(linear: Any) -> tuple[int, int]:
     return (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
 
 
-def _present(model: PreTrainedModel, nnzb: Mapping[str, int]) -> dict[str, int]:
-    """`nnzb` by the names that the layers have in `model`: the loader's own rule for heads and bare models."""
+def present_layers(model: PreTrainedModel, layers: Mapping[str, About]) -> dict[str, About]:
+    """`layers` by the names that they have in `model`: the loader's own rule for heads and bare models."""
     modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
     present = {}
-    for name, count in nnzb.items():
+    for name, about in layers.items():
         for alias in (name, name.removeprefix(prefix), prefix + name):
             if alias in modules:
-                present[alias] = count
+                present[alias] = about
                 break
     if not present:
         raise ValueError(
             f"`quantization_config` must name layers of {type(model).__name__}. Got none in {model.name_or_path}: it "
-            f"names {', '.join(list(nnzb)[:3]) or 'nothing'}. Load a class of the architecture that was saved."
+            f"names {', '.join(list(layers)[:3]) or 'nothing'}. Load a class of the architecture that was saved."
         )
     return present
 
@@ -427,14 +435,14 @@ def _check_loaded(model: PreTrainedModel, config: DynSparseQuantizationConfig, s
     Raises:
         ValueError: naming the first tensor of a sparse layer that the checkpoint does not hold, or not as it must be.
     """
-    nnzb = _present(model, config.nnzb or {})
+    nnzb = present_layers(model, config.nnzb or {})
     for name, layer in sparse_layers(model).items():
         shapes = {"values": (nnzb[name], *layer.block_shape), "block_index": (nnzb[name],)}
         if layer.bias is not None:
             shapes["bias"] = (layer.out_features,)
         for leaf, shape in shapes.items():
             tensor = getattr(layer, leaf)
-            if not _is_loaded(tensor):
+            if not is_loaded(tensor):
                 raise ValueError(
                     f"A sparse checkpoint must hold every tensor of its sparse layers. Got {source} without "
                     f"`{name}.{leaf}`. Load an intact one; if its weights are dense, remove `quantization_config` "
@@ -447,10 +455,23 @@ def _check_loaded(model: PreTrainedModel, config: DynSparseQuantizationConfig, s
                 )
         if not layer.block_index.is_meta:
             layer.layout.validate(f"`{name}` in {source}")
+    check_loaded(model, source, [name for name in config.nnzb or {} if name not in nnzb])
+
+
+def check_loaded(model: PreTrainedModel, source: str, absent: Iterable[str]) -> None:
+    """
+    Check that a model with the head that it was saved with has found all its parameters.
+
+    Args:
+        absent (`Iterable[str]`): layers that `quantization_config` names, and `model` does not have.
+
+    Raises:
+        ValueError: naming the first that it has not.
+    """
     if type(model).__name__ in (model.config.architectures or ()):
         # Another head may start afresh; the one that the files were saved with is there, or they are damaged.
-        lost = [name for name, weight in model.named_parameters() if not _is_loaded(weight)]
-        lost += [name for name in config.nnzb or {} if name not in nnzb]
+        lost = [name for name, weight in model.named_parameters() if not is_loaded(weight)]
+        lost += absent
         if lost:
             raise ValueError(
                 f"Model and checkpoint must have the same tensors. Got {source}, and `{lost[0]}` in one of them only. "
@@ -458,8 +479,8 @@ def _check_loaded(model: PreTrainedModel, config: DynSparseQuantizationConfig, s
             )
 
 
-def _is_loaded(tensor: torch.Tensor) -> bool:
-    """The loader marks what it has loaded, and leaves on meta what stays on disk."""
+def is_loaded(tensor: torch.Tensor) -> bool:
+    """Whether the checkpoint held it: the loader marks what it has loaded, and leaves on meta what stays on disk."""
     return getattr(tensor, "_is_hf_initialized", False) or tensor.is_meta
 
 

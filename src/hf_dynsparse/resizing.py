@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .checkpoint import weight_files
 from .integrity import open_weights
-from .models.bert.configuration_dynsparse_bert import encoder_shapes
+from .models.bert.configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from .nn import sparse_layers
 from .topology.resize import set_size_
@@ -26,11 +26,23 @@ def sizes_of(model: nn.Module) -> dict[str, int]:
     return {name: layer.nnzb for name, layer in sparse_layers(model).items()}
 
 
-def configured(model: nn.Module) -> dict[str, Any]:
-    """What the configuration of a model says of its density, to come back to when the density does."""
+def configured(model: nn.Module, final_sparsity: float | None = None) -> dict[str, Any]:
+    """
+    What the configuration of a model says of its density, to come back to when the density does; or what it is to say
+    when the model has reached `final_sparsity`.
+    """
     if not isinstance(model, DynSparseBertPreTrainedModel):
         return {}
+    if final_sparsity is not None:
+        return {"sparsity": final_sparsity, "nnzb": None}
     return {"sparsity": model.config.sparsity, "nnzb": model.config.nnzb}
+
+
+def distribution_of(model: nn.Module) -> str:
+    """How the configuration of a model spreads its density over the layers; uniformly, if it does not say."""
+    config = getattr(model, "config", None)
+    settings = config if isinstance(config, DynSparseBertConfig) else getattr(config, "quantization_config", None)
+    return str(getattr(settings, "distribution", "uniform"))
 
 
 def tell_config_(model: nn.Module, wanted: Mapping[str, Any]) -> None:
@@ -59,7 +71,8 @@ def resize_to_checkpoint_(model: nn.Module, checkpoint: str | Path) -> None:
 def check_final_sizes(model: nn.Module, checkpoint: str | Path, callback: str) -> None:
     """
     Raises:
-        ValueError: if `model` has neither the sizes that the run of `checkpoint` will end with nor those that it had.
+        ValueError: if `model` has neither the sizes that the run of `checkpoint` was started with, which are those of
+            its end or, with `final_sparsity`, of its beginning; nor those of the checkpoint.
     """
     state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
     saved: Any = state.stateful_callbacks.get(callback, {})
@@ -70,8 +83,8 @@ def check_final_sizes(model: nn.Module, checkpoint: str | Path, callback: str) -
     name = next(name for name in sizes if sizes[name] != final["sizes"].get(name))
     raise ValueError(
         f"A resumed run must have the model of its checkpoint. Got `{name}` with {sizes[name]} active blocks, but the "
-        f"run of {checkpoint} ends with {final['sizes'].get(name, 'none')}. Start from the same model, with the same "
-        "sparsity, block size and distribution, or write to a new folder."
+        f"run of {checkpoint} was given one with {final['sizes'].get(name, 'none')}. Start from the same model, with "
+        "the same sparsity, block size and distribution, or write to a new folder."
     )
 
 

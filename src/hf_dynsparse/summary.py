@@ -27,8 +27,9 @@ RECORDED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
     *("max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "dense_learning_rate", "block_age_adam"),
+    "learning_rate_rewinding",
 )
-DISTILLATION = ("distillation_weight", "distillation_temperature")
+DISTILLATION = ("distillation_weight", "distillation_temperature", "distillation_positions")
 
 
 def checkpoint_bytes(folder: str | Path, part: str = "") -> int:
@@ -111,12 +112,12 @@ def summarize_finetuning(trainer: "DynSparseTrainer", metrics: dict[str, float])
     }
 
 
-def task_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """The scores among the metrics of an evaluation, without their prefix `eval_`: no times, no steps, no topology."""
+def task_metrics(metrics: dict[str, float], prefix: str = "eval_") -> dict[str, float]:
+    """The scores among the metrics of an evaluation, without their prefix: no times, no steps, no topology."""
     return {
-        name.removeprefix("eval_"): value
+        name.removeprefix(prefix): value
         for name, value in metrics.items()
-        if name.startswith("eval_") and not any(word in name for word in ("runtime", "per_second"))
+        if name.startswith(prefix) and not any(word in name for word in ("runtime", "per_second"))
     }
 
 
@@ -138,6 +139,8 @@ def describe_training(trainer: "DynSparseTrainer") -> dict[str, Any]:
         "learning_rate": args.learning_rate,
         "arguments": {name: value for name, value in given.items() if value is not None and value is not False},
         "teacher": args.teacher and Path(args.teacher).name,
+        **({} if args.final_sparsity is None else {"pattern": "every block of the checkpoint"}),
+        "pruned_to": args.final_sparsity,
         "processes": args.world_size,
         "repo_id": trainer.hub_model_id,
         "seed": args.seed,

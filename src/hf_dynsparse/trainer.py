@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,10 +29,12 @@ from .checkpoint import (
     write_checksums,
 )
 from .distillation import Distillation
+from .early_bird.callback import EarlyBirdCallback
 from .flops import flops_per_sequence
 from .fsdp import ShardedTrainer
 from .hub.trainer import HubTrainer
 from .kernel_callback import KernelCallback
+from .learning_rate import rewinding
 from .memory import keep_freed_memory
 from .model_card import trainer_facts, write_model_card
 from .nn import sparse_layers
@@ -80,7 +83,8 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
             raise ValueError(f"`args.teacher` is {args.teacher!r}: load that model and give it as `teacher` too.")
         self.distillation = None
         if teacher is not None:
-            self.distillation = Distillation(teacher, args.distillation_temperature, args.distillation_weight)
+            how = args.distillation_temperature, args.distillation_weight, args.distillation_positions
+            self.distillation = Distillation(teacher, *how)
             self.distillation.check_student(model)
         self._staging_dir: str | None = None
         self._save_attempt = SaveAttempt()
@@ -93,6 +97,7 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
             callbacks.append(self.topology)
         if self.topology is not None:
             self.topology.on_resize = self._after_resize
+        self.early_bird = next((callback for callback in callbacks if isinstance(callback, EarlyBirdCallback)), None)
         self.kernels = KernelCallback(args.kernel_tuning, args.dense_workspace)
         callbacks.append(self.kernels)
         if args.keep_freed_memory:
@@ -156,6 +161,17 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
                 optimizer_class, options = BlockAdamW, {**options, "new_block_warmup": args.new_block_warmup}
             self.optimizer = optimizer_class(groups, **options)
         return super().create_optimizer(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As in transformers; with rewinds of the learning rate if the arguments ask."""
+        if self.lr_scheduler is None and self.args.learning_rate_rewinding:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            multiplier = rewinding(self.args.topology_settings(), num_training_steps, warmup)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, multiplier)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in transformers, with the masks of epoch 0 in every evaluation."""
@@ -237,6 +253,8 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
                 logs["dynsparse/distillation_loss"] = distilled
             if self.topology is not None:
                 logs.update({f"dynsparse/{name}": value for name, value in self.topology.metrics.items()})
+            if self.early_bird is not None:
+                logs.update({f"early_bird/{name}": value for name, value in self.early_bird.metrics.items()})
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

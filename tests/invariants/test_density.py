@@ -2,6 +2,7 @@
 A density that changes: what is saved half-way loads and goes on bit for bit, FLOPs follow, and two ranks are one.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 import worker
 from launch import two_ranks
-from toy import toy_model, toy_trainer
+from toy import toy_config, toy_model, toy_trainer
 from transformers import AutoConfig, AutoModelForMaskedLM, Trainer
 
 from hf_dynsparse import TopologyCallback, flops_per_sequence, sparse_layers, sparsify_
+from hf_dynsparse.finetuning import every_block
 from hf_dynsparse.layout import count_active_blocks
 from hf_dynsparse.ops import choice, tuning
 
@@ -68,6 +70,44 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path, method: str) -> No
     assert 1 - sum(counts.values()) / positions == pytest.approx(said[5])
     assert half.config.sparsity == pytest.approx(said[5])
     assert half(torch.arange(8)[None]).logits.isfinite().all()
+
+
+PRUNE_OFA = {
+    "method": "prune_ofa",
+    "num_topology_updates": None,
+    "topology_update_every": 1,
+    "final_sparsity": 0.75,
+    "block_age_adam": True,
+}
+
+
+def test_a_dense_model_is_pruned_step_by_step(tmp_path: Path) -> None:
+    """From all its blocks, which may return once pruned; a stop changes nothing."""
+    every = every_block(toy_config(), 4)
+    whole = toy_trainer(tmp_path, toy_model(**every), **PRUNE_OFA, save_strategy="steps", save_steps=1)
+    whole.train()
+    resumed = toy_trainer(tmp_path / "resumed", toy_model(**every), **PRUNE_OFA)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    expected, reached = state_of(whole), state_of(resumed)
+    assert expected.keys() == reached.keys()
+    assert all(torch.equal(tensor, reached[name]) for name, tensor in expected.items())
+    assert not any(name.endswith("hidden_values") for name in expected)
+    blocks = {name: layer.num_blocks for name, layer in sparse_layers(whole.model).items()}
+    places = []
+    for step in range(1, 13):
+        model, told = AutoModelForMaskedLM.from_pretrained(tmp_path / f"checkpoint-{step}", output_loading_info=True)
+        assert not told["unexpected_keys"]
+        sparsity = 0.75 - 0.75 * max(0.0, 1 - step / 6) ** 3
+        assert sizes(model) == {name: count_active_blocks(count, 1 - sparsity) for name, count in blocks.items()}
+        places.append({(name, place) for name, x in sparse_layers(model).items() for place in x.block_index.tolist()})
+    came = [len(after - before) for before, after in itertools.pairwise(places)]
+    assert sum(came[:8]) > 0  # some return
+    assert not any(came[8:])  # none after 0.8 of the run
+    for trainer in (whole, resumed):
+        assert density_of(trainer.model.config)[:2] == (0.75, None)
+    other = toy_trainer(tmp_path / "other", **PRUNE_OFA)
+    with pytest.raises(ValueError, match="with 16 active blocks, but the run of .* was given one with 64"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_configuration_and_flops_follow_the_density(tmp_path: Path) -> None:
@@ -127,7 +167,7 @@ def test_a_resumed_run_must_lead_to_the_same_size(tmp_path: Path) -> None:
     toy_trainer(tmp_path, **METHODS["gmp"], **SAVED).train()
     checkpoint = str(tmp_path / "checkpoint-5")
     other = toy_trainer(tmp_path / "other", toy_model(sparsity=0.5), **METHODS["gmp"])
-    with pytest.raises(ValueError, match="with 32 active blocks, but the run of .* ends with 16"):
+    with pytest.raises(ValueError, match="with 32 active blocks, but the run of .* was given one with 16"):
         other.train(resume_from_checkpoint=checkpoint)
     changed = toy_trainer(tmp_path / "other", **{**METHODS["gmp"], "density_end": 0.5})
     with pytest.raises(ValueError, match=r"density_end: 0.5 \(checkpoint: 0.75\)"):
@@ -170,6 +210,7 @@ def test_new_sizes_are_timed_now_and_then_and_kept(tmp_path: Path, monkeypatch: 
 EVERY_OTHER = {"num_topology_updates": None, "topology_update_every": 2}
 # In double precision, where sums in another order make no difference that counts.
 RUNS = {
+    "pruned": {"method": "prune_ofa", "final_sparsity": 0.9, "num_topology_updates": 6},
     "cubic": {"method": "granet", "num_topology_updates": 4},
     "phases": {"method": "ac_dc", "density_schedule": "0:1,0.3:0,0.6:1,0.8:0", **EVERY_OTHER},
     "snfs": {"method": "snfs", "num_topology_updates": 4},

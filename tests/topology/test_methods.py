@@ -8,6 +8,7 @@ from helpers import generator, make_layer
 from torch import nn
 
 from hf_dynsparse import BlockSparseLinear, TopologyUpdater
+from hf_dynsparse.distributions import active_blocks, erk
 from hf_dynsparse.layout import count_active_blocks
 from hf_dynsparse.optim import check_optimizer_state
 from hf_dynsparse.topology import METHODS, block_ages, density_share, ever_active, method_settings, prune_regrow_
@@ -103,6 +104,7 @@ def test_what_holds_for_every_method(method: str) -> None:
     settings = settings_of(method)
     names, parameters = list(SIZES_OF), list(model.parameters())
     layers, seen = {name: model.layers[name] for name in names}, set[float]()
+    remembered: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}  # last values of what was pruned
     for step in range(STEPS + 1):
         if step:
             moving = [parameter.detach().clone() for parameter in parameters]
@@ -130,7 +132,10 @@ def test_what_holds_for_every_method(method: str) -> None:
                 if place in before[name]:
                     assert all(map(torch.equal, rows, before[name][place]))
                 else:
-                    assert all(not row.any() for row in rows)
+                    values = remembered[name].get(place) if settings["hidden_copy"] else None
+                    assert torch.equal(rows[0], torch.zeros_like(rows[0]) if values is None else values)
+                    assert all(not moments.any() for moments in rows[1:])
+            remembered[name] |= {place: rows[0] for place, rows in before[name].items() if place not in after}
             stayed = [place for place in index[name].tolist() if place in after]
             if len(after) == len(before[name]):  # every survivor has its slot
                 slots = (index[name] == layer.block_index).sum()
@@ -138,7 +143,7 @@ def test_what_holds_for_every_method(method: str) -> None:
             else:  # and otherwise its place among the survivors
                 assert [place for place in layer.block_index.tolist() if place in before[name]] == stayed
     assert list(model.parameters()) == parameters  # the same objects, though of other shapes
-    assert (len(seen) > 1) == (method in ("gmp", "granet", "ac_dc", "mst"))
+    assert (len(seen) > 1) == (method in ("gmp", "prune_ofa", "granet", "ac_dc", "mst"))
 
 
 def same(first: Network, second: Network) -> bool:
@@ -164,6 +169,7 @@ GRANET_AS_RIGL = {"initial_sparsity": 0.75, "density_end": 1.0, "allocation": "l
         ("granet", GRANET_AS_RIGL, "rigl", {"pruning_ratio": 0.5, "replace_step": False}),
         ("granet", {"pruning_ratio": 0.0, "allocation": "layer"}, "gmp", FROM_HALF),
         ("gmp", {"density_schedule": "constant"}, "static", {}),
+        ("prune_ofa", {"hidden_copy": False}, "gmp", {"update_every": 0.01, "last_step": 0.8}),
         # Phases that never leave the final density.
         ("dynsparse", {"density_schedule": "0:0"}, "dynsparse", {}),
         ("snfs", {"allocation": "layer", "regrow_rule": "random"}, "dynsparse", {}),
@@ -201,6 +207,10 @@ def test_bad_density_schedules_are_errors(schedule: str, message: str) -> None:
         ({"density_begin": 0.5}, "0 <= begin < end <= 1. Got density_begin=0.5 and density_end=0.5"),
         ({"initial_sparsity": 1.0}, r"must lie in \[0, 1\). Got 1.0"),
         ({"allocation": "fair"}, "`allocation` must be one of layer, global, momentum. Got 'fair'"),
+        ({"final_sparsity": 1.0}, r"must lie in \[0, 1\). Got 1.0"),
+        ({"final_sparsity": 0.9, "initial_sparsity": 0.1}, "Got final_sparsity=0.9 and initial_sparsity=0.1"),
+        ({"final_sparsity": 0.9, "density_schedule": "constant"}, "Got 0.9 with density_schedule='constant'"),
+        ({"final_sparsity": 0.5}, "Got 0.5 for a model with 144 active entries, where it leaves 288"),
         ({"num_updates": 0}, "changes in topology updates only. Got density_schedule='cubic'"),
     ],
 )
@@ -302,9 +312,79 @@ def test_a_resumed_updater_leaves_sizes_alone() -> None:
         updater.step(step)
     sizes = {name: layer.nnzb for name, layer in model.layers.items()}
     assert sizes != NNZB
-    again = TopologyUpdater(model, optimizer, STEPS, final_nnzb=updater.final_nnzb, **settings_of("gmp"))
+    again = TopologyUpdater(model, optimizer, STEPS, given_nnzb=updater.given_nnzb, **settings_of("gmp"))
     assert {name: layer.nnzb for name, layer in model.layers.items()} == sizes
     for step in range(11, STEPS + 1):
         train_step(model, optimizer, again, step)
         again.step(step)
     assert same(model, run("gmp"))
+
+
+# Where updates fall and the density changes: steps of updates, then the settings that say so; of 40 steps.
+WINDOWS = {
+    "to the half, frozen from 0.8 on": (range(2, 33, 2), {"update_every": 2}),
+    "by shares of the run": (range(4, 33, 4), {"update_every": 0.1}),
+    "a late window": (
+        range(6, 37, 3),
+        {"update_every": 3, "first_step": 0.1, "last_step": 0.9, "density_begin": 0.25},
+    ),
+    "updates end inside of it": (range(3, 16, 3), {"update_every": 3, "last_step": 15}),
+    "the window ends between updates": (range(7, 29, 7), {"update_every": 7, "density_end": 0.6}),
+    "by their number": ((4, 11, 18, 25, 32), {"num_updates": 5, "first_step": 4}),
+}
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("block_size", [1, (1, 4), 4], ids=str)
+def test_a_model_is_pruned_to_its_final_sparsity_exactly(block_size: int | tuple[int, int], window: str) -> None:
+    steps, given = WINDOWS[window]
+    rows, columns = (block_size, block_size) if isinstance(block_size, int) else block_size
+    grids = {"a": (16 // rows, 24 // columns), "b": (12 // rows, 16 // columns)}
+    model = nn.ModuleDict({name: make_layer(grid, block_size, grid[0] * grid[1]) for name, grid in grids.items()})
+    before = {name: layer.values.detach().clone() for name, layer in model.items()}
+    settings = method_settings("prune_ofa", {"final_sparsity": 0.85, **given})
+    updater = TopologyUpdater(model, torch.optim.AdamW(model.parameters()), STEPS, **settings)
+    assert updater.update_steps == tuple(steps)
+    begin, end = settings["density_begin"], settings["density_end"]
+    assert all(torch.equal(layer.values, before[name]) for name, layer in model.items())  # nothing is drawn
+    sparsity = 0.0
+    for step in range(1, STEPS + 1):
+        updater.step(step)
+        if step in updater.update_steps:
+            progress = 1.0 if step == steps[-1] else min(1.0, max(0.0, (step / STEPS - begin) / (end - begin)))
+            sparsity = 0.85 + (0.0 - 0.85) * (1 - progress) ** 3
+        for layer in model.values():
+            assert layer.nnzb == count_active_blocks(layer.num_blocks, 1 - sparsity)
+    assert sparsity == 0.85
+
+
+def test_a_sparse_model_is_pruned_further_by_its_distribution() -> None:
+    """From its own density, layer by layer, to that of an ERK; a resumed run goes the same way."""
+    model = Network()
+    given = {"final_sparsity": 0.9, "update_every": 4, "hidden_copy": False}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    settings = {**settings_of("prune_ofa", **given), "distribution": "erk"}
+    updater = TopologyUpdater(model, optimizer, STEPS, **settings)
+    shapes = {f"layers.{name}": layer.shape for name, layer in model.layers.items()}
+    final = active_blocks(shapes, 0.9, (2, 2), "erk")
+    assert final != active_blocks(shapes, 0.9, (2, 2), "uniform")
+    for step in range(1, STEPS + 1):
+        updater.step(step)
+        if step == 12:
+            share = (1 - 12 / STEPS / 0.5) ** 3
+            for name, layer in updater.layers.items():
+                end = 1 - erk(shapes, 0.1)[name]
+                assert layer.nnzb == count_active_blocks(layer.num_blocks, 1 - (end + (0.75 - end) * share))
+            updater = TopologyUpdater(model, optimizer, STEPS, given_nnzb=updater.given_nnzb, **settings)
+    assert {name: layer.nnzb for name, layer in updater.layers.items()} == final
+
+
+@pytest.mark.parametrize("method", ["gmp", "granet", "ac_dc", "mst"])
+def test_other_methods_lead_on_from_a_trained_model(method: str) -> None:
+    model, optimizer, updater = start(method, final_sparsity=0.9)
+    assert {name: layer.nnzb for name, layer in model.layers.items()} == NNZB
+    for step in range(1, STEPS + 1):
+        train_step(model, optimizer, updater, step)
+        updater.step(step)
+    counts = NNZB if method == "mst" else {name: count_active_blocks(4 * n, 1 - 0.9) for name, n in NNZB.items()}
+    assert sum(layer.nnzb for layer in model.layers.values()) == sum(counts.values())

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoint import CHECKSUM_FILE, STAGING_FOLDER, STATE_FILES
+from ..int8.quantizer import int8_modules
 from ..models import DynSparseBertConfig
 from ..nn import sparse_layers
 from ..remote_code import AUTO_MAP, add_code
@@ -90,7 +91,7 @@ def check_model(folder: Path) -> PreTrainedModel:
             f"A model to be pushed must hold every tensor. Got {folder} without {sorted(report['missing_keys'])[0]}. "
             "Save it again."
         )
-    if config.model_type != DynSparseBertConfig.model_type and not sparse_layers(model):
+    if config.model_type != DynSparseBertConfig.model_type and not (sparse_layers(model) or int8_modules(model)):
         raise ValueError(
             f"Only a sparse model can be pushed. Got {folder}, a {architecture.__name__} without sparse layers. Use "
             "its own `push_to_hub`."

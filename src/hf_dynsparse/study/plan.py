@@ -58,10 +58,7 @@ def read_plan(file: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: naming what is not as it should be.
     """
-    try:
-        plan = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"The plan must be YAML. Got {file}: {' '.join(str(error).split())}") from error
+    plan = read_yaml(file)
     if not isinstance(plan, dict) or not plan.get("sweeps"):
         raise ValueError(f"The plan must hold a list `sweeps`. Got none in {file}.")
     for key, value in plan.items():
@@ -81,6 +78,19 @@ def read_plan(file: str | Path) -> dict[str, Any]:
                     f"`size` must be one of {', '.join(plan['sizes']) or 'none: `sizes` is empty'}. Got {size!r}."
                 )
     return plan
+
+
+def read_yaml(file: str | Path) -> Any:
+    """
+    What a plan holds, unchecked.
+
+    Raises:
+        ValueError: if it is not YAML.
+    """
+    try:
+        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"The plan must be YAML. Got {file}: {' '.join(str(error).split())}") from error
 
 
 def plan_runs(plan: dict[str, Any]) -> Iterator[Run]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..distributions import DISTRIBUTIONS
 from ..layout import count_active_blocks
 from ..nn import BlockSparseLinear
 from .momentum import mean_momentum
@@ -17,27 +18,63 @@ Layers = Mapping[str, BlockSparseLinear]
 ALLOCATIONS = ("layer", "global", "momentum")
 
 
-def scheduled_blocks(
-    layers: Layers, final: Mapping[str, int], initial_sparsity: float, share: float
-) -> dict[str, int]:
+class DensityPath:
     """
-    Active blocks of each layer at a share of the way from the final density (0) to the initial one (1). On the way the
-    sparsity of every layer is the same multiple of its final one, so that the whole model has what the schedule says.
+    Active blocks of each layer on the way from an initial density to a final one.
 
     Args:
-        final (`Mapping[str, int]`): active blocks of each layer at the end.
+        initial, final (`Mapping[str, float]`): sparsity of each layer at the ends.
     """
-    if share == 0.0:
-        return dict(final)
-    positions = sum(layer.in_features * layer.out_features for layer in layers.values())
-    active = sum(final[name] * math.prod(layer.block_shape) for name, layer in layers.items())
-    end = 1.0 - active / positions
-    targets = {}
-    for name, layer in layers.items():
-        own = 1.0 - final[name] / layer.num_blocks
-        begin = initial_sparsity * own / end if end else initial_sparsity
-        targets[name] = count_active_blocks(layer.num_blocks, 1.0 - (own + (begin - own) * share))
-    return targets
+
+    def __init__(self, layers: Layers, initial: Mapping[str, float], final: Mapping[str, float]) -> None:
+        self._ends = {name: (layer.num_blocks, initial[name], final[name]) for name, layer in layers.items()}
+
+    @classmethod
+    def to_model(cls, layers: Layers, nnzb: Mapping[str, int], initial_sparsity: float) -> "DensityPath":
+        """
+        From `initial_sparsity` to the `nnzb` active blocks of a model. On the way the sparsity of every layer is the
+        same multiple of its final one, so that the whole model has what the schedule says.
+        """
+        positions = sum(layer.in_features * layer.out_features for layer in layers.values())
+        active = sum(nnzb[name] * math.prod(layer.block_shape) for name, layer in layers.items())
+        end = 1.0 - active / positions
+        final = {name: 1.0 - nnzb[name] / layer.num_blocks for name, layer in layers.items()}
+        initial = {name: initial_sparsity * own / end if end else initial_sparsity for name, own in final.items()}
+        return cls(layers, initial, final)
+
+    @classmethod
+    def from_model(
+        cls, layers: Layers, nnzb: Mapping[str, int], final_sparsity: float, distribution: str
+    ) -> "DensityPath":
+        """
+        From the `nnzb` active blocks of a model to `final_sparsity`, spread over its layers by `distribution`.
+
+        Raises:
+            ValueError: if the model has fewer blocks than it is to end with.
+        """
+        shapes = {name: layer.shape for name, layer in layers.items()}
+        densities = DISTRIBUTIONS[distribution](shapes, 1.0 - final_sparsity)
+        initial = {name: 1.0 - nnzb[name] / layer.num_blocks for name, layer in layers.items()}
+        path = cls(layers, initial, {name: 1.0 - density for name, density in densities.items()})
+        entries = {name: math.prod(layer.block_shape) for name, layer in layers.items()}
+        begin, end = (sum(counts[name] * entries[name] for name in entries) for counts in (nnzb, path.at(0.0)))
+        if end > begin:
+            raise ValueError(
+                f"A run prunes from the model's sparsity to `final_sparsity`. Got {final_sparsity} for a model with "
+                f"{begin:,} active entries, where it leaves {end:,}. Start from a denser model: all blocks of a "
+                "trained dense one, for example."
+            )
+        return path
+
+    def at(self, share: float) -> dict[str, int]:
+        """
+        Active blocks of each layer at a share of the way back from the final density (0) to the initial one (1):
+        `count_active_blocks` of `s_final + (s_initial - s_final) * share`.
+        """
+        return {
+            name: count_active_blocks(blocks, 1.0 - (final + (initial - final) * share))
+            for name, (blocks, initial, final) in self._ends.items()
+        }
 
 
 def allocate_globally(layers: Layers, total: int, scores: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -61,7 +61,19 @@ METHODS: dict[str, Method] = {
     "snfs": Method("arXiv:1907.04840", {"regrow_rule": "momentum", "allocation": "momentum"}),
     # From dense to sparse, nothing regrows. Half of the run is left to train what remains.
     "gmp": Method("arXiv:1710.01878", {"pruning_ratio": 0.0, "density_schedule": "cubic", "density_end": 0.5}),
-    # The same by the magnitudes of all layers, beside RigL's exchange in each.
+    # The same, with what was pruned remembered: it may return while the density falls, and for a while after.
+    "prune_ofa": Method(
+        "arXiv:2111.05754",
+        {
+            "update_every": 0.01,
+            "last_step": 0.8,
+            "pruning_ratio": 0.0,
+            "density_schedule": "cubic",
+            "density_end": 0.5,
+            "hidden_copy": True,
+        },
+    ),
+    # GMP by the magnitudes of all layers, beside RigL's exchange in each.
     "granet": Method(
         "arXiv:2106.10404",
         {
@@ -98,8 +110,8 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-# Two ways to say when: who gives one does not want the preset's other.
-_WHEN = frozenset({"num_updates", "update_every"})
+# Two ways to say when, and where the density begins or ends: who gives one does not want the preset's other.
+_EITHER = (frozenset({"num_updates", "update_every"}), frozenset({"initial_sparsity", "final_sparsity"}))
 
 
 def method_settings(method: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -119,6 +131,6 @@ def method_settings(method: str, given: Mapping[str, Any] | None = None) -> dict
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}. Got {method!r}.")
     explicit = {name: value for name, value in (given or {}).items() if value is not None}
-    ruled_out = _WHEN if _WHEN & explicit.keys() else frozenset()
+    ruled_out = frozenset().union(*(pair for pair in _EITHER if pair & explicit.keys()))
     preset = {name: value for name, value in METHODS[method].settings.items() if name not in ruled_out}
     return {**DYNSPARSE, **preset, **explicit}

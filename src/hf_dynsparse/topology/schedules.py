@@ -116,7 +116,7 @@ def update_steps(
         )
     if num_updates == 0:
         return ()
-    every, first, last = (_in_steps(value, total_steps) for value in (every, first, last))
+    every, first, last = (in_steps(value, total_steps) for value in (every, first, last))
     begin, end = 1 if first is None else first, total_steps - 1 if last is None else last
     bounded = first is not None or last is not None
     if begin < 1 or end >= max(total_steps, 1) or (bounded and begin > end):
@@ -157,8 +157,13 @@ def _phases(table: str) -> list[tuple[float, float]]:
     return phases
 
 
-def _in_steps(value: float | None, total_steps: int) -> int | None:
-    """A number of steps, given as such or as a share of the run."""
+def in_steps(value: float | None, total_steps: int) -> int | None:
+    """
+    A number of steps, given as such or, below 1, as a share of the run.
+
+    Raises:
+        ValueError: for a fraction above 1.
+    """
     if value is None or not 0 < value < 1:
         if value is not None and value != int(value):
             raise ValueError(f"Steps must be whole, or below 1 a share of the run. Got {value}.")

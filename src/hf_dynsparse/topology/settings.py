@@ -23,18 +23,23 @@ class TopologySettings:
         replace_step (`bool`): whether an update takes the place of the optimiser step before it (RigL). The loop does
             this: no parameter may move in a step that `TopologyUpdater.replaces_step` names.
         density_schedule (`str`): how the density goes from the initial to the final one; see `density_share`.
-        initial_sparsity (`float`): that of the beginning, with a density schedule.
+        initial_sparsity (`float`): that of the beginning, with a density schedule; the model has the one of the end.
+        final_sparsity (`float`, *optional*): that of the end, with a density schedule; the model has the one of the
+            beginning, such as all blocks of a trained dense model.
         density_begin, density_end (`float`): shares of the run between which a named density schedule acts. The last
             update has the final density in any case.
         shrink_counts (`bool`): whether blocks that a smaller density costs count as replaced (MST).
         allocation (`str`): which layers have how many blocks: "layer": as scheduled for each; "global": those of the
             highest prune scores of all layers stay (GraNet); "momentum": what is regrown is shared out by the mean
             gradient momentum of the layers (SNFS).
+        hidden_copy (`bool`): whether pruned blocks are remembered, and return with their last values when the active
+            ones have shrunk below them (Prune Once for All); see `choose_by_hidden_copy`.
         regrow_std (`float`): standard deviation of the values of new blocks; 0 makes them zero.
         seed (`int`): the same on every rank.
 
     Raises:
-        ValueError: for an unknown score, rule, schedule or allocation, or a number out of range.
+        ValueError: for an unknown score, rule, schedule or allocation, a number out of range, or settings that
+            exclude each other.
     """
 
     num_updates: int | None = None
@@ -49,10 +54,12 @@ class TopologySettings:
     replace_step: bool = False
     density_schedule: str = "constant"
     initial_sparsity: float = 0.0
+    final_sparsity: float | None = None
     density_begin: float = 0.0
     density_end: float = 1.0
     shrink_counts: bool = False
     allocation: str = "layer"
+    hidden_copy: bool = False
     regrow_std: float = 0.0
     seed: int = 0
 
@@ -65,12 +72,45 @@ class TopologySettings:
         check_sparsity(self.initial_sparsity)
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"`allocation` must be one of {', '.join(ALLOCATIONS)}. Got {self.allocation!r}.")
+        if self.final_sparsity is not None:
+            self._check_final_sparsity()
+        if self.hidden_copy:
+            self._check_hidden_copy()
+
+    def _check_final_sparsity(self) -> None:
+        check_sparsity(self.final_sparsity or 0.0)
+        if self.density_schedule == "constant":
+            raise ValueError(
+                f"`final_sparsity` is where a density schedule leads. Got {self.final_sparsity} with "
+                "density_schedule='constant'. Choose 'cubic', or a method that has one: gmp or prune_ofa."
+            )
+        if self.initial_sparsity:
+            raise ValueError(
+                "A run with `final_sparsity` begins with the model as it is. Got final_sparsity="
+                f"{self.final_sparsity} and initial_sparsity={self.initial_sparsity}. Leave one of them out."
+            )
+
+    def _check_hidden_copy(self) -> None:
+        """It tells which blocks of a layer are active, and nothing else may."""
+        if SCORES[self.prune_score].needs != {"values"}:
+            fitting = ", ".join(name for name in PRUNE_SCORES if SCORES[name].needs == {"values"})
+            raise ValueError(
+                f"`hidden_copy` compares values of active and of pruned blocks. Got prune_score={self.prune_score!r}, "
+                f"which looks at something else. Choose {fitting}."
+            )
+        if self.density_schedule == "constant" or self.pruning_ratio or self.allocation != "layer":
+            raise ValueError(
+                "`hidden_copy` brings back what a schedule of the density has pruned in a layer, and nothing regrows "
+                f"beside it. Got density_schedule={self.density_schedule!r}, pruning_ratio={self.pruning_ratio} and "
+                f"allocation={self.allocation!r}. Use it with 'cubic', 0 and 'layer', as method prune_ofa does."
+            )
 
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that updates need; see [`Score`]."""
         of_scores = SCORES[self.prune_score].needs | SCORES[self.regrow_rule].needs
-        return of_scores | ({"momentum"} if self.allocation == "momentum" else set())
+        momentum = {"momentum"} if self.allocation == "momentum" else set[str]()
+        return of_scores | momentum | ({"hidden_copy"} if self.hidden_copy else set())
 
     @property
     def changes_sizes(self) -> bool:

@@ -179,13 +179,13 @@ def choose_replacement(
 
     if removed:
         of_slots = score_slots(layer, prune, generator, observed)
-        pruned = select_highest(-_finite(of_slots, "prune_score", prune_score), removed)
+        pruned = select_highest(-finite(of_slots, "prune_score", prune_score), removed)
 
     if added:
         occupied = index[_others(pruned, layer.nnzb)]
         barred = occupied if readmit else index
         of_positions = _score_positions(layer, regrow, generator, observed, occupied, barred, added)
-        candidates = _finite(of_positions, "regrow_rule", regrow_rule).index_fill(0, barred, -math.inf)
+        candidates = finite(of_positions, "regrow_rule", regrow_rule).index_fill(0, barred, -math.inf)
         regrown = select_highest(candidates, added)
     if readmit:
         stays = torch.isin(index[pruned], regrown)
@@ -285,7 +285,13 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(whole(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))))
 
 
-def _finite(scores: torch.Tensor, argument: str, name: str) -> torch.Tensor:
+def finite(scores: torch.Tensor, argument: str, name: str) -> torch.Tensor:
+    """
+    The scores as they are.
+
+    Raises:
+        FloatingPointError: if one is not finite; `argument` and `name` say which rule gave it.
+    """
     if not is_finite(scores):
         raise FloatingPointError(f"`{argument}` {name!r} gave a score that is not finite")
     return scores

@@ -11,10 +11,11 @@ from torch import nn
 from ..nn import BlockSparseLinear, sparse_layers
 from ..optim import check_optimizer_state
 from ..shards import shard_again_
-from .allocation import allocate_by_momentum, allocate_globally, scheduled_blocks
+from .allocation import DensityPath, allocate_by_momentum, allocate_globally
 from .checks import check_sizes_may_change, check_updatable
 from .dense_gradient import DenseGradientProbe
 from .exploration import dof_coverage, is_tracked, track_exploration_
+from .hidden_copy import choose_by_hidden_copy, has_hidden_copy, remember_, track_hidden_copy_
 from .momentum import add_to_momentum_, has_momentum, track_momentum_
 from .report import TopologyReport, report_update
 from .resize import begin_at_size_
@@ -36,16 +37,18 @@ class TopologyUpdater:
     (DDP) or split by blocks (FSDP2: `fully_shard`); then scores are gathered, and a rank writes the blocks it holds.
 
     With a `density_schedule` the model as it is has the density of the end; the updater gives it the initial one at
-    once, by random blocks. Shapes follow the density: whatever depends on the sizes of parameters, such as DDP, must
-    be made anew after an update.
+    once, by random blocks. With a `final_sparsity` too, it has the density of the beginning, and keeps its blocks.
+    Shapes follow the density: whatever depends on the sizes of parameters, such as DDP, must be made anew after an
+    update.
 
     Args:
         model (`nn.Module`): a model with `BlockSparseLinear` layers.
         optimizer (`torch.optim.Optimizer`): of this model's parameters; moments of new blocks are cleared in it.
         total_steps (`int`): optimiser steps of the run.
         num_updates, pruning_ratio, settings: see [`TopologySettings`].
-        final_nnzb (`Mapping[str, int]`, *optional*): active blocks of each layer at the end, when a run resumes: the
-            layers then stay as they are.
+        distribution (`str`): how `final_sparsity` is spread over the layers; see `hf_dynsparse.distributions`.
+        given_nnzb (`Mapping[str, int]`, *optional*): active blocks of each layer of the model that the run was started
+            with, when it resumes: the layers then stay as they are.
 
     Raises:
         ValueError: for arguments out of range, a model without sparse layers, frozen values to update, values that
@@ -70,7 +73,8 @@ class TopologyUpdater:
         num_updates: int | None = None,
         pruning_ratio: float = 0.5,
         *,
-        final_nnzb: Mapping[str, int] | None = None,
+        distribution: str = "uniform",
+        given_nnzb: Mapping[str, int] | None = None,
         **settings: Any,
     ) -> None:
         self.layers: dict[str, BlockSparseLinear] = sparse_layers(model)
@@ -89,11 +93,12 @@ class TopologyUpdater:
         self._probe: DenseGradientProbe | None = None
         self._needs = self.settings.needs
         track_layers_(self.layers.values(), self._needs)
-        self.final_nnzb = dict(final_nnzb or {name: layer.nnzb for name, layer in self.layers.items()})
+        self.given_nnzb = dict(given_nnzb or {name: layer.nnzb for name, layer in self.layers.items()})
+        self._path = self._density_path(distribution)
         if self.settings.changes_sizes:
             what = f"density_schedule={self.settings.density_schedule!r} and allocation={self.settings.allocation!r}"
             check_sizes_may_change(self.layers, self.num_updates, what)
-            if final_nnzb is None:
+            if given_nnzb is None and self.settings.final_sparsity is None:
                 for name, nnzb in self._scheduled(0.0).items():
                     begin_at_size_(self.layers[name], nnzb, self._generator("start", name))
         self.prepare(1)
@@ -205,6 +210,9 @@ class TopologyUpdater:
         if self._probe is not None:  # it knows the layers by the memory of their indices
             self._probe.remove()
             self._probe = None
+        if self.settings.hidden_copy:
+            for name, layer in self.layers.items():
+                remember_(layer, chosen[name].slots)
         done = {
             name: replace_blocks_(layer, chosen[name], self.optimizer, update) for name, layer in self.layers.items()
         }
@@ -223,8 +231,13 @@ class TopologyUpdater:
         return scheduled
 
     def _scheduled(self, progress: float) -> dict[str, int]:
-        share = self.settings.density_share(progress)
-        return scheduled_blocks(self.layers, self.final_nnzb, self.settings.initial_sparsity, share)
+        return self._path.at(self.settings.density_share(progress))
+
+    def _density_path(self, distribution: str) -> DensityPath:
+        final = self.settings.final_sparsity
+        if final is None:
+            return DensityPath.to_model(self.layers, self.given_nnzb, self.settings.initial_sparsity)
+        return DensityPath.from_model(self.layers, self.given_nnzb, final, distribution)
 
     def _mean_scores(self, update: int) -> dict[str, torch.Tensor]:
         """The prune scores of all slots, over the entries of a block: layers may have blocks of several sizes."""
@@ -245,6 +258,8 @@ class TopologyUpdater:
         return observed
 
     def _choose(self, name: str, layer: BlockSparseLinear, ratio: float, update: int, target: int) -> Replacement:
+        if self.settings.hidden_copy:
+            return choose_by_hidden_copy(layer, self.settings.prune_score, target)
         return choose_replacement(
             layer,
             pruning_ratio=ratio,
@@ -278,3 +293,5 @@ def track_layers_(layers: Iterable[BlockSparseLinear], needs: Set[str]) -> None:
             track_exploration_(layer)
         if "momentum" in needs and not has_momentum(layer):
             track_momentum_(layer)
+        if "hidden_copy" in needs and not has_hidden_copy(layer):
+            track_hidden_copy_(layer)

@@ -35,22 +35,31 @@ LIMITS = {
 }
 
 
+def layer_sizes(config: Any) -> list[tuple[int, int]]:
+    """Attention heads and intermediate neurons of every layer of a BERT encoder, stock or ours."""
+    heads = [config.num_attention_heads] * config.num_hidden_layers
+    neurons = [config.intermediate_size] * config.num_hidden_layers
+    # By name: where a checkpoint brings its own code, the class may have been loaded twice.
+    if config.model_type == DynSparseBertConfig.model_type:
+        heads, neurons = config.heads_per_layer or heads, config.intermediate_sizes or neurons
+    return list(zip(heads, neurons, strict=True))
+
+
 def encoder_shapes(config: BertConfig) -> dict[str, tuple[int, int]]:
     """`(out_features, in_features)` of every linear layer of a BERT encoder, by its name inside the encoder."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    one_layer = {
-        "attention.self.query": (hidden, hidden),
-        "attention.self.key": (hidden, hidden),
-        "attention.self.value": (hidden, hidden),
-        "attention.output.dense": (hidden, hidden),
-        "intermediate.dense": (intermediate, hidden),
-        "output.dense": (hidden, intermediate),
-    }
-    return {
-        f"layer.{number}.{name}": shape
-        for number in range(config.num_hidden_layers)
-        for name, shape in one_layer.items()
-    }
+    hidden, head_size = config.hidden_size, config.hidden_size // config.num_attention_heads
+    shapes: dict[str, tuple[int, int]] = {}
+    for number, (heads, neurons) in enumerate(layer_sizes(config)):
+        one_layer = {
+            "attention.self.query": (heads * head_size, hidden),
+            "attention.self.key": (heads * head_size, hidden),
+            "attention.self.value": (heads * head_size, hidden),
+            "attention.output.dense": (hidden, heads * head_size),
+            "intermediate.dense": (neurons, hidden),
+            "output.dense": (hidden, neurons),
+        }
+        shapes |= {f"layer.{number}.{name}": shape for name, shape in one_layer.items()}
+    return shapes
 
 
 @strict
@@ -99,6 +108,8 @@ class DynSparseBertConfig(BertConfig):
     sparse_prediction: bool = True
     sparse_init: str = "normal"
     initial_topology: str = "random"
+    heads_per_layer: list[int] | None = None
+    intermediate_sizes: list[int] | None = None
 
     def validate_heads(self) -> None:
         """Check that the heads share the hidden size evenly."""
@@ -107,6 +118,24 @@ class DynSparseBertConfig(BertConfig):
                 f"`num_attention_heads` must divide `hidden_size` = {self.hidden_size}. Got "
                 f"{self.num_attention_heads} heads. Choose a divisor."
             )
+
+    def validate_layer_sizes(self) -> None:
+        """Check heads and neurons of each layer. Validators run by name, in order: this one before those of blocks."""
+        for name, limit in (("heads_per_layer", "num_attention_heads"), ("intermediate_sizes", "intermediate_size")):
+            sizes, most = getattr(self, name), getattr(self, limit)
+            if sizes is None:
+                continue
+            if len(sizes) != self.num_hidden_layers:
+                raise ValueError(
+                    f"`{name}` must have an entry for each of {self.num_hidden_layers} layers. Got {len(sizes)}. Give "
+                    "as many, or none for layers of one size."
+                )
+            for number, size in enumerate(sizes):
+                if not 1 <= size <= most:
+                    raise ValueError(
+                        f"`{name}` must lie in [1, {most}], `{limit}`. Got {size} for layer {number}. A layer cannot "
+                        "be empty: leave it at least one."
+                    )
 
     def validate_sparsity(self) -> None:
         """Check sparsity, distribution and block size against the shapes of the encoder."""
@@ -194,8 +223,16 @@ class DynSparseBertConfig(BertConfig):
         ours = {name: kwargs.pop(name) for name in _OURS & kwargs.keys()}
         return super().from_dict({**config_dict, **ours}, **_without_identity(kwargs))
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; of a model whose layers have one size as ever, without lists of sizes."""
+        sizes = {"heads_per_layer", "intermediate_sizes"}
+        return {key: value for key, value in super().to_dict().items() if value is not None or key not in sizes}
+
     def to_stock(self) -> BertConfig:
-        """The configuration of the dense model of the same size, without what is ours."""
+        """
+        The configuration of the dense model of the same size, without what is ours; all its layers have
+        `num_attention_heads` heads and `intermediate_size` neurons.
+        """
         return BertConfig(
             **{key: value for key, value in _without_identity(self.to_dict()).items() if key not in _OURS}
         )

@@ -30,9 +30,16 @@ from transformers.models.bert.modeling_bert import (
 
 from ...integrity import ChecksumWriter, order_metadata
 from ...layout import BlockLayout, BlockSize
-from ...nn import INITIAL_TOPOLOGIES, SPARSE_INITS, TRAINING_BUFFERS, BlockSparseLinear, sparse_layers
+from ...nn import (
+    INITIAL_TOPOLOGIES,
+    SEARCH_GATES,
+    SPARSE_INITS,
+    TRAINING_BUFFERS,
+    BlockSparseLinear,
+    sparse_layers,
+)
 from ..loading import check_readable, count_nonzero_blocks, load_whole, refuse_pickles
-from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes
+from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes, layer_sizes
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +51,7 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
     config: DynSparseBertConfig
     # Inherited losses are means over a batch, although their forward takes any argument: the Trainer must be told.
     accepts_loss_kwargs = False
-    _keys_to_ignore_on_load_unexpected = [rf"\.{name}$" for name in TRAINING_BUFFERS]
+    _keys_to_ignore_on_load_unexpected = [rf"\.{name}$" for name in (*TRAINING_BUFFERS, SEARCH_GATES)]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -184,29 +191,41 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
             self.config.sparsity, self.config.nnzb = 0.0, None
         if self._auto_class is None:  # loaded from a repository with code, which does not come along
             vars(self.config).pop("auto_map", None)
-        if not self._hf_peft_config_loaded:  # else only an adapter is saved
+        # Of an adapter nothing else is saved; an int8 model has a quantiser of its own, which stays.
+        writes_checksums = not self._hf_peft_config_loaded and "hf_quantizer" not in vars(self)
+        if writes_checksums:
             self.hf_quantizer = ChecksumWriter(self.state_dict() if state_dict is None else state_dict)
         try:
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
             if is_main_process:
                 order_metadata(save_directory)
         finally:
-            self.__dict__.pop("hf_quantizer", None)
+            if writes_checksums:
+                del self.hf_quantizer
 
     @torch.no_grad()
     def to_dense(self) -> BertPreTrainedModel:
-        """A copy as the stock transformers class, e.g. [`~transformers.BertForMaskedLM`], with the same outputs."""
+        """
+        A copy as the stock transformers class, e.g. [`~transformers.BertForMaskedLM`], with the same outputs.
+
+        Layers with fewer heads or neurons than `num_attention_heads` and `intermediate_size` get zero rows and columns
+        for those that they lack, after their own: stock classes know layers of one size only.
+        """
+        if "hf_quantizer" in vars(self):
+            raise ValueError("`to_dense` needs weights in floating point. Got int8: call `model.dequantize()` first.")
         stock = type(self).__mro__[2]
         # Built on meta and filled: the dense weights exist once.
         with torch.device("meta"):
             dense: BertPreTrainedModel = stock(self.config.to_stock())
-        state = dict(self.state_dict())
+        state = {
+            key: tensor for key, tensor in self.state_dict().items() if key.rpartition(".")[2] not in TRAINING_BUFFERS
+        }
         for name, layer in sparse_layers(self).items():
             for key in [key for key in state if key.startswith(f"{name}.") and not key.endswith(".bias")]:
                 del state[key]
             state[f"{name}.weight"] = layer.to_dense()
-        state = {key: tensor.clone() for key, tensor in state.items()}
-        dense.load_state_dict(state, assign=True)
+        sizes = {key: tensor.shape for key, tensor in dense.state_dict().items()}
+        dense.load_state_dict({key: _padded(tensor, sizes[key]) for key, tensor in state.items()}, assign=True)
         # Buffers that no checkpoint holds are still on meta.
         for name, buffer in self.named_buffers():
             module, _, leaf = name.rpartition(".")
@@ -394,12 +413,25 @@ def _build_encoder(config: DynSparseBertConfig) -> BertEncoder:
     device = torch.get_default_device()
     # Dense shapes on meta cost nothing: the dense encoder is never allocated.
     with torch.device("meta"):
-        encoder = BertEncoder(config)
+        encoder: Any = BertEncoder(config)
+        for layer, (heads, _) in zip(encoder.layer, layer_sizes(config), strict=True):
+            attention = layer.attention.self
+            attention.num_attention_heads, attention.all_head_size = heads, heads * attention.attention_head_size
         shapes, blocks = encoder_shapes(config), config.block_shapes()
+        linears: dict[str, nn.Module] = {name: nn.Linear(columns, rows) for name, (rows, columns) in shapes.items()}
         for name, nnzb in config.nnzb_per_layer().items():
-            out_features, in_features = shapes[name]
-            encoder.set_submodule(name, BlockSparseLinear(in_features, out_features, blocks[name], nnzb=nnzb))
-    return encoder if device.type == "meta" else encoder.to_empty(device=device)
+            rows, columns = shapes[name]
+            linears[name] = BlockSparseLinear(columns, rows, blocks[name], nnzb=nnzb)
+        for name, linear in linears.items():
+            encoder.set_submodule(name, linear)
+    built: BertEncoder = encoder if device.type == "meta" else encoder.to_empty(device=device)
+    return built
+
+
+def _padded(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A copy of `tensor` of `shape`, with zeros at the end of every side that is shorter."""
+    missing = [side - given for side, given in zip(shape, tensor.shape, strict=True)]
+    return nn.functional.pad(tensor, [pad for side in reversed(missing) for pad in (0, side)])
 
 
 def _trace_masked_positions(config: DynSparseBertConfig) -> None:

@@ -1,0 +1,459 @@
+#!/usr/bin/env python
+"""
+Train a BERT with the attention heads and intermediate neurons that are worth it, found in the first steps of a run
+(EarlyBERT, arXiv:2101.00063).
+
+    # a GLUE task, or sentences of your own: data and model flags of run_glue_dynsparse.py
+    accelerate launch examples/run_earlybert.py \
+        --model_name_or_path bert-base-uncased --task_name sst2 --glue_dir glue_data --output_dir runs/sst2-early
+    accelerate launch examples/run_earlybert.py ... --ticket random:0   # as many units, chosen at random
+    accelerate launch examples/run_earlybert.py ... --ticket none      # the dense model, by the full recipe
+    accelerate launch examples/run_earlybert.py ... --sparsity 0.5 --block_size 4 --multiple_of 4  # sparse afterwards
+    # masked language modelling from scratch: flags of run_mlm_dynsparse.py
+    accelerate launch examples/run_earlybert.py --mlm --train_file train.txt --preset mini --output_dir runs/mini-early
+    accelerate launch examples/run_earlybert.py ... --resume_from_checkpoint last  # go on after an interruption
+
+Three stages: gates on heads and neurons train with the model until the ticket drawn from them has settled (search/);
+the ticket is written (ticket.json); the model is slimmed to it, with the weights from before the search, and trained
+by a shorter recipe. Writes into the output folder what the other scripts do, and ticket.json and ticket.png;
+summary.json tells the seconds of search and training apart.
+"""
+
+import copy
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import run_glue_dynsparse as glue
+import run_mlm_dynsparse as mlm
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from hf_dynsparse import (
+    DynSparseBertForMaskedLM,
+    DynSparseBertForPreTraining,
+    DynSparseTrainer,
+    EarlyBirdCallback,
+    Ticket,
+    slim,
+    sparsify_,
+)
+from hf_dynsparse.checkpoint import last_checkpoint
+from hf_dynsparse.data import DataCollatorForWholeWordMasking
+from hf_dynsparse.early_bird import TICKET_FILE, TICKET_SCORES, random_ticket
+from hf_dynsparse.finetuning import load_teacher, prepare_finetuning_
+from hf_dynsparse.layout import parse_block_size
+from hf_dynsparse.models.bert.configuration_dynsparse_bert import layer_sizes
+from hf_dynsparse.plots_slimming import plot_ticket
+from hf_dynsparse.scripts import find_checkpoint, parse_arguments, settle_process, stop
+from hf_dynsparse.summary import summarize_run
+
+
+logger = logging.getLogger("run_earlybert")
+
+SEARCH_FOLDER = "search"
+
+
+@dataclass
+class TicketArguments:
+    """The search, the draw, and the training of what was drawn."""
+
+    mlm: bool = field(default=False, metadata={"help": "Masked language modelling instead of a task."})
+    stage: str = field(
+        default="all",
+        metadata={
+            "help": "search: until the ticket is written; train: from a ticket in --output_dir or that of --ticket; "
+            "all: both.",
+            "choices": ["all", "search", "train"],
+        },
+    )
+    ticket: str = field(
+        default="search",
+        metadata={
+            "help": "search; random:SEED, as many units in each layer, drawn at random; a ticket.json; or none: the "
+            "dense model, trained by --learning_rate and --num_train_epochs."
+        },
+    )
+    head_ratio: float = field(default=1 / 3, metadata={"help": "Share of the heads to leave out."})
+    neuron_ratio: float = field(default=0.4, metadata={"help": "Share of the intermediate neurons to leave out."})
+    draw_heads: str = field(
+        default="layer",
+        metadata={"help": "Heads compete within their layer or with all.", "choices": ["layer", "global"]},
+    )
+    draw_neurons: str = field(
+        default="global", metadata={"help": "The same for neurons.", "choices": ["layer", "global"]}
+    )
+    ticket_score: str = field(
+        default="magnitude",
+        metadata={
+            "help": "What a unit is worth by its gate: |c|, or c as in the authors' code.",
+            "choices": list(TICKET_SCORES),
+        },
+    )
+    multiple_of: int = field(
+        default=1, metadata={"help": "Neurons of a layer come in multiples, such as the block size of --block_size."}
+    )
+    l1_heads: float = field(default=1e-4, metadata={"help": "Strength of the L1 penalty on the gates of heads."})
+    l1_neurons: float = field(default=1e-4, metadata={"help": "The same for neurons."})
+    draw_every: float = field(default=0.02, metadata={"help": "Steps between draws, below 1 a share of an epoch."})
+    ticket_queue: int = field(default=5, metadata={"help": "How many tickets must agree."})
+    ticket_tolerance: float = field(default=0.1, metadata={"help": "They agree if they differ in less than this."})
+    search_fallback: float = field(
+        default=0.2,
+        metadata={"help": "The search ends after these steps, below 1 a share of an epoch, at the latest."},
+    )
+    train_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak rate of the slimmed model. Default: --learning_rate, for a task twice that."},
+    )
+    train_epochs: float | None = field(
+        default=None,
+        metadata={"help": "Its epochs. Default: --num_train_epochs, for a task two thirds. --max_steps goes before."},
+    )
+
+    def search(self) -> EarlyBirdCallback:
+        """The search that the arguments ask for."""
+        return EarlyBirdCallback(
+            l1_heads=self.l1_heads,
+            l1_neurons=self.l1_neurons,
+            draw_every=self.draw_every,
+            queue_length=self.ticket_queue,
+            tolerance=self.ticket_tolerance,
+            fallback=self.search_fallback,
+            head_ratio=self.head_ratio,
+            neuron_ratio=self.neuron_ratio,
+            heads=self.draw_heads,
+            neurons=self.draw_neurons,
+            score=self.ticket_score,
+            multiple_of=self.multiple_of,
+        )
+
+
+@dataclass
+class TaskArguments(TicketArguments, glue.RunArguments):
+    """How it is searched and trained. The search follows the schedule of a whole dense run, and stops early."""
+
+    output_dir: str = field(default="earlybert-glue", metadata={"help": "Where everything of the run is written."})
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak rate of the search, and of --ticket none."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of the search's schedule, and of that."})
+
+
+@dataclass
+class MlmArguments(TicketArguments, mlm.RunArguments):
+    """The same for masked language modelling."""
+
+    output_dir: str = field(default="earlybert-mlm", metadata={"help": "Where everything of the run is written."})
+
+
+@dataclass
+class MlmModelArguments(mlm.ModelArguments):
+    """What is trained: slimmed first, and then perhaps sparse."""
+
+    sparsity: float = field(default=0.0, metadata={"help": "Share of inactive positions of the slimmed model."})
+
+
+class Job(NamedTuple):
+    """What the stages do with a task, whichever it is."""
+
+    load: Callable[[], Any]  # the dense model with its early weights: the same at every call
+    trainer: Callable[[Any, Any, list[TrainerCallback]], DynSparseTrainer]  # of a model, arguments and callbacks
+    report: Callable[[DynSparseTrainer], None]  # evaluates, writes results, summary.json and training.png
+
+
+def main() -> None:
+    """Parse, check, prepare, search, draw, train, report."""
+    try:
+        kinds = MLM_ARGUMENTS if asks_for_mlm(sys.argv[1:]) else TASK_ARGUMENTS
+        model_args, data_args, args = parse_arguments(*kinds, description=__doc__)
+        checkpoint = check(model_args, args)
+        (check_mlm if args.mlm else check_task)(model_args, data_args, args)
+    except (ValueError, OSError) as error:
+        stop(error)
+    settle_process(args, "run_earlybert")
+    try:
+        job = (prepare_mlm if args.mlm else prepare_task)(model_args, data_args, args)
+        ticket = find_ticket(job, args)
+        if args.stage != "search":
+            train(job, ticket, model_args, args, checkpoint)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        stop(error)
+
+
+def asks_for_mlm(given: list[str]) -> bool:
+    """Whether the flags, or the one JSON file that holds them, are those of masked language modelling."""
+    if len(given) == 1 and given[0].endswith(".json"):
+        return json.loads(Path(given[0]).read_text()).get("mlm", False)
+    return "--mlm" in given
+
+
+def check(model_args: Any, args: Any) -> str | None:
+    """Refuse what cannot work; the checkpoint of the training to go on from, if there is one."""
+    args.search()
+    kind, _, seed = args.ticket.partition(":")
+    if kind == "random" and not seed.isdigit():
+        raise ValueError(f"`--ticket random:SEED` needs a number. Got {args.ticket!r}. Write random:0.")
+    if args.stage == "search" and args.ticket != "search":
+        raise ValueError(f"`--stage search` searches. Got --ticket {args.ticket}. Leave one of them out.")
+    if args.resume_from_checkpoint not in (None, "last"):
+        raise ValueError(f"`--resume_from_checkpoint` must be `last` here. Got {args.resume_from_checkpoint!r}.")
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint is None and args.stage != "train":
+        for old in (folder / TICKET_FILE, folder / SEARCH_FOLDER):
+            if old.exists():
+                raise ValueError(
+                    f"`--output_dir` must not hold another run. Got {folder} with {old.name}. Give a new folder, or "
+                    "--resume_from_checkpoint last, or --stage train for another training of that ticket."
+                )
+    if model_args.block_size:
+        parse_block_size(model_args.block_size)
+    return find_checkpoint(args, model_args.token)
+
+
+def check_task(model_args: Any, data_args: Any, args: Any) -> None:
+    """What goes on from a slimmed model without a search is left to the other script."""
+    if not args.do_train or args.quantization_aware or args.finetune_mode == "gradual":
+        raise ValueError(
+            "This script searches, slims and trains. Got --do_train false, --quantization_aware or --finetune_mode "
+            "gradual. Go on from its model with run_glue_dynsparse.py."
+        )
+    glue.check_arguments(model_args, data_args, args)
+
+
+def check_mlm(model_args: Any, data_args: Any, args: Any) -> None:
+    """The model that is searched is dense; topology updates are for the slimmed one, if that is to be sparse."""
+    mlm.check_data(model_args, data_args, args)
+    model_args.static = model_args.static or not model_args.sparsity
+    mlm.settle_updates(model_args, args)
+    model_args.dense_baseline = True
+
+
+def find_ticket(job: Job, args: Any) -> Ticket | None:
+    """The ticket of the output folder, made if need be; `None` for the dense model."""
+    kind, _, seed = args.ticket.partition(":")
+    path = Path(args.output_dir, TICKET_FILE)
+    if kind == "none":
+        return None
+    if path.exists():
+        return Ticket.load(path)
+    about: dict[str, Any] = {}
+    if kind == "random":
+        heads, neurons = zip(*layer_sizes(job.load().config), strict=True)
+        ratios = {"head_ratio": args.head_ratio, "neuron_ratio": args.neuron_ratio, "multiple_of": args.multiple_of}
+        ticket = random_ticket(heads, neurons, seed=int(seed), **ratios)
+    else:
+        source = Path(args.output_dir, SEARCH_FOLDER, TICKET_FILE) if kind == "search" else Path(args.ticket)
+        if kind == "search" and not source.exists():
+            if args.stage == "train":
+                raise ValueError(f"`--stage train` needs a ticket. Got none in {args.output_dir}. Search first.")
+            search(job, args)
+        ticket, about = Ticket.load(source), json.loads(source.read_text())
+    if args.process_index == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ticket.save(path, **{name: fact for name, fact in about.items() if name not in vars(ticket)})
+    return ticket
+
+
+def search(job: Job, args: Any) -> None:
+    """Train a model with gates until its ticket is written; the weights are of no further use."""
+    settings = copy.copy(args)
+    settings.output_dir = os.path.join(args.output_dir, SEARCH_FOLDER)
+    settings.eval_strategy, settings.load_best_model_at_end, settings.push_to_hub = IntervalStrategy.NO, False, False
+    if settings.save_strategy == SaveStrategy.EPOCH:
+        settings.save_strategy = SaveStrategy.NO  # a search is over before an epoch is
+    trainer = job.trainer(job.load(), settings, [args.search()])
+    trainer.train(resume_from_checkpoint=last_checkpoint(settings.output_dir))
+    trainer.accelerator.wait_for_everyone()  # the first process writes the ticket
+
+
+def train(job: Job, ticket: Ticket | None, model_args: Any, args: Any, checkpoint: str | None) -> None:
+    """Train the slimmed model, or the dense one, from its early weights, and report."""
+    model = job.load()
+    if ticket is not None:
+        model = slim(model, ticket.heads, ticket.neurons)
+    if model_args.sparsity:
+        model = sparsify_(model, parse_block_size(model_args.block_size or "16"), model_args.sparsity)
+    settings = copy.copy(args)
+    settings.learning_rate, settings.num_train_epochs = recipe(args, ticket is not None)
+    if not args.mlm:
+        prepare_finetuning_(model, settings)
+    trainer = job.trainer(model, settings, [])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    job.report(trainer)
+    if trainer.is_world_process_zero():
+        tell_of_ticket(trainer, args.ticket)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
+    trainer.accelerator.end_training()
+
+
+def recipe(args: Any, is_slim: bool) -> tuple[float, float]:
+    """Peak rate and epochs of the training: on a task a slim model gets twice the rate, two thirds of the epochs."""
+    faster, shorter = (2.0, 2 / 3) if is_slim and not args.mlm else (1.0, 1.0)
+    rate = args.learning_rate * faster if args.train_learning_rate is None else args.train_learning_rate
+    return rate, args.num_train_epochs * shorter if args.train_epochs is None else args.train_epochs
+
+
+def tell_of_ticket(trainer: DynSparseTrainer, kind: str) -> None:
+    """Add to summary.json which ticket was trained and the seconds of both stages, and draw the ticket."""
+    folder = Path(str(trainer.args.output_dir))
+    summary = json.loads((folder / "summary.json").read_text())
+    facts: dict[str, Any] = {"ticket": kind if kind == "none" or ":" in kind else Path(kind).name}
+    if kind != "none":
+        ticket = json.loads((folder / TICKET_FILE).read_text())
+        facts |= {name: ticket[name] for name in ("step", "reason") if name in ticket}
+        facts |= {name: [len(layer) for layer in ticket[name]] for name in ("heads", "neurons")}
+        facts |= {name: ticket[name] for name in ("num_heads", "num_neurons")}
+        facts["search_seconds"] = ticket.get("seconds", 0.0)
+        try:
+            plot_ticket(ticket, folder / "ticket.png", title=folder.name)
+        except ImportError as error:
+            logger.warning("No picture: %s", error)
+    facts["train_seconds"] = summary["seconds"]
+    facts["total_seconds"] = facts["train_seconds"] + facts.get("search_seconds", 0.0)
+    (folder / "summary.json").write_text(json.dumps(summary | {"earlybert": facts}, indent=2) + "\n")
+
+
+def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:
+    """A GLUE task, or sentences of one's own."""
+    hub = {"revision": model_args.model_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
+    trusted = {"trust_remote_code": model_args.trust_remote_code}
+    raw = glue.load_examples(model_args, data_args)
+    columns, labels = glue.understand(raw, data_args)
+    name = model_args.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **trusted, **hub)
+    config = AutoConfig.from_pretrained(
+        model_args.config_name or name,
+        num_labels=len(labels) or 1,
+        problem_type="single_label_classification" if labels else "regression",
+        id2label=dict(enumerate(labels or ["LABEL_0"])),
+        label2id={label: number for number, label in enumerate(labels or ["LABEL_0"])},
+        **trusted,
+        **hub,
+    )
+    with args.main_process_first(desc="tokenize"):
+        examples = glue.tokenize(raw, columns, tokenizer, data_args, config.max_position_embeddings)
+    teacher = None
+    if args.teacher:
+        teacher = load_teacher(AutoModelForSequenceClassification, args.teacher, **{**hub, "revision": "main"})
+
+    def load() -> Any:
+        set_seed(args.seed)  # the same new head every time
+        return AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=copy.deepcopy(config),
+            ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+            **trusted,
+            **hub,
+        )
+
+    def trainer(model: Any, settings: Any, callbacks: list[TrainerCallback]) -> DynSparseTrainer:
+        return DynSparseTrainer(
+            model,
+            settings,
+            teacher=teacher,
+            train_dataset=examples["train"],
+            eval_dataset=examples["validation"] if args.do_eval else None,
+            compute_metrics=glue.scorer(data_args, labels),
+            data_collator=None if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+
+    def report(trainer: DynSparseTrainer) -> None:
+        results: dict[str, float] = {}
+        if args.do_eval:
+            results = trainer.evaluate()
+            if data_args.task_name == "mnli" and "validation_mismatched" in examples:
+                results |= trainer.evaluate(examples["validation_mismatched"], metric_key_prefix="eval_mm")
+            trainer.save_metrics("eval", results)
+        if args.do_predict:
+            for split in [split for split in examples if split.startswith("test")]:
+                rest = split.removeprefix("test")
+                glue.predict(trainer, examples[split], labels, f"{data_args.task_name or 'test'}{rest}")
+        if trainer.is_world_process_zero():
+            glue.report(trainer, results, glue.about_run(model_args, data_args))
+
+    return Job(load, trainer, report)
+
+
+def prepare_mlm(model_args: Any, data_args: Any, args: Any) -> Job:
+    """Masked language modelling, from scratch or from a dense checkpoint."""
+    known = Path(args.output_dir, "tokenizer")
+    with args.main_process_first(desc="prepare the text"):
+        raw = mlm.load_text(model_args, data_args)
+        tokenizer = mlm.load_tokenizer(model_args, raw, args, str(known) if known.exists() else None)
+        sequences = mlm.prepare_sequences(raw, tokenizer, data_args, args)
+    config = mlm.build_config(model_args, args, None)
+    if not model_args.model_name_or_path:
+        config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    if args.learning_rate is None:
+        args.learning_rate = mlm.LEARNING_RATES[model_args.preset]
+    architecture = DynSparseBertForPreTraining if data_args.nsp else DynSparseBertForMaskedLM
+    auto_class = AutoModelForPreTraining if data_args.nsp else AutoModelForMaskedLM
+    teacher = load_teacher(auto_class, args.teacher, token=model_args.token) if args.teacher else None
+
+    def load() -> Any:
+        set_seed(args.seed)  # the same initial weights every time
+        if not model_args.model_name_or_path:
+            return architecture(copy.deepcopy(config))
+        return architecture.from_pretrained(
+            model_args.model_name_or_path,
+            config=copy.deepcopy(config),
+            revision=model_args.model_revision,
+            token=model_args.token,
+            dtype=model_args.dtype,
+        )
+
+    def trainer(model: Any, settings: Any, callbacks: list[TrainerCallback]) -> DynSparseTrainer:
+        return DynSparseTrainer(
+            model,
+            settings,
+            teacher=teacher,
+            data_collator=DataCollatorForWholeWordMasking(
+                tokenizer,
+                mlm_probability=data_args.mlm_probability,
+                whole_word_mask=data_args.whole_word_mask,
+                seed=args.seed,
+                pad_to_multiple_of=data_args.max_seq_length if data_args.pad_to_max_length else None,
+            ),
+            train_dataset=sequences["train"],
+            eval_dataset=sequences["validation"],
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+
+    def report(trainer: DynSparseTrainer) -> None:
+        metrics = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            about = mlm.about_run(model_args, data_args, str(raw["validation"].split))
+            about["pattern"] = "the blocks of largest L1 norm"
+            mlm.report(trainer, about | summarize_run(trainer, metrics, data_args.max_seq_length))
+
+    return Job(load, trainer, report)
+
+
+TASK_ARGUMENTS = (glue.ModelArguments, glue.DataArguments, TaskArguments)
+MLM_ARGUMENTS = (MlmModelArguments, mlm.DataArguments, MlmArguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+#!/usr/bin/env python
+"""
+Prune Once for All (arXiv:2111.05754): from a dense model to sparse int8 models of many tasks, from one plan.
+
+    python examples/run_prune_ofa.py --plan examples/prune_ofa/two_cores.yaml --output_dir runs/prune_ofa \
+        --train_file train.txt.gz --validation_file valid.txt.gz --glue_dir glue_data
+    python examples/run_prune_ofa.py ... --stage teacher prune     # only these
+    python examples/run_prune_ofa.py ... --stage report            # from the runs that are finished, at any time
+    python examples/run_prune_ofa.py ... --dry_run                 # the commands of the missing runs
+
+    teacher       pre-train the dense model, from scratch or from a checkpoint
+    prune         prune it while it is pre-trained further and learns from its dense self
+    task_teacher  fine-tune the dense model on each task
+    gradual       instead of `prune`: prune it while it is fine-tuned
+    transfer      fine-tune the pruned model with its pattern locked; it learns from the dense one of the task
+    quantize      the same with weights and inputs rounded to int8; saves the int8 model
+    report        scores, bytes and patterns of dense, pruned, and pruned int8 models
+
+The plan is a YAML file: a table of flags for each stage to run, `defaults` for all of them, `tasks` (GLUE, squad), and
+`variants`, each the product of its lists:
+
+    defaults: {seed: 0}
+    teacher: {preset: mini, max_steps: 2000}         # flags of run_mlm_dynsparse.py
+    prune: {max_steps: 2000}
+    task_teacher: {learning_rate: 5.0e-5}            # of run_glue_dynsparse.py or run_qa_dynsparse.py
+    transfer: {learning_rate: 2.0e-4, num_train_epochs: 4}
+    quantize: {learning_rate: 2.0e-5, num_train_epochs: 2}
+    tasks: {sst2: {max_train_samples: 4000}, squad: {max_seq_length: 128, transfer: {num_train_epochs: 6}}}
+    variants: [{sparsity: [0.85, 0.9], block_size: [1, 1x4]}]
+
+Finished runs are skipped and interrupted ones go on from their last checkpoint, so the same command completes a study.
+Writes a folder and a log a run, results.json, table.md and scores.png.
+"""
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import run_glue_dynsparse as glue
+import run_mlm_dynsparse as mlm
+import run_qa_dynsparse as qa
+from huggingface_hub.errors import StrictDataclassError
+
+from hf_dynsparse.study.jobs import FlagParser, Job, logged_command, run_jobs, usable_cores
+from hf_dynsparse.study.prune_ofa import GLUE, MLM, QA, STAGES, StageRun, plan_prune_ofa, read_prune_ofa_plan
+from hf_dynsparse.study.prune_ofa_report import collect_results, format_results, plot_results
+
+
+SCRIPTS: dict[str, ModuleType] = {MLM: mlm, GLUE: glue, QA: qa}
+# Stages of a wave do not wait for each other.
+WAVES = (("teacher",), ("prune", "task_teacher"), ("gradual",), ("transfer",), ("quantize",))
+
+# Flags that change no result.
+INERT = ("--num_threads", "--output_dir")
+
+
+def main() -> None:
+    """Plan, check, run what is missing, report."""
+    args = parse_arguments()
+    output = Path(args.output_dir)
+    try:
+        plan = read_prune_ofa_plan(args.plan, args.model_name_or_path)
+        threads = args.threads or max(1, len(usable_cores()) // args.jobs)
+        plan["defaults"] = {"num_threads": threads, **plan["defaults"]}
+        runs = plan_prune_ofa(plan, output, find_data(args))
+        check_runs(runs, output)
+        chosen = choose_runs(runs, plan, args, output)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.exit(f"{Path(__file__).name}: error: {error}")
+
+    warn_of_changes(runs, output)
+    jobs = {run.name: Job(run.name, command(run, output), run.needs) for run in chosen}
+    if args.dry_run:
+        for job in jobs.values():
+            print(shlex.join(job.command))
+        return
+    waves = [[jobs[run.name] for run in chosen if run.stage in stages] for stages in WAVES]
+    failed = run_jobs(waves, output, is_finished, jobs=args.jobs) if chosen else []
+    if not args.stage or "report" in args.stage:
+        report(runs, output)
+    if failed:
+        sys.exit("\n  ".join([f"{len(failed)} of {len(chosen)} runs failed; each has a .log:", *failed]))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """From the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--plan", required=True, help="the stages, a YAML file")
+    parser.add_argument("--output_dir", required=True, help="folder of the study")
+    parser.add_argument("--model_name_or_path", help="the dense model to start from, instead of the plan's")
+    parser.add_argument("--train_file", help="text to pre-train on; default: built-in text")
+    parser.add_argument("--validation_file", help="text to evaluate on")
+    parser.add_argument("--glue_dir", help="folder with the official files; default: the Hub")
+    parser.add_argument("--squad_train_file", help="questions to train on; default: rajpurkar/squad on the Hub")
+    parser.add_argument("--squad_validation_file", help="questions to evaluate on")
+    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "report"], help="only these; default: all of the plan")
+    parser.add_argument("--task", nargs="+", help="only these of the plan")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, help="CPU threads of each; default: its share of the cores")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands of the missing runs")
+    args = parser.parse_args()
+    for flag in ("jobs", "threads"):
+        if (getattr(args, flag) or 1) < 1:
+            parser.error(f"--{flag} must be at least 1. Got {getattr(args, flag)}.")
+    return args
+
+
+def find_data(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Flags that name the data of pre-training, of GLUE, and of SQuAD."""
+    squad = {"train_file": args.squad_train_file, "validation_file": args.squad_validation_file}
+    return {
+        "text": {"train_file": args.train_file, "validation_file": args.validation_file},
+        "glue": {"glue_dir": args.glue_dir},
+        "squad": squad if any(squad.values()) else {"dataset_name": "rajpurkar/squad"},
+    }
+
+
+def check_runs(runs: Sequence[StageRun], output: Path) -> None:
+    """
+    Refuse, before anything runs, flags with which a run would stop at its start.
+
+    Raises:
+        ValueError: naming the run.
+    """
+    for run in runs:
+        script = SCRIPTS[run.script]
+        parser = FlagParser((script.ModelArguments, script.DataArguments, script.RunArguments))
+        try:
+            model_args, data_args, args = parser.parse_args_into_dataclasses(run.arguments(output))
+            if run.script == MLM:
+                mlm.check_data(model_args, data_args, args)
+                if model_args.model_name_or_path is None:  # others start from a model that is not there yet
+                    mlm.build_config(model_args, args, None)
+            else:
+                script.check_arguments(model_args, data_args, args)
+        except (ValueError, OSError, StrictDataclassError) as error:
+            raise ValueError(f"{run.name}: {str(error).strip().splitlines()[-1].strip()}") from error
+
+
+def choose_runs(
+    runs: Sequence[StageRun], plan: dict[str, Any], args: argparse.Namespace, output: Path
+) -> list[StageRun]:
+    """
+    The runs of the stages and tasks asked for that are not finished.
+
+    Raises:
+        ValueError: for a stage or task that the plan lacks, or a run that builds on one that is neither finished nor
+            asked for.
+    """
+    for flag, known in (("stage", [*plan, "report"]), ("task", plan["tasks"])):
+        if strange := [name for name in getattr(args, flag) or [] if name not in known]:
+            raise ValueError(f"--{flag} must be of the plan. Got {', '.join(strange)}, which {args.plan} lacks.")
+    chosen = [
+        run
+        for run in runs
+        if (not args.stage or run.stage in args.stage)
+        and (not args.task or run.task is None or run.task in args.task)
+        and not is_finished(output / run.name)
+    ]
+    names = {run.name for run in chosen}
+    for run in chosen:
+        for needed in run.needs:
+            if needed not in names and not is_finished(output / needed):
+                raise ValueError(
+                    f"{run.name} builds on {needed}, which is not finished in {output}. Got --stage "
+                    f"{' '.join(args.stage)} alone. Run that stage too, or first."
+                )
+    return chosen
+
+
+def warn_of_changes(runs: Sequence[StageRun], output: Path) -> None:
+    """Say which finished runs had other flags than the plan gives them now."""
+    for run in runs:
+        had = logged_command(output / run.name)
+        if had is not None and is_finished(output / run.name):
+            before, now = ({flag for flag in each if flag.startswith("--")} for each in (had, command(run, output)))
+            lost, new = (
+                sorted(flag for flag in some if not flag.startswith(INERT)) for some in (before - now, now - before)
+            )
+            if lost or new:
+                words = f"had {' '.join(lost) or 'nothing'}, the plan has {' '.join(new) or 'nothing'}"
+                print(f"{run.name} is kept, but {words}. Delete its folder to run it again.", file=sys.stderr)
+
+
+def command(run: StageRun, output: Path) -> list[str]:
+    """What is run."""
+    return [
+        *(sys.executable, SCRIPTS[run.script].__file__),
+        *("--resume_from_checkpoint=last", "--disable_tqdm=true"),
+        *run.arguments(output),
+    ]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has written all of its numbers."""
+    with contextlib.suppress(OSError, ValueError):
+        return not {"eval_loss", "metrics"}.isdisjoint(json.loads((folder / "summary.json").read_text()))
+    return False
+
+
+def report(runs: Sequence[StageRun], output: Path) -> None:
+    """results.json, table.md and scores.png of what is finished."""
+    results = collect_results([run for run in runs if is_finished(output / run.name)], output)
+    if not results:
+        print(f"Nothing to report: no task is finished in {output}.")
+        return
+    table = format_results(results)
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (output / "table.md").write_text(table + "\n", encoding="utf-8")
+    with contextlib.suppress(ImportError):  # no picture without matplotlib
+        plot_results(results, output / "scores.png")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
