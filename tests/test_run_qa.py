@@ -356,7 +356,8 @@ CASES = {
         {"mode": "dynamic", "sparsity": 0.75, "topology_updates": 2, "task": "hub"},
     ),
     "gradual": (
-        "--model_name_or_path {data}/dense --sparsity 0.75 --block_size 4 --finetune_mode gradual --max_eval_samples 6",
+        "--model_name_or_path {data}/dense --sparsity 0.75 --block_size 4 --finetune_mode gradual "
+        "--max_eval_samples 6",
         "--train_file {data}/train.json",
         {"mode": "gradual", "sparsity": 0.75, "start": "dense", "pruned_to": 0.75},
     ),

@@ -46,9 +46,12 @@ def quantize_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return _round(weight, scale).clamp(-WEIGHT_LEVELS, WEIGHT_LEVELS).to(torch.int8)
 
 
-def quantize_input(input: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """uint8 of the shape of `input`, ties to even; what lies outside of the range becomes its end."""
-    return (_round(input, scale) + zero_point).clamp(0, INPUT_LEVELS).to(torch.uint8)
+def quantize_input(input: torch.Tensor, scale: torch.Tensor, zero_point: int) -> torch.Tensor:
+    """
+    The uint8 of an input less the zero point, float32 of the shape of `input`, ties to even; what lies outside of the
+    range becomes its end.
+    """
+    return _round(input, scale).clamp_(-zero_point, INPUT_LEVELS - zero_point)
 
 
 def round_bias(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
@@ -70,4 +73,4 @@ def fake_quantize_input(input: torch.Tensor, scale: torch.Tensor, zero_point: to
 
 def _round(number: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     # By the reciprocal, as PyTorch's fake quantisation does: the integers are then the same to the last.
-    return (number.detach().float() * scale.reciprocal()).round()
+    return (number.detach().float() * scale.reciprocal()).round_()

@@ -44,7 +44,7 @@ class Int8Layer(nn.Module):
     input_scale: torch.Tensor
     input_zero_point: torch.Tensor
     int32_bias: torch.Tensor | None
-    _exact_dtype: torch.dtype | None
+    _known: tuple[torch.dtype, int, torch.Tensor | None] | None
 
     def _build(self, shape: tuple[int, int], values_shape: tuple[int, ...], bias: bool, device: object) -> None:
         nn.Module.__init__(self)
@@ -59,7 +59,7 @@ class Int8Layer(nn.Module):
         for name, (sizes, dtype) in shapes_and_dtypes.items():
             empty = torch.empty(sizes, dtype=dtype, device=device)  # type: ignore[call-overload]
             self.register_buffer(name, empty if bias or name != "int32_bias" else None)
-        self._exact_dtype = None
+        self._known = None
         self._is_hf_initialized = True  # random numbers would be of no use
         self.eval()
 
@@ -97,22 +97,27 @@ class Int8Layer(nn.Module):
                 "An int8 model is for inference. Got one in training mode: call `model.eval()`, or train the model "
                 "that it was made from, prepared by `prepare_qat_`."
             )
-        zero_point = self.input_zero_point
-        dtype = self.exact_dtype
-        integers = quantize_input(input, self.input_scale, zero_point).to(dtype) - zero_point
+        dtype, zero_point, bias = self._settled
+        integers = quantize_input(input, self.input_scale, zero_point).to(dtype)
         with torch.autocast(input.device.type, enabled=False):  # bfloat16 would round the integers
             product = self._multiply(integers, dtype)
-        output, bias = product * self.step.to(dtype), self.bias
-        return (output if bias is None else output + bias).to(input.dtype)
+        output = product.mul_(self.step.to(dtype))
+        return (output if bias is None else output.add_(bias)).to(input.dtype)
 
     @property
     def exact_dtype(self) -> torch.dtype:
         """The dtype in which no sum of integers can be inexact: float32, unless rows are long and heavy."""
-        if self._exact_dtype is None:
+        return self._settled[0]
+
+    @property
+    def _settled(self) -> tuple[torch.dtype, int, torch.Tensor | None]:
+        """What every forward pass needs, worked out once: the exact dtype, the zero point and the bias."""
+        if self._known is None:
             zero_point = int(self.input_zero_point)
             largest = int(self._row_sums().max()) * max(zero_point, INPUT_LEVELS - zero_point)
-            self._exact_dtype = torch.float32 if largest <= EXACT_IN_FLOAT32 else torch.float64
-        return self._exact_dtype
+            dtype = torch.float32 if largest <= EXACT_IN_FLOAT32 else torch.float64
+            self._known = dtype, zero_point, self.bias
+        return self._known
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         raise NotImplementedError
@@ -122,12 +127,13 @@ class Int8Layer(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._exact_dtype = None
+        self._known = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         # A cast of the model must not round the scales: only their device may change.
         before = self.scale, self.input_scale
         super()._apply(fn, recurse)
+        self._known = None
         if self.scale.dtype != torch.float32:
             self.scale, self.input_scale = (scale.to(self.scale.device) for scale in before)
         return self
