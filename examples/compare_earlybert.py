@@ -17,14 +17,14 @@ def main() -> None:
     missing = [str(run) for run in args.runs if not (run / "summary.json").is_file()]
     if missing:
         parser.error(f"every run must be finished and hold a summary.json. Got none in {', '.join(missing)}")
-    summaries = {run.name: json.loads((run / "summary.json").read_text()) for run in args.runs}
-    if others := [name for name, run in summaries.items() if "earlybert" not in run]:
+    summaries = [(run.name, json.loads((run / "summary.json").read_text())) for run in args.runs]
+    if others := [name for name, run in summaries if "earlybert" not in run]:
         parser.error(f"every run must be one of run_earlybert.py. Got {', '.join(others)}")
-    dense = {key(run): run for run in summaries.values() if run["earlybert"]["ticket"] == "none"}
+    dense = {key(run): run for _, run in summaries if run["earlybert"]["ticket"] == "none"}
     columns = ["run", "heads", "neurons", "score", "epochs", "search s", "training s", "total s", "of dense"]
     print("| " + " | ".join(columns) + " |")
     print("|---" * len(columns) + "|")
-    for name, run in summaries.items():
+    for name, run in summaries:
         ticket, twin = run["earlybert"], dense.get(key(run))
         cells = [
             name,
@@ -37,7 +37,7 @@ def main() -> None:
             f"{ticket['total_seconds'] / twin['earlybert']['total_seconds']:.2f}" if twin else "-",
         ]
         print("| " + " | ".join(cells) + " |")
-    some = next(iter(summaries.values()))
+    _, some = summaries[0]
     versions = ", ".join(f"{package} {version}" for package, version in some["versions"].items())
     print(f"\n{some['hardware']}, {versions}.")
 

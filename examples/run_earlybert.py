@@ -19,6 +19,7 @@ by a shorter recipe. Writes into the output folder what the other scripts do, an
 summary.json tells the seconds of search and training apart.
 """
 
+import argparse
 import copy
 import json
 import logging
@@ -26,6 +27,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import lcm
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +44,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_dynsparse import (
@@ -57,7 +60,7 @@ from hf_dynsparse.checkpoint import last_checkpoint
 from hf_dynsparse.data import DataCollatorForWholeWordMasking
 from hf_dynsparse.early_bird import TICKET_FILE, TICKET_SCORES, random_ticket
 from hf_dynsparse.finetuning import load_teacher, prepare_finetuning_
-from hf_dynsparse.layout import parse_block_size
+from hf_dynsparse.layout import as_block_shape, parse_block_size
 from hf_dynsparse.models.bert.configuration_dynsparse_bert import layer_sizes
 from hf_dynsparse.plots_slimming import plot_ticket
 from hf_dynsparse.scripts import find_checkpoint, parse_arguments, settle_process, stop
@@ -198,15 +201,14 @@ def asks_for_mlm(given: list[str]) -> bool:
     """Whether the flags, or the one JSON file that holds them, are those of masked language modelling."""
     if len(given) == 1 and given[0].endswith(".json"):
         return json.loads(Path(given[0]).read_text()).get("mlm", False)
-    return "--mlm" in given
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--mlm", type=string_to_bool, nargs="?", const=True, default=False)
+    return parser.parse_known_args(given)[0].mlm
 
 
 def check(model_args: Any, args: Any) -> str | None:
     """Refuse what cannot work; the checkpoint of the training to go on from, if there is one."""
     args.search()
-    kind, _, seed = args.ticket.partition(":")
-    if kind == "random" and not seed.isdigit():
-        raise ValueError(f"`--ticket random:SEED` needs a number. Got {args.ticket!r}. Write random:0.")
     if args.stage == "search" and args.ticket != "search":
         raise ValueError(f"`--stage search` searches. Got --ticket {args.ticket}. Leave one of them out.")
     if args.resume_from_checkpoint not in (None, "last"):
@@ -219,9 +221,50 @@ def check(model_args: Any, args: Any) -> str | None:
                     f"`--output_dir` must not hold another run. Got {folder} with {old.name}. Give a new folder, or "
                     "--resume_from_checkpoint last, or --stage train for another training of that ticket."
                 )
-    if model_args.block_size:
-        parse_block_size(model_args.block_size)
+    check_ticket(folder, args)
+    check_blocks(model_args, args)
     return find_checkpoint(args, model_args.token)
+
+
+def check_ticket(folder: Path, args: Any) -> None:
+    """That `--ticket` can be had, and is the one of the output folder if that holds one."""
+    kind, _, seed = args.ticket.partition(":")
+    drawn = folder / TICKET_FILE
+    if kind == "random" and not seed.isdigit():
+        raise ValueError(f"`--ticket random:SEED` needs a number. Got {args.ticket!r}. Write random:0.")
+    if kind == "search":
+        if args.stage == "train" and not (drawn.exists() or (folder / SEARCH_FOLDER / TICKET_FILE).exists()):
+            raise ValueError(f"`--stage train` needs a ticket. Got none in {folder}. Search first.")
+        return
+    if kind == "none" or (kind == "random" and not drawn.exists()):
+        return
+    given = None if kind == "random" else Ticket.load(args.ticket)
+    if drawn.exists():
+        same = given == Ticket.load(drawn) if given else args.ticket == source_of(json.loads(drawn.read_text()))
+        if not same:
+            raise ValueError(
+                f"`--ticket` must be that of {folder} already. Got {args.ticket}. Leave it out, or give a new folder."
+            )
+
+
+def source_of(ticket: dict[str, Any]) -> str:
+    """What `--ticket` was; of a file that somebody put there, its name."""
+    return ticket.get("source", TICKET_FILE)
+
+
+def check_blocks(model_args: Any, args: Any) -> None:
+    """That the blocks of `--sparsity` fit whatever number of neurons stays."""
+    block_size = parse_block_size(model_args.block_size or "16")
+    if not model_args.sparsity or args.ticket == "none":
+        return
+    if isinstance(block_size, dict):
+        raise ValueError(f"A slimmed model gets one block size. Got --block_size {model_args.block_size}.")
+    sides = as_block_shape(block_size)
+    if (args.ticket == "search" or args.ticket.startswith("random:")) and args.multiple_of % lcm(*sides):
+        raise ValueError(
+            f"`--multiple_of` must be a multiple of both sides of a block, {sides[0]} x {sides[1]}: else blocks would "
+            f"not fit the neurons that stay. Got {args.multiple_of}. Give {lcm(*sides)}."
+        )
 
 
 def check_task(model_args: Any, data_args: Any, args: Any) -> None:
@@ -257,13 +300,12 @@ def find_ticket(job: Job, args: Any) -> Ticket | None:
         ticket = random_ticket(heads, neurons, seed=int(seed), **ratios)
     else:
         source = Path(args.output_dir, SEARCH_FOLDER, TICKET_FILE) if kind == "search" else Path(args.ticket)
-        if kind == "search" and not source.exists():
-            if args.stage == "train":
-                raise ValueError(f"`--stage train` needs a ticket. Got none in {args.output_dir}. Search first.")
+        if not source.exists():
             search(job, args)
         ticket, about = Ticket.load(source), json.loads(source.read_text())
     if args.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
+        about["source"] = args.ticket if ":" in args.ticket else Path(args.ticket).name
         ticket.save(path, **{name: fact for name, fact in about.items() if name not in vars(ticket)})
     return ticket
 
@@ -284,6 +326,12 @@ def train(job: Job, ticket: Ticket | None, model_args: Any, args: Any, checkpoin
     """Train the slimmed model, or the dense one, from its early weights, and report."""
     model = job.load()
     if ticket is not None:
+        sizes = list(zip(ticket.num_heads, ticket.num_neurons, strict=True))
+        if sizes != layer_sizes(model.config):
+            raise ValueError(
+                f"A ticket must be for the model. Got one for (heads, neurons) {sizes}, and a model of "
+                f"{layer_sizes(model.config)}. Draw another."
+            )
         model = slim(model, ticket.heads, ticket.neurons)
     if model_args.sparsity:
         model = sparsify_(model, parse_block_size(model_args.block_size or "16"), model_args.sparsity)
@@ -297,7 +345,7 @@ def train(job: Job, ticket: Ticket | None, model_args: Any, args: Any, checkpoin
     trainer.save_state()
     job.report(trainer)
     if trainer.is_world_process_zero():
-        tell_of_ticket(trainer, args.ticket)
+        tell_of_ticket(trainer, ticket is not None)
     if args.push_to_hub:
         trainer.push_to_hub()
     else:
@@ -312,13 +360,14 @@ def recipe(args: Any, is_slim: bool) -> tuple[float, float]:
     return rate, args.num_train_epochs * shorter if args.train_epochs is None else args.train_epochs
 
 
-def tell_of_ticket(trainer: DynSparseTrainer, kind: str) -> None:
+def tell_of_ticket(trainer: DynSparseTrainer, is_slim: bool) -> None:
     """Add to summary.json which ticket was trained and the seconds of both stages, and draw the ticket."""
     folder = Path(str(trainer.args.output_dir))
     summary = json.loads((folder / "summary.json").read_text())
-    facts: dict[str, Any] = {"ticket": kind if kind == "none" or ":" in kind else Path(kind).name}
-    if kind != "none":
+    facts: dict[str, Any] = {"ticket": "none"}
+    if is_slim:
         ticket = json.loads((folder / TICKET_FILE).read_text())
+        facts["ticket"] = source_of(ticket)
         facts |= {name: ticket[name] for name in ("step", "reason") if name in ticket}
         facts |= {name: [len(layer) for layer in ticket[name]] for name in ("heads", "neurons")}
         facts |= {name: ticket[name] for name in ("num_heads", "num_neurons")}

@@ -38,7 +38,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     PreTrainedTokenizerBase,
-    TrainerState,
 )
 
 from hf_dynsparse import (
@@ -47,7 +46,6 @@ from hf_dynsparse import (
     DynSparseBertForPreTraining,
     DynSparseTrainer,
     DynSparseTrainingArguments,
-    TopologyCallback,
     sparse_layers,
     sparse_learning_rate,
     topology_summary,
@@ -62,9 +60,18 @@ from hf_dynsparse.data import (
 from hf_dynsparse.estimate import DENSE_LEARNING_RATES
 from hf_dynsparse.finetuning import every_block, load_teacher, set_final_sparsity_
 from hf_dynsparse.layout import block_shapes_of, parse_block_size
+from hf_dynsparse.learning_rate import check_rewinding
 from hf_dynsparse.model_card import describe_data, describe_start
 from hf_dynsparse.plots import plot_block_map, plot_training
-from hf_dynsparse.scripts import ScriptArguments, find_checkpoint, parse_arguments, settle_process, stop
+from hf_dynsparse.scripts import (
+    ScriptArguments,
+    check_model_to_resume,
+    check_updates_to_resume,
+    find_checkpoint,
+    parse_arguments,
+    settle_process,
+    stop,
+)
 from hf_dynsparse.study.untrained import add_untrained_rest_
 from hf_dynsparse.summary import format_summary, summarize_run
 from hf_dynsparse.topology import update_steps
@@ -206,6 +213,7 @@ def main() -> None:
         checkpoint = find_checkpoint(args, model_args.token)
         check_data(model_args, data_args, args)
         config = build_config(model_args, args, checkpoint)
+        pattern = first_pattern(model_args)
         check_topology(args, checkpoint)
     except (ValueError, OSError, StrictDataclassError) as error:
         stop(error)
@@ -246,6 +254,8 @@ def main() -> None:
         logger.info("learning rate %.3g, by the rule for sparsity %g", args.learning_rate, model.config.sparsity)
 
     try:
+        if checkpoint is not None:
+            check_model_to_resume(model, checkpoint)
         head = AutoModelForPreTraining if data_args.nsp else AutoModelForMaskedLM
         trainer = DynSparseTrainer(
             model,
@@ -271,7 +281,7 @@ def main() -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        about = about_run(model_args, data_args, str(raw["validation"].split))
+        about = about_run(model_args, data_args, str(raw["validation"].split)) | {"pattern": pattern}
         report(trainer, about | summarize_run(trainer, metrics, data_args.max_seq_length))
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -292,10 +302,10 @@ def check_topology(args: RunArguments, checkpoint: str | None) -> None:
     if args.max_steps > 0 and (settings["num_updates"] is not None or settings["update_every"] is not None):
         names = ("num_updates", "update_every", "first_step", "last_step")
         update_steps(args.max_steps, *(settings[name] for name in names))
+    if args.learning_rate_rewinding:
+        check_rewinding(settings)
     if checkpoint is not None:
-        state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        if TopologyCallback.__name__ in state.stateful_callbacks:
-            TopologyCallback(**settings).check_settings(state.stateful_callbacks[TopologyCallback.__name__])
+        check_updates_to_resume(args, checkpoint)
 
 
 def check_data(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> None:
@@ -335,16 +345,6 @@ def check_data(model_args: ModelArguments, data_args: DataArguments, args: RunAr
 
 def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str | None) -> DynSparseBertConfig:
     """The model's configuration; on resume it must be that of the checkpoint."""
-    config = build_or_read_config(model_args, args, checkpoint)
-    if args.distillation_positions == "all":
-        config.sparse_prediction = False
-    return config
-
-
-def build_or_read_config(
-    model_args: ModelArguments, args: RunArguments, checkpoint: str | None
-) -> DynSparseBertConfig:
-    """The same, with logits at masked positions only while it trains."""
     source = model_args.config_name or model_args.model_name_or_path
     if source:
         config = AutoConfig.from_pretrained(source, revision=model_args.model_revision, token=model_args.token)
@@ -354,12 +354,17 @@ def build_or_read_config(
     config = DynSparseBertConfig.preset(
         model_args.preset,
         sparsity=0.0 if model_args.dense_baseline else 0.9 if model_args.sparsity is None else model_args.sparsity,
-        block_size=parse_block_size(model_args.block_size or "16"),
+        block_size=16 if model_args.block_size is None else parse_block_size(model_args.block_size),
         distribution=model_args.distribution,
     )
     if model_args.config_overrides:
         config.update_from_string(model_args.config_overrides)
         config = DynSparseBertConfig.from_dict(config.to_dict())
+    if args.final_sparsity is not None and not config.nnzb_per_layer():
+        raise ValueError(
+            f"`--final_sparsity` leads on from the blocks of a model. Got {args.final_sparsity} for a dense one. Give "
+            "the sparsity of the end as --sparsity."
+        )
     if checkpoint is not None:
         configs = config, AutoConfig.from_pretrained(checkpoint)
         given, saved = (json.loads(each.to_json_string(use_diff=False)) for each in configs)
@@ -388,7 +393,7 @@ def config_to_go_on(model_args: ModelArguments, args: RunArguments, config: Bert
         raise ValueError(f"`--model_name_or_path` must name a BERT. Got {source}, a {config.model_type}.")
     if not isinstance(config, DynSparseBertConfig):
         config = DynSparseBertConfig.from_stock(config, sparsity=0.0)
-    block_size = parse_block_size(model_args.block_size) if model_args.block_size else None
+    block_size = None if model_args.block_size is None else parse_block_size(model_args.block_size)
     changes_density = args.topology_settings()["density_schedule"] != "constant"
     if config.nnzb_per_layer():
         same_blocks = block_size is None or block_shapes_of(config.block_shapes(), block_size) == config.block_shapes()
@@ -397,14 +402,13 @@ def config_to_go_on(model_args: ModelArguments, args: RunArguments, config: Bert
                 f"A sparse checkpoint keeps its blocks. Got {source} of block size {config.block_size} with "
                 f"{'--dense_baseline' if same_blocks else f'--block_size {model_args.block_size}'}. Leave that out."
             )
-        if sparsity in (None, config.sparsity):
-            return config
-        if not changes_density:
+        if changes_density:
+            set_final_sparsity_(args, sparsity)
+        elif sparsity not in (None, config.sparsity):
             raise ValueError(
                 f"A sparse checkpoint keeps its sparsity. Got --sparsity {sparsity} for {source} of "
                 f"{config.sparsity}. Leave it out, or choose a --method that changes the density, such as prune_ofa."
             )
-        set_final_sparsity_(args, sparsity)
         return config
     if model_args.dense_baseline or (sparsity is None and block_size is None and not changes_density):
         return config
@@ -418,6 +422,16 @@ def config_to_go_on(model_args: ModelArguments, args: RunArguments, config: Bert
         set_final_sparsity_(args, sparsity)
         how = every_block(config, how["block_size"])
     return DynSparseBertConfig.from_stock(config, distribution=model_args.distribution, **how)
+
+
+def first_pattern(model_args: ModelArguments) -> str:
+    """Where the first topology comes from, for the card. A run that prunes gradually tells it itself."""
+    source = model_args.model_name_or_path
+    if source is None:
+        return "uniformly random blocks"
+    config = AutoConfig.from_pretrained(source, revision=model_args.model_revision, token=model_args.token)
+    is_sparse = isinstance(config, DynSparseBertConfig) and config.nnzb_per_layer()
+    return "that of the checkpoint" if is_sparse else "the blocks of largest L1 norm"
 
 
 def file_format(path: str) -> str | None:
@@ -567,10 +581,8 @@ def about_run(model_args: ModelArguments, data_args: DataArguments, split: str) 
         held_out = f"held out of {Path(name).name}" if split == "train" else None
         config = data_args.dataset_config_name
         data = describe_data(name, config=config, split=split, evaluated_on=file or held_out)
-    start = model_args.model_name_or_path
     return {
-        **describe_start(start),
-        "pattern": "that of the checkpoint" if start else "uniformly random blocks",
+        **describe_start(model_args.model_name_or_path),
         "data": data,
         "language": data_args.language,
         "license": model_args.license,

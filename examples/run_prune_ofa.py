@@ -35,9 +35,10 @@ Writes a folder and a log a run, results.json, table.md and scores.png.
 import argparse
 import contextlib
 import json
+import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,6 +48,7 @@ import run_mlm_dynsparse as mlm
 import run_qa_dynsparse as qa
 from huggingface_hub.errors import StrictDataclassError
 
+from hf_dynsparse.layout import check_sparsity, parse_block_size
 from hf_dynsparse.study.jobs import FlagParser, Job, logged_command, run_jobs, usable_cores
 from hf_dynsparse.study.prune_ofa import GLUE, MLM, QA, STAGES, StageRun, plan_prune_ofa, read_prune_ofa_plan
 from hf_dynsparse.study.prune_ofa_report import collect_results, format_results, plot_results
@@ -135,8 +137,14 @@ def check_runs(runs: Sequence[StageRun], output: Path) -> None:
         parser = FlagParser((script.ModelArguments, script.DataArguments, script.RunArguments))
         try:
             model_args, data_args, args = parser.parse_args_into_dataclasses(run.arguments(output))
+            if model_args.sparsity is not None:
+                check_sparsity(model_args.sparsity)
+            if model_args.block_size is not None:
+                parse_block_size(model_args.block_size)
             if run.script == MLM:
+                mlm.settle_updates(model_args, args)
                 mlm.check_data(model_args, data_args, args)
+                mlm.check_topology(args, None)
                 if model_args.model_name_or_path is None:  # others start from a model that is not there yet
                     mlm.build_config(model_args, args, None)
             else:
@@ -177,17 +185,25 @@ def choose_runs(
 
 
 def warn_of_changes(runs: Sequence[StageRun], output: Path) -> None:
-    """Say which finished runs had other flags than the plan gives them now."""
+    """Say which finished runs are not what the plan would give now."""
     for run in runs:
-        had = logged_command(output / run.name)
-        if had is not None and is_finished(output / run.name):
-            before, now = ({flag for flag in each if flag.startswith("--")} for each in (had, command(run, output)))
-            lost, new = (
-                sorted(flag for flag in some if not flag.startswith(INERT)) for some in (before - now, now - before)
-            )
-            if lost or new:
-                words = f"had {' '.join(lost) or 'nothing'}, the plan has {' '.join(new) or 'nothing'}"
+        if is_finished(output / run.name):
+            for words in changes(run, output):
                 print(f"{run.name} is kept, but {words}. Delete its folder to run it again.", file=sys.stderr)
+
+
+def changes(run: StageRun, output: Path) -> Iterator[str]:
+    """In words: models that a finished run builds on and that are newer than it, and flags that were others."""
+    finished = time_of(output / run.name)
+    if newer := [name for name in run.needs if time_of(output / name) > finished]:
+        yield f"{', '.join(newer)} was run again since, or is to be"
+    had = logged_command(output / run.name)
+    if had is None:
+        return
+    before, now = ({flag for flag in each if flag.startswith("--")} for each in (had, command(run, output)))
+    lost, new = (sorted(flag for flag in some if not flag.startswith(INERT)) for some in (before - now, now - before))
+    if lost or new:
+        yield f"had {' '.join(lost) or 'nothing'}, the plan has {' '.join(new) or 'nothing'}"
 
 
 def command(run: StageRun, output: Path) -> list[str]:
@@ -204,6 +220,11 @@ def is_finished(folder: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         return not {"eval_loss", "metrics"}.isdisjoint(json.loads((folder / "summary.json").read_text()))
     return False
+
+
+def time_of(folder: Path) -> float:
+    """When a run was finished; never, as infinity, if it is not."""
+    return (folder / "summary.json").stat().st_mtime if is_finished(folder) else math.inf
 
 
 def report(runs: Sequence[StageRun], output: Path) -> None:

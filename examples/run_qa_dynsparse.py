@@ -50,7 +50,6 @@ from transformers import (
 )
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
-from hf_dynsparse.checkpoint import check_same_model
 from hf_dynsparse.data.question_answering import (
     SquadAnswers,
     longest_question,
@@ -71,7 +70,15 @@ from hf_dynsparse.finetuning import (
 from hf_dynsparse.layout import parse_block_size
 from hf_dynsparse.model_card import describe_data, describe_start
 from hf_dynsparse.plots import plot_training
-from hf_dynsparse.scripts import ScriptArguments, find_checkpoint, parse_arguments, settle_process, stop
+from hf_dynsparse.scripts import (
+    ScriptArguments,
+    check_model_to_resume,
+    check_updates_to_resume,
+    find_checkpoint,
+    parse_arguments,
+    settle_process,
+    stop,
+)
 from hf_dynsparse.summary import summarize_finetuning
 
 
@@ -180,8 +187,10 @@ def main() -> None:
         kinds = (ModelArguments, DataArguments, RunArguments)
         model_args, data_args, args = parse_arguments(*kinds, description=__doc__)
         check_arguments(model_args, data_args, args)
-        block_size = parse_block_size(model_args.block_size) if model_args.block_size else None
+        block_size = None if model_args.block_size is None else parse_block_size(model_args.block_size)
         checkpoint = find_checkpoint(args, model_args.token)
+        if checkpoint is not None:
+            check_updates_to_resume(args, checkpoint)
     except (ValueError, OSError) as error:
         stop(error)
     settle_process(args, "run_qa_dynsparse")
@@ -212,8 +221,8 @@ def main() -> None:
             **remote,
         )
         prepare_finetuning_(model, args)
-        if checkpoint is not None and args.finetune_mode != "gradual":  # whose sizes change; the trainer checks
-            check_same_model(model, checkpoint)
+        if checkpoint is not None:
+            check_model_to_resume(model, checkpoint)
         padding = {"padding": "max_length", "max_length": data_args.max_seq_length}
         trainer = DynSparseTrainer(
             model,

@@ -267,6 +267,9 @@ def test_a_dense_checkpoint_is_pruned_step_by_step(run: Callable[..., Path], den
     shutil.copytree(whole / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
     part = run(tmp_path / "part", f"{flags} --resume_from_checkpoint last", toy=toy)
     assert_same_weights(part, whole)
+    assert config["sparse_prediction"]
+    with pytest.raises(SystemExit, match="A resumed run must have the model of its checkpoint"):
+        run(tmp_path / "part", f"{flags} --block_size 1 --resume_from_checkpoint last", toy=toy)
 
 
 def test_a_dense_checkpoint_trains_on_as_it_is(run: Callable[..., Path], dense_bert: Path, tmp_path: Path) -> None:
@@ -281,6 +284,7 @@ ON = {
     "sparse, as it is": ("sparse", {}, (0.5, 8, None)),
     "sparse, said again": ("sparse", {"sparsity": 0.5, "block_size": "8x8"}, (0.5, 8, None)),
     "sparse, pruned further": ("sparse", {"sparsity": 0.9, "method": "gmp"}, (0.5, 8, 0.9)),
+    "sparse, to an end that nobody says": ("sparse", {"method": "gmp"}, (0.5, 8, "refused")),
     "dense, as it is": ("dense", {}, (0.0, 16, None)),
     "dense, a baseline": ("dense", {"sparsity": 0.9, "block_size": "4", "dense_baseline": True}, (0.0, 16, None)),
     "dense, pruned at once": ("dense", {"sparsity": 0.9, "block_size": "4"}, (0.9, 4, None)),
@@ -299,7 +303,13 @@ def test_what_a_checkpoint_becomes(finished: Path, dense_bert: Path, tmp_path: P
     args = script["RunArguments"](
         output_dir=str(tmp_path), method=flags.get("method", "dynsparse"), use_cpu=True, eval_strategy="no"
     )
+    if final == "refused":
+        with pytest.raises(ValueError, match="needs one `sparsity`, that of the end. Got sparsity=None"):
+            script["build_config"](model_args, args, None)
+        return
     config = script["build_config"](model_args, args, None)
+    kept = "that of the checkpoint" if kind == "sparse" else "the blocks of largest L1 norm"
+    assert script["first_pattern"](model_args) == kept
     assert (config.sparsity, config.block_size, args.final_sparsity) == (sparsity, side, final)
     assert bool(config.nnzb_per_layer()) == (sparsity > 0 or final is not None)
     if kind == "dense" and final:
@@ -427,6 +437,10 @@ BAD = {
     ),
     "other blocks of a sparse model": ("--model_name_or_path {finished} --block_size 4", ("--block_size 4",)),
     "a dense twin of a sparse model": ("--model_name_or_path {finished} --dense_baseline", ("--dense_baseline",)),
+    "a density that a dense twin cannot reach": (
+        "--sparsity 0 --method gmp --final_sparsity 0.8",
+        ("`--final_sparsity`", "Got 0.8"),
+    ),
     "rewinding without pruning": ("--learning_rate_rewinding", ("density_schedule='constant'",)),
     "pruning without updates": (
         "--model_name_or_path {finished} --sparsity 0.8 --method gmp --static",

@@ -66,11 +66,17 @@ def test_a_dense_model_takes_the_dense_recipe(tmp_path):
     assert args.learning_rate == FINETUNE_MODES["dense"].learning_rate
 
 
-@pytest.mark.parametrize("given", [{"num_topology_updates": 3}, {"topology_update_every": 2}])
+@pytest.mark.parametrize("given", [{"num_topology_updates": 3}, {"topology_update_every": 2}, {"method": "rigl"}])
 @pytest.mark.parametrize("mode", ["locked", "dense"])
 def test_updates_without_dynamic(tmp_path, mode, given):
     with pytest.raises(ValueError, match=f"need `finetune_mode` dynamic. Got {mode}"):
         arguments(tmp_path, finetune_mode=mode, **given)
+
+
+@pytest.mark.parametrize("mode", ["locked", "dense", "dynamic"])
+def test_a_density_that_changes_without_gradual(tmp_path, mode):
+    with pytest.raises(ValueError, match=f"needs `finetune_mode` gradual. Got {mode} with method prune_ofa"):
+        arguments(tmp_path, finetune_mode=mode, method="prune_ofa")
 
 
 def test_unknown_mode(tmp_path):

@@ -7,7 +7,7 @@ from toy import toy_arguments, toy_config, toy_model, toy_trainer
 
 from hf_dynsparse.finetuning import every_block
 from hf_dynsparse.learning_rate import rewinding, rewound_multiplier
-from hf_dynsparse.topology import method_settings
+from hf_dynsparse.topology import method_settings, update_steps
 
 
 def told_as_a_story(total: int, warmup: int, begin: int, end: int, every: int) -> list[float]:
@@ -73,12 +73,22 @@ def test_a_run_and_its_second_half(tmp_path: Path) -> None:
         ({"density_schedule": "0:1,0.5:0"}, "Got density_schedule='0:1,0.5:0' and topology_update_every=2"),
         ({"topology_update_every": None, "num_topology_updates": 3}, "and topology_update_every=None"),
         ({"method": "dynsparse", "final_sparsity": None}, "Got density_schedule='constant'"),
+        ({"density_end": 1.0}, "Got 12 steps, a window from 0 to 12 and 1 steps of warm-up"),
         ({"lr_scheduler_type": "cosine"}, "a linear decay of its own. Got lr_scheduler_type='cosine'"),
     ],
 )
 def test_what_cannot_be_rewound(tmp_path: Path, given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         toy_arguments(tmp_path, **{**SETTINGS, **given})
+
+
+def test_rewinds_fall_on_updates() -> None:
+    settings = {**method_settings("prune_ofa", {"density_begin": 0.22, "density_end": 0.6}), "update_every": 7}
+    multiplier = rewinding(settings, 100, 5)
+    rises = [step for step in range(6, 101) if multiplier(step) > multiplier(step - 1)]
+    updates = update_steps(100, every=7)
+    assert rises == [step for step in updates if 22 <= step < 60] + [60]  # at its end the window is left as it began
+    assert multiplier(60) == multiplier(21) == pytest.approx(40 / 56)
 
 
 def test_a_window_that_leaves_nothing_to_decay_over() -> None:

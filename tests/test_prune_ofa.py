@@ -143,6 +143,9 @@ TASK = "task_teacher: {}, transfer: {}"
         ("{teacher: {}, prune: {max_stepz: 5}}", "prune: .*max_stepz"),
         ("{teacher: {preset: huge}, prune: {}}", "teacher: `--preset` must be one of tiny"),
         ("{teacher: {}, prune: {method: magic}}", "prune: .*'magic'"),
+        ("{teacher: {}, prune: {}, variants: [{sparsity: 1.5}]}", "prune: .*must lie in.*Got 1.5"),
+        ("{teacher: {}, prune: {}, variants: [{sparsity: 0.9, block_size: 4xx}]}", "prune: .*Got '4xx'"),
+        ("{teacher: {}, prune: {density_end: 1.0}}", "prune: .*a window from 0 to 500"),
         ("{teacher: {}, prune: {distillation_weight: 2}}", "`distillation_weight` must lie in"),
         (
             f"{{teacher: {{}}, prune: {{}}, {TASK}, tasks: {{qqp: {{num_threads: x}}}}}}",
@@ -220,6 +223,19 @@ def test_a_finished_run_with_other_flags_is_pointed_out(run_study, tmp_path, cap
     assert f"{S9}/prune is kept, but had --max_steps=100, the plan has --max_steps=90. Delete" in captured.err
 
 
+def test_a_finished_run_that_builds_on_what_was_run_again_is_pointed_out(run_study, tmp_path, capsys):
+    for name in ("teacher", f"{S9}/prune"):
+        finish(tmp_path / "out" / name)
+    run_study(PLAN, "--dry_run --stage prune")
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(tmp_path / "out/teacher")
+    run_study(PLAN, "--dry_run --stage prune")
+    assert f"{S9}/prune is kept, but teacher was run again since" in capsys.readouterr().err
+    finish(tmp_path / "out/teacher")
+    run_study(PLAN, "--dry_run --stage prune")
+    assert f"{S9}/prune is kept, but teacher was run again since" in capsys.readouterr().err
+
+
 def test_what_builds_on_a_failed_run_is_not_begun(tmp_path):
     def is_finished(folder: Path) -> bool:
         return (folder / "done").exists()
@@ -269,7 +285,8 @@ def models(tmp_path) -> tuple[list[StageRun], Path]:
     made = {"task_teacher": (classifier(sparsity=0.0), 0.8), "transfer": (sparse, 0.75), "quantize": (shuffled, 0.7)}
     for stage, (model, accuracy) in made.items():
         variant = None if stage == "task_teacher" else S9
-        run = StageRun(stage, "run_glue_dynsparse", stage, {}, task="sst2", variant=variant)
+        flags = {"model_name_or_path": tmp_path / "transfer"} if stage == "quantize" else {}
+        run = StageRun(stage, "run_glue_dynsparse", stage, flags, task="sst2", variant=variant)
         finish(tmp_path / stage, metrics={"accuracy": accuracy}, sparsity=0.75 if variant else 0.0)
         model.save_pretrained(tmp_path / stage)
         runs.append(run)
@@ -386,6 +403,6 @@ def test_all_stages(run_study, data, tmp_path, capsys, way):
     assert pruned["sparsity"] == quantized["sparsity"] == 0.75
     before = topology_checksum(tmp_path / "out" / variant / ("prune" if way == "prune" else "gradual/sst2"))
     assert before == pruned["checksum"] == quantized["checksum"]
-    assert quantized["locked"] is True
+    assert (dense["locked"], pruned["locked"], quantized["locked"]) == (None, True, True)
     assert quantized["encoder_bytes"] < 0.5 * pruned["encoder_bytes"] < dense["encoder_bytes"]
     assert (tmp_path / "out/scores.png").is_file()

@@ -189,10 +189,26 @@ def test_masked_language_modelling(data, tmp_path):
         ("--do_train false", "This script searches, slims and trains"),
         ("--quantization_aware true", "Go on from its model with run_glue_dynsparse.py"),
         ("--sparsity 0.5 --block_size 3x", "block"),
+        ("--sparsity 0.5 --block_size 4x8 --multiple_of 4", r"sides of a block, 4 x 8: .* Got 4. Give 8"),
+        ("--sparsity 0.5 --block_size *=4", "A slimmed model gets one block size"),
         ("--ticket no.json", "no.json"),
+        ("--stage train", "`--stage train` needs a ticket"),
+        ("--mlm false --do_train false", "This script searches, slims and trains"),
     ],
 )
 def test_refused(run, tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message):
         run(tmp_path / "out", flags)
-    assert not (tmp_path / "out" / "search").exists()
+    assert not (tmp_path / "out").exists()  # before any work
+
+
+def test_another_ticket_in_the_same_folder_is_refused(run, finished, tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copyfile(finished / "ticket.json", tmp_path / "out" / "ticket.json")
+    with pytest.raises(SystemExit, match="`--ticket` must be that of .* already. Got random:3"):
+        run(tmp_path / "out", "--stage train --ticket random:3")
+    other = json.loads((finished / "ticket.json").read_text())
+    other["num_neurons"] = [65, 65]
+    (tmp_path / "out" / "ticket.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="A ticket must be for the model"):
+        run(tmp_path / "out", "--stage train")

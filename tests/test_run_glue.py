@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import runpy
 import shlex
 import shutil
@@ -138,6 +139,10 @@ def test_gradual(run, data):
     shutil.copytree(whole / "checkpoint-3", whole.parent / "part" / "checkpoint-3")
     resumed = run(f"{flags} --resume_from_checkpoint last", output="part", start="dense")
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    others = {"--block_size 4": "A resumed run must have the model", "--prune_score l2": "'l2' (checkpoint: 'l1')"}
+    for other, message in others.items():
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            run(f"{flags} {other} --resume_from_checkpoint last", output="part", start="dense")
 
 
 def test_predictions(run, data):

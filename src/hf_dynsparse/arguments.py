@@ -8,7 +8,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from .distillation import DISTILLATION_POSITIONS, check_distillation
-from .learning_rate import check_rewinding
+from .learning_rate import check_rewinding, rewinding
 from .ops.choice import TUNING_MODES
 from .topology import ALLOCATIONS, METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, TopologySettings, method_settings
 
@@ -225,7 +225,7 @@ class DynSparseTrainingArguments(TrainingArguments):
         default="labelled",
         metadata={
             "help": "Where the logits of tokens are compared: where there is a label (labelled), or at all tokens "
-            "that are not padding (all), for which the student must not predict masked positions only.",
+            "that are not padding (all).",
             "choices": list(DISTILLATION_POSITIONS),
         },
     )
@@ -307,7 +307,10 @@ class DynSparseTrainingArguments(TrainingArguments):
                 "`block_age_adam=True` too."
             )
         if self.learning_rate_rewinding:
-            check_rewinding(self.topology_settings())
+            settings = self.topology_settings()
+            check_rewinding(settings)
+            if self.max_steps > 0:
+                rewinding(settings, self.max_steps, self.get_warmup_steps(self.max_steps))
             if self.lr_scheduler_type != SchedulerType.LINEAR:
                 raise ValueError(
                     "`learning_rate_rewinding` is a linear decay of its own. Got lr_scheduler_type="

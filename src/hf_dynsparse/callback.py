@@ -85,6 +85,11 @@ class TopologyCallback(TrainerCallback, ExportableState):
         """See [`TopologyUpdater`]; 0 outside of training."""
         return self._updater.observed_positions if self._updater is not None else 0
 
+    @property
+    def has_final_density(self) -> bool:
+        """See [`TopologyUpdater`]; `True` outside of training."""
+        return self._updater is None or self._updater.has_final_density
+
     def track_(self, model: nn.Module) -> None:
         """Begin to record what this run needs in every sparse layer that does not yet."""
         track_layers_(sparse_layers(model).values(), self.settings.needs)
@@ -125,15 +130,16 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self.metrics["sparsity"] = topology_summary(model).sparsity
         self.metrics["coverage"] = self._updater.coverage()
         logger.info(
-            "Topology: %d sparse layers at sparsity %.4f, %d updates%s, prune by %s, regrow by %s.",
+            "Topology: %d sparse layers at sparsity %.4f%s, %d updates%s, prune by %s, %s.",
             len(self._updater.layers),
             self.metrics["sparsity"],
+            "" if settings.final_sparsity is None else f" on the way to {settings.final_sparsity:.4f}",
             self._updater.num_updates,
             f" from step {self._updater.update_steps[0]} to {self._updater.update_steps[-1]}"
             if self._updater.num_updates
             else "",
-            self.settings.prune_score,
-            self.settings.regrow_rule,
+            settings.prune_score,
+            "remember what was pruned" if settings.hidden_copy else f"regrow by {settings.regrow_rule}",
         )
 
     def on_pre_optimizer_step(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from .integrity import open_weights, verify_weights
-from .nn import TRAINING_BUFFERS
+from .nn import TRAINING_BUFFERS, sparse_layers
 
 
 logger = logging.getLogger(__name__)
@@ -141,10 +141,13 @@ def find_run_to_resume(output_dir: str | Path, resume_from_checkpoint: str | Non
     return None
 
 
-def check_same_model(model: PreTrainedModel, checkpoint: str | Path) -> None:
+def check_same_model(model: PreTrainedModel, checkpoint: str | Path, resized: bool = False) -> None:
     """
     Refuse to go on with another model than that of `checkpoint`: the Trainer would take the weights whose names agree,
     and leave the others as they are.
+
+    Args:
+        resized (`bool`): whether sparse layers may have another number of active blocks.
 
     Raises:
         ValueError: naming the first tensor that the checkpoint lacks, or has in another shape, or a file that cannot
@@ -157,8 +160,12 @@ def check_same_model(model: PreTrainedModel, checkpoint: str | Path) -> None:
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     # A run without these may be followed by one with them.
     recorded = tuple(f".{name}" for name in TRAINING_BUFFERS)
+    by_block = {f"{name}.{part}" for name in sparse_layers(model) for part in ("values", "block_index")}
     for name, tensor in model.state_dict().items():
-        if saved and name not in tied and not name.endswith(recorded) and saved.get(name) != list(tensor.shape):
+        if not saved or name in tied or name.endswith(recorded):
+            continue
+        first = int(resized and name in by_block)
+        if name not in saved or saved[name][first:] != list(tensor.shape[first:]):
             theirs = tuple(saved[name]) if name in saved else "none"
             raise ValueError(
                 f"A resumed run must have the model of its checkpoint. Got `{name}` of shape {tuple(tensor.shape)}, "

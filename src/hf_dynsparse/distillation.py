@@ -1,15 +1,14 @@
 """Knowledge distillation: a student learns the logits of a teacher beside its labels."""
 
 import inspect
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-logger = logging.getLogger(__name__)
 
 # What heads call their logits: classification, regression and masked language modelling; pre-training; spans.
 TOKEN_OR_SEQUENCE = ("logits", "prediction_logits", "seq_relationship_logits")
@@ -71,15 +70,8 @@ class Distillation:
         Refuse a student whose logits mean something else than the teacher's.
 
         Raises:
-            ValueError: if the vocabularies or the labels differ in number, or the student gives no logits where they
-                are compared.
+            ValueError: if the vocabularies or the labels differ in number.
         """
-        if self.positions == "all" and getattr(student.config, "sparse_prediction", False):
-            raise ValueError(
-                "`distillation_positions='all'` needs the student's logits at every token. Got a model with "
-                "`sparse_prediction=True`, which has them at masked positions only. Set "
-                "`model.config.sparse_prediction = False`."
-            )
         for name in ("vocab_size", "num_labels"):
             ours, theirs = (getattr(model.config, name, None) for model in (student, self.teacher))
             if ours is not None and theirs is not None and ours != theirs:
@@ -87,6 +79,18 @@ class Distillation:
                     f"Teacher and student must have the same `{name}`. Got {theirs} and {ours}. "
                     "Take a teacher with the student's tokenizer, trained for the same task."
                 )
+
+    @contextmanager
+    def asking(self, student: Any) -> Iterator[None]:
+        """While it predicts, a student gives logits wherever they are compared, not at masked positions only."""
+        if self.positions == "labelled" or not getattr(student.config, "sparse_prediction", False):
+            yield
+            return
+        student.config.sparse_prediction = False
+        try:
+            yield
+        finally:
+            student.config.sparse_prediction = True
 
     def loss(
         self, inputs: dict[str, torch.Tensor], outputs: Any, num_items_in_batch: torch.Tensor | int | None = None

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from . import models
+from .int8.quantizer import int8_modules
 from .layout import BlockSize
 from .models import DynSparseBertConfig
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
@@ -224,7 +225,13 @@ def read_bsr(file: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _loaded(source: Source) -> PreTrainedModel:
-    return source if isinstance(source, PreTrainedModel) else load_model(source)
+    model = source if isinstance(source, PreTrainedModel) else load_model(source)
+    if int8_modules(model):
+        raise ValueError(
+            f"Only weights in floating point can be exported. Got an int8 {type(model).__name__}. Call "
+            "`model.dequantize()` first."
+        )
+    return model
 
 
 def _dense_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -115,10 +115,16 @@ class FinetuningArguments(DynSparseTrainingArguments):
             self.method = "prune_ofa" if self.method == "dynsparse" else self.method
         elif self.pruning_ratio is None:
             self.pruning_ratio = 0.1
+        if self.finetune_mode != "gradual" and self.topology_settings()["density_schedule"] != "constant":
+            raise ValueError(
+                f"A density that changes needs `finetune_mode` gradual. Got {self.finetune_mode} with method "
+                f"{self.method}. Change one of them."
+            )
         if self.finetune_mode not in ("dynamic", "gradual"):
-            if self.num_topology_updates or self.topology_update_every:
+            if self.num_topology_updates or self.topology_update_every or self.method not in ("dynsparse", "static"):
                 raise ValueError(
-                    f"Topology updates need `finetune_mode` dynamic. Got {self.finetune_mode}. Change one of them."
+                    f"Topology updates need `finetune_mode` dynamic. Got {self.finetune_mode} with method "
+                    f"{self.method}. Change one of them."
                 )
             self.num_topology_updates = 0
         super().__post_init__()
@@ -188,7 +194,7 @@ def set_final_sparsity_(args: DynSparseTrainingArguments, sparsity: float | None
     """
     if sparsity is None or args.final_sparsity not in (None, sparsity):
         raise ValueError(
-            "A dense checkpoint that is pruned step by step needs one `sparsity`, that of the end. Got "
+            "A checkpoint that is pruned step by step needs one `sparsity`, that of the end. Got "
             f"sparsity={sparsity} and final_sparsity={args.final_sparsity}. Give `--sparsity` alone."
         )
     if args.num_topology_updates == 0:

@@ -76,7 +76,7 @@ def verify_weights(files: Iterable[str | Path]) -> None:
                 if here is not None:
                     _verify(name, weights.get_tensor(name), here, file)
     if saved is None:
-        if any(name.endswith(".block_index") for name in found):
+        if any(name.endswith((".block_index", ".int8_values")) for name in found):
             logger.warning("%s carries no checksums: names, shapes and layouts are all that can be checked.", first)
     elif lost := saved.keys() - found:
         raise ValueError(

@@ -38,8 +38,8 @@ def rewound_multiplier(step: int, total: int, warmup: int, begin: int, end: int,
 
 def rewinding(settings: Mapping[str, Any], total: int, warmup: int) -> Callable[[int], float]:
     """
-    `rewound_multiplier` of a run, by the step: the window is that of its density schedule, and the interval that of
-    its topology updates.
+    `rewound_multiplier` of a run, by the step: the window is that of its density schedule, from the last topology
+    update before it on, and the interval that of the updates.
 
     Args:
         settings (`Mapping[str, Any]`): fields of `TopologySettings`.
@@ -51,6 +51,7 @@ def rewinding(settings: Mapping[str, Any], total: int, warmup: int) -> Callable[
     check_rewinding(settings)
     begin, end = (round(settings[name] * total) for name in ("density_begin", "density_end"))
     every = in_steps(settings["update_every"], total) or 1
+    begin -= begin % every  # updates are counted from step 0, and rewinds are to fall on them
     if total - (end - begin) <= warmup:
         raise ValueError(
             "With `learning_rate_rewinding` the rate decays over the steps outside of the pruning window, less the "

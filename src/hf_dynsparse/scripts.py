@@ -9,11 +9,15 @@ from typing import Any, NoReturn
 
 import datasets
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import HfArgumentParser, PreTrainedModel, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
-from .checkpoint import find_run_to_resume
+from .arguments import DynSparseTrainingArguments
+from .callback import TopologyCallback
+from .checkpoint import check_same_model, find_run_to_resume
 from .hub import fetch_checkpoint
 from .hub.trainer import open_hub_repository
+from .resizing import check_final_sizes
 
 
 @dataclass
@@ -56,6 +60,32 @@ def find_checkpoint(args: Any, token: str | None) -> str | None:
     if args.push_to_hub and args.process_index == 0:
         open_hub_repository(args)
     return checkpoint
+
+
+def check_updates_to_resume(args: DynSparseTrainingArguments, checkpoint: str) -> None:
+    """
+    Raises:
+        ValueError: for topology settings that are not those of the run to resume, naming them.
+    """
+    saved = _topology_state(checkpoint)
+    if saved:
+        TopologyCallback(**args.topology_settings()).check_settings(saved)
+
+
+def check_model_to_resume(model: PreTrainedModel, checkpoint: str) -> None:
+    """
+    Raises:
+        ValueError: for a model that is not the one with which the run to resume was begun.
+    """
+    resized = _topology_state(checkpoint).get("attributes", {}).get("final") is not None
+    check_same_model(model, checkpoint, resized)
+    if resized:
+        check_final_sizes(model, checkpoint, TopologyCallback.__name__)
+
+
+def _topology_state(checkpoint: str) -> dict[str, Any]:
+    callbacks: Any = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).stateful_callbacks
+    return callbacks.get(TopologyCallback.__name__, {})
 
 
 def settle_process(args: Any, logger_name: str) -> None:

@@ -7,6 +7,8 @@ import torch
 from transformers import BertConfig, PreTrainedModel
 
 from . import models
+from .int8.layers import Int8Layer
+from .int8.qat import QuantizationAware
 from .models import DynSparseBertConfig
 from .models.bert.configuration_dynsparse_bert import layer_sizes
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
@@ -50,8 +52,9 @@ def slim(
         if the outputs of all other heads and neurons were zero. Its block size is 1, which divides layers of any size.
 
     Raises:
-        ValueError: if the model is sparse or has no counterpart here, an index is out of range or repeated, a layer
-            keeps nothing, or there are not as many entries as layers, or gates as heads or neurons.
+        ValueError: if the model is sparse, int8 or quantisation-aware, or has no counterpart here, an index is out of
+            range or repeated, a layer keeps nothing, or there are not as many entries as layers, or gates as heads or
+            neurons.
 
     Example:
         ```python
@@ -85,7 +88,13 @@ def slim(
 
 
 def _counterpart(model: PreTrainedModel) -> Any:
-    """The DynSparse class with the head of `model`, which must be dense."""
+    """The DynSparse class with the head of `model`, which must be dense and plain."""
+    for part, layer in model.named_modules():
+        if isinstance(layer, QuantizationAware | Int8Layer):
+            raise ValueError(
+                f"`slim` must get a model in floating point. Got {type(model).__name__} with `{part}`, a "
+                f"{type(layer).__name__}. Slim first and call `prepare_qat_` then; an int8 model has `dequantize`."
+            )
     if sparse := sparse_layers(model):
         raise ValueError(
             f"`slim` must get a dense model. Got {type(model).__name__} with {len(sparse)} sparse layers, such as "

@@ -86,6 +86,11 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
             how = args.distillation_temperature, args.distillation_weight, args.distillation_positions
             self.distillation = Distillation(teacher, *how)
             self.distillation.check_student(model)
+        if not sparse_layers(model) and (args.final_sparsity is not None or args.learning_rate_rewinding):
+            raise ValueError(
+                "`final_sparsity` and `learning_rate_rewinding` are for sparse layers that are pruned. Got a model "
+                "without any. Load it by `load_pretrained(..., all_blocks=True)`, or leave them out."
+            )
         self._staging_dir: str | None = None
         self._save_attempt = SaveAttempt()
         self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
@@ -171,6 +176,7 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
             multiplier = rewinding(self.args.topology_settings(), num_training_steps, warmup)
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, multiplier)
             self._created_lr_scheduler = True
+            logger.info("The learning rate is taken back at each topology update, until the pruning window ends.")
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -220,7 +226,8 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         if self.distillation is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing takes the labels out of `inputs`
-        task_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with self.distillation.asking(self.accelerator.unwrap_model(model)):
+            task_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         items = num_items_in_batch if self.model_accepts_loss_kwargs else None
         distilled = self.distillation.loss(given, outputs, items)
         if items is not None and self.args.average_tokens_across_devices:
@@ -284,6 +291,12 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         if isinstance(own, PreTrainedModel):
             check_same_model(own, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # A denser model on the way would win, and is not what the run is to give.
+        if self.topology is not None and not self.topology.has_final_density:
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
         check_weights(str(self.state.best_model_checkpoint))

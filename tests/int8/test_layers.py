@@ -143,6 +143,7 @@ def test_a_bias_that_does_not_fit_is_an_error():
         to_int8(layer)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta state:UserWarning")
 @pytest.mark.parametrize(("block", "shape"), [(4, (24, 40)), (None, (7, 13))], ids=str)
 def test_back_to_floating_point(block, shape):
     int8 = to_int8(trained(qat_layer(block, shape, True)))
@@ -151,3 +152,5 @@ def test_back_to_floating_point(block, shape):
     torch.testing.assert_close(layer(input), int8(input), rtol=0, atol=0.05)
     dense = layer.weight if block is None else layer.to_dense()
     assert (dense / int8.scale).round().unique().numel() > 10
+    if block is not None:
+        assert torch.equal(int8.to_sparse_bsr().to_dense(), dense)

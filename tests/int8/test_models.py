@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 
 import pytest
@@ -22,12 +23,16 @@ from hf_dynsparse import (
     densify_,
     inspect_checkpoint,
     prepare_qat_,
+    save_with_code,
+    slim,
     sparse_layers,
     sparsify_,
     to_int8_,
     topology_summary,
     write_model_card,
 )
+from hf_dynsparse.early_bird import add_gates_
+from hf_dynsparse.export import export_bsr, export_program
 from hf_dynsparse.hub.files import check_model
 from hf_dynsparse.int8 import Int8Embedding, Int8Linear
 from hf_dynsparse.int8.quantizer import int8_modules
@@ -221,23 +226,32 @@ def changed(folder, target, change):
     return target
 
 
-QUERY = "bert.encoder.layer.0.attention.self.query"
+QUERY, WORDS = "bert.encoder.layer.0.attention.self.query", "bert.embeddings.word_embeddings"
 
 
 @pytest.mark.parametrize(
     ("change", "error"),
     [
         (lambda tensors, _: tensors.pop(f"{QUERY}.block_code"), f"without `{QUERY}.block_code`"),
-        (lambda tensors, _: tensors[f"{QUERY}.block_code"].fill_(0), "`block_code` of .* must hold"),
+        (lambda tensors, _: tensors[f"{QUERY}.block_code"].fill_(0), f"`block_code` of `{QUERY}` in .* must hold"),
+        (lambda tensors, _: tensors[f"{QUERY}.scale"].fill_(math.nan), f"`{QUERY}.scale` must be .* Got nan in"),
+        (lambda tensors, _: tensors["classifier.input_scale"].fill_(-1), "`classifier.input_scale` must be .* Got -1"),
+        (lambda tensors, _: tensors[f"{WORDS}.scale"].fill_(math.inf), f"`{WORDS}.scale` must be .* Got inf in"),
         (lambda tensors, _: tensors.update({f"{QUERY}.int8_values": tensors[f"{QUERY}.int8_values"].float()}), "int8"),
         (lambda _, layers: layers[QUERY].update(nnzb=7), "must have shape"),
         (lambda _, layers: layers[QUERY].pop("bits"), "must give block, nnzb, bits and bytes"),
+        (lambda _, layers: layers[QUERY].update(bits=3), "bits one of 1, 2, 4, 8. Got .*'bits': 3"),
     ],
 )
 def test_damage_is_seen(sparse_folder, tmp_path, change, error):
     folder = changed(sparse_folder, tmp_path / "damaged", change)
     with pytest.raises(ValueError, match=error):
         AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_a_checkpoint_without_checksums_is_named(sparse_folder, tmp_path, caplog):
+    AutoModelForSequenceClassification.from_pretrained(changed(sparse_folder, tmp_path / "bare", lambda *_: None))
+    assert f"{tmp_path / 'bare' / 'model.safetensors'} carries no checksums" in caplog.text
 
 
 def test_a_flipped_bit_is_seen(sparse_folder, tmp_path):
@@ -248,6 +262,29 @@ def test_a_flipped_bit_is_seen(sparse_folder, tmp_path):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="must be as it was saved, with checksum"):
         AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_what_needs_floating_point_refuses_int8(saved, tmp_path):
+    folder, model, _ = saved
+    with pytest.raises(ValueError, match=r"Only weights in floating point can be exported.*model.dequantize"):
+        export_program(folder)
+    with pytest.raises(ValueError, match="Only weights in floating point can be exported"):
+        export_bsr(model, tmp_path / "model.safetensors")
+    for source in (model, folder):
+        with pytest.raises(ValueError, match="knows weights in floating point only|Only a DynSparse BERT can bring"):
+            save_with_code(source, tmp_path / "code")
+    with pytest.raises(ValueError, match=r"`slim` must get a model in floating point.*Int8"):
+        slim(model, [range(1)] * 2, [range(8)] * 2)
+    with pytest.raises(ValueError, match="`add_gates_` must get a dense BERT without gates. Got one with Int8"):
+        add_gates_(model)
+    assert not any(tmp_path.iterdir())
+
+
+def test_shards(saved, tmp_path):
+    _, model, _ = saved
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(outputs(check_model(tmp_path)), outputs(model))
 
 
 def test_another_number_of_labels_is_refused(sparse_folder):

@@ -18,10 +18,12 @@ from hf_dynsparse import (
     DynSparseTrainer,
     densify_,
     prepare_qat_,
+    slim,
     sparse_layers,
     sparsify_,
     to_int8_,
 )
+from hf_dynsparse.early_bird import add_gates_
 from hf_dynsparse.int8.affine import fake_quantize_weight, weight_scale
 from hf_dynsparse.int8.qat import QatBlockSparseLinear, QatEmbedding, QatLinear, QatSparseLinear
 
@@ -89,6 +91,20 @@ def test_nothing_to_prepare_is_an_error():
         to_int8_(prepare_qat_(classifier()))
 
 
+def test_slimming_and_gates_come_before(tmp_path):
+    model = prepare_qat_(classifier(sparsity=0.0))
+    with pytest.raises(ValueError, match=r"`slim` must get a model in floating point.*QatLinear. Slim first"):
+        slim(model, [range(1)] * 2, [range(8)] * 2)
+    with pytest.raises(ValueError, match="Got one with QatLinear"):
+        add_gates_(model)
+    slimmed = slim(classifier(sparsity=0.0), [range(1)] * 2, [range(8)] * 2)
+    prepare_qat_(slimmed).train()(input_ids=torch.tensor([[7, 9]]))
+    to_int8_(slimmed).save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.bert.encoder.layer[1].output.dense.int8_values.shape == (32, 8)
+    assert torch.equal(loaded(torch.tensor([[7, 9]])).logits, slimmed(torch.tensor([[7, 9]])).logits)
+
+
 def test_the_range_is_a_moving_average_of_training_batches():
     layer = prepare_qat_(nn.Sequential(nn.Linear(2, 2)))[0]
     assert layer.input_range.tolist() == [math.inf, -math.inf]
@@ -100,6 +116,13 @@ def test_the_range_is_a_moving_average_of_training_batches():
     torch.testing.assert_close(layer.input_range, torch.tensor([-1.01, 1.99]))
     layer.eval()(torch.tensor([[-9.0, 9.0]]))
     torch.testing.assert_close(layer.input_range, torch.tensor([-1.01, 1.99]))
+
+
+def test_a_cast_leaves_the_range_alone():
+    layer = prepare_qat_(nn.Sequential(nn.Linear(2, 2)))[0].to(torch.bfloat16)
+    layer.train()(torch.tensor([[-1.0, 2.0]], dtype=torch.bfloat16))
+    layer(torch.tensor([[-2.0, 1.0]], dtype=torch.bfloat16))
+    torch.testing.assert_close(layer.to(torch.bfloat16).input_range, torch.tensor([-1.01, 1.99]))
 
 
 def test_weights_are_rounded_from_the_first_step_and_learn_as_if_they_were_not():

@@ -32,7 +32,7 @@ def add_gates_(model: PreTrainedModel) -> PreTrainedModel:
     """
     projections = [pair for layer in encoder_layers(model) for pair in _projections(layer)]
     for dense, _ in projections:
-        if not isinstance(dense, nn.Linear) or SEARCH_GATES in dense._parameters:
+        if type(dense) is not nn.Linear or SEARCH_GATES in dense._parameters:
             received = "one with gates" if SEARCH_GATES in dense._parameters else f"one with {type(dense).__name__}"
             raise ValueError(f"`add_gates_` must get a dense BERT without gates. Got {received}. Load a dense one.")
     for dense, units in projections:

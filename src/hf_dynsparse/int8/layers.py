@@ -1,7 +1,7 @@
 """Layers that hold int8 and compute with integers."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ class Int8Layer(nn.Module):
     input_scale: torch.Tensor
     input_zero_point: torch.Tensor
     int32_bias: torch.Tensor | None
-    _known: tuple[torch.dtype, int, torch.Tensor | None] | None
+    _known: "_Settled | None"
 
     def _build(self, shape: tuple[int, int], values_shape: tuple[int, ...], bias: bool, device: object) -> None:
         nn.Module.__init__(self)
@@ -97,26 +97,29 @@ class Int8Layer(nn.Module):
                 "An int8 model is for inference. Got one in training mode: call `model.eval()`, or train the model "
                 "that it was made from, prepared by `prepare_qat_`."
             )
-        dtype, zero_point, bias = self._settled
-        integers = quantize_input(input, self.input_scale, zero_point).to(dtype)
-        with torch.autocast(input.device.type, enabled=False):  # bfloat16 would round the integers
-            product = self._multiply(integers, dtype)
-        output = product.mul_(self.step.to(dtype))
-        return (output if bias is None else output.add_(bias)).to(input.dtype)
+        known, device = self._settled, input.device.type
+        integers = quantize_input(input, self.input_scale, known.zero_point).to(known.dtype)
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # bfloat16 would round the integers
+                sums = self._multiply(integers, known.dtype)
+        else:
+            sums = self._multiply(integers, known.dtype)
+        if known.bias is None:
+            return sums.mul_(known.step).to(input.dtype)
+        return torch.add(known.bias, sums, alpha=known.step, out=sums).to(input.dtype)  # in one pass
 
     @property
     def exact_dtype(self) -> torch.dtype:
         """The dtype in which no sum of integers can be inexact: float32, unless rows are long and heavy."""
-        return self._settled[0]
+        return self._settled.dtype
 
     @property
-    def _settled(self) -> tuple[torch.dtype, int, torch.Tensor | None]:
-        """What every forward pass needs, worked out once: the exact dtype, the zero point and the bias."""
+    def _settled(self) -> "_Settled":
         if self._known is None:
             zero_point = int(self.input_zero_point)
             largest = int(self._row_sums().max()) * max(zero_point, INPUT_LEVELS - zero_point)
             dtype = torch.float32 if largest <= EXACT_IN_FLOAT32 else torch.float64
-            self._known = dtype, zero_point, self.bias
+            self._known = _Settled(dtype, zero_point, float(self.step), self.bias)
         return self._known
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -137,6 +140,15 @@ class Int8Layer(nn.Module):
         if self.scale.dtype != torch.float32:
             self.scale, self.input_scale = (scale.to(self.scale.device) for scale in before)
         return self
+
+
+class _Settled(NamedTuple):
+    """What every forward pass needs, worked out once."""
+
+    dtype: torch.dtype
+    zero_point: int
+    step: float
+    bias: torch.Tensor | None
 
 
 class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
@@ -185,8 +197,10 @@ class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[overr
     Attributes:
         block_code (buffer of shape `(code_bytes,)`, `torch.uint8`): what is saved of the index. `block_index` is
             decoded from it when first asked for, and kept.
+        label (`str`): what errors about the code call the layer.
     """
 
+    label = "the layer"
     block_code: torch.Tensor
     _decoded: torch.Tensor | None
 
@@ -244,7 +258,7 @@ class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[overr
             return torch.empty(self.nnzb, dtype=torch.int32, device="meta")
         # No buffer: the loader overwrites those that no checkpoint holds.
         if self._decoded is None or self._decoded.device != self.block_code.device:
-            self._decoded = decode_index(self.block_code, self.code_bits, self.nnzb, self.num_blocks)
+            self._decoded = decode_index(self.block_code, self.code_bits, self.nnzb, self.num_blocks, self.label)
         return self._decoded
 
     def problem(self, tokens: int = 1, *, backward: bool = False, dtype: torch.dtype | None = None) -> Problem:
@@ -254,6 +268,10 @@ class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[overr
     def to_dense(self) -> torch.Tensor:
         """The dense weight that the integers represent, `torch.float32` of shape `(out_features, in_features)`."""
         return to_dense(self.int8_values * self.scale, self.block_index, self.shape)
+
+    def to_sparse_bsr(self) -> torch.Tensor:
+        """As of [`BlockSparseLinear`], in float32."""
+        return self.to_float().to_sparse_bsr()
 
     @torch.no_grad()
     def to_float(self) -> BlockSparseLinear:

@@ -5,7 +5,8 @@ Quantisation-aware training: layers that compute with rounded weights and inputs
 
 import logging
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import distributed, nn
@@ -71,6 +72,14 @@ class QuantizationAware(nn.Module):
                 here = _widest(here)
             self.input_range.copy_(torch.where(fresh, here, self.input_range.lerp(here, AVERAGING_CONSTANT)))
         return torch.where(fresh, here, self.input_range)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # A cast of the model must not round the range: only its device may change.
+        before = self.input_range
+        super()._apply(fn, recurse)
+        if self.input_range.dtype != torch.float32:
+            self.input_range = before.to(self.input_range.device)
+        return self
 
     @property
     def _weight(self) -> torch.Tensor:

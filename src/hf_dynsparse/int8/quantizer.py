@@ -4,6 +4,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from math import inf
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from ..models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..nn import BlockSparseLinear
 from ..quantizer import check_loaded, is_loaded, present_layers
 from .embedding import Int8Embedding
+from .index_coding import CODE_BITS
 from .layers import Int8BlockSparseLinear, Int8Linear
 from .qat import QatEmbedding, QatLinear, QuantizationAware
 
@@ -54,10 +56,12 @@ class DynSparseInt8Config(QuantizationConfigMixin):
         self.layers = {name: None if about is None else dict(about) for name, about in layers.items()}
         self.embeddings = list(embeddings)
         for name, about in self.layers.items():
-            if about is not None and about.keys() != {"block", "nnzb", "bits", "bytes"}:
+            if about is None:
+                continue
+            if about.keys() != {"block", "nnzb", "bits", "bytes"} or about["bits"] not in CODE_BITS:
                 raise ValueError(
-                    f"`layers` must give block, nnzb, bits and bytes of a sparse layer. Got {about} for `{name}`. "
-                    "Load an intact checkpoint."
+                    "`layers` must give block, nnzb, bits and bytes of a sparse layer, bits one of "
+                    f"{', '.join(map(str, CODE_BITS))}. Got {about} for `{name}`. Load an intact checkpoint."
                 )
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -120,8 +124,8 @@ class DynSparseInt8Quantizer(HfQuantizer):
                     f"`{name}.{lost[0]}`, which fits to no tensor there. Load it with the configuration that it was "
                     "saved with."
                 )
-            if isinstance(module, Int8BlockSparseLinear) and not module.block_code.is_meta:
-                module.layout.validate(f"`{name}` in {source}")
+            if not module.scale.is_meta:
+                _validate(name, module, source)
         warn_of_nonfinite(model, source)
         config = self.quantization_config
         check_loaded(model, source, {*config.layers, *config.embeddings} - modules.keys())
@@ -232,16 +236,31 @@ def put_int8_layers_(model: PreTrainedModel, config: DynSparseInt8Config) -> Non
                 )
             made: nn.Module = Int8Embedding(module.num_embeddings, module.embedding_dim, "meta")
         else:
-            made = _empty_layer(module, about)
+            made = _empty_layer(module, about, f"`{name}` in {model.name_or_path}")
         model.set_submodule(name, made)
 
 
-def _empty_layer(linear: Any, about: Mapping[str, Any] | None) -> nn.Module:
+def _validate(name: str, module: Int8Module, source: str) -> None:
+    """Check what no shape tells: scales, and the index."""
+    for leaf in ("scale", "input_scale"):
+        scale = module._buffers.get(leaf)
+        if scale is not None and not 0.0 < float(scale) < inf:
+            raise ValueError(
+                f"`{name}.{leaf}` must be positive and finite. Got {float(scale)} in {source}. It is damaged: load an "
+                "intact checkpoint."
+            )
+    if isinstance(module, Int8BlockSparseLinear):
+        module.layout.validate(f"`{name}` in {source}")
+
+
+def _empty_layer(linear: Any, about: Mapping[str, Any] | None, label: str) -> nn.Module:
     sides, bias = (linear.in_features, linear.out_features), linear.bias is not None
     if about is None:
         return Int8Linear(*sides, bias, "meta")
     block = tuple(about["block"])
-    return Int8BlockSparseLinear(*sides, block, about["nnzb"], about["bits"], about["bytes"], bias, "meta")
+    layer = Int8BlockSparseLinear(*sides, block, about["nnzb"], about["bits"], about["bytes"], bias, "meta")
+    layer.label = label
+    return layer
 
 
 def _to_int8(layer: QuantizationAware) -> Int8Linear | Int8BlockSparseLinear:

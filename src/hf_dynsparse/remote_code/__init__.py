@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from importlib.util import resolve_name
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -53,7 +55,7 @@ def save_with_code(model_or_folder: PreTrainedModel | str | Path, folder: str | 
         folder (`str` or `Path`): where to write. May be the same folder.
 
     Raises:
-        ValueError: if it is not a DynSparse BERT.
+        ValueError: if it is not a DynSparse BERT, or int8.
 
     Example:
         ```python
@@ -63,7 +65,8 @@ def save_with_code(model_or_folder: PreTrainedModel | str | Path, folder: str | 
     """
     folder = Path(folder)
     if isinstance(model_or_folder, PreTrainedModel):
-        _check(type(model_or_folder).__name__, isinstance(model_or_folder, DynSparseBertPreTrainedModel))
+        name, is_ours = type(model_or_folder).__name__, isinstance(model_or_folder, DynSparseBertPreTrainedModel)
+        _check(name, is_ours, model_or_folder.config.to_dict())
         model_or_folder.save_pretrained(folder)
         source = folder
     else:
@@ -83,11 +86,11 @@ def add_code(folder: Path) -> dict[str, bytes]:
     What makes the checkpoint in `folder` self-contained, by file name: the code, and a config.json that names it.
 
     Raises:
-        ValueError: if it is not a DynSparse BERT.
+        ValueError: if it is not a DynSparse BERT, or int8.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("model_type")
-    _check(f"{folder} of type {kind!r}", kind == DynSparseBertConfig.model_type)
+    _check(f"{folder} of type {kind!r}", kind == DynSparseBertConfig.model_type, config)
     config["auto_map"] = AUTO_MAP
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {"config.json": text.encode(), **_modelling_files()}
@@ -124,9 +127,14 @@ def _file_name(module: str) -> str:
     return name if name in (_CONFIGURATION, _MODELING) else f"dynsparse_{name}"
 
 
-def _check(what: str, is_ours: bool) -> None:
+def _check(what: str, is_ours: bool, config: Mapping[str, Any]) -> None:
     if not is_ours:
         raise ValueError(
             f"Only a DynSparse BERT can bring its code along. Got {what}. Save it by `save_pretrained`: loading a "
             "sparse one needs `pip install hf_dynsparse`."
+        )
+    if "quantization_config" in config:
+        raise ValueError(
+            f"The code beside a checkpoint knows weights in floating point only. Got {what}, an int8 model. Call "
+            "`model.dequantize()` first, or save it without code, for readers who have `hf_dynsparse`."
         )

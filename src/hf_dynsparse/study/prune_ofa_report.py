@@ -33,24 +33,24 @@ def collect_results(runs: Sequence[StageRun], output: Path) -> list[Result]:
         `list[dict]`: `task`, `variant` (`None` for dense), `model`, `score` (mean of the task's metrics, in percent),
         `lost` (points against dense), `encoder_bytes` (of the tensors in the file, indices and scales included),
         `smaller` (dense bytes over these), `sparsity`, `checksum` of the pattern and whether it is `locked`: the same
-        after quantisation as before; and how it was trained and where.
+        as in the sparse model that it was trained from; and how it was trained and where.
     """
     rows = [read_result(run, output) for run in runs if run.stage in MODELS]
     rows.sort(key=lambda row: (row["task"], row["variant"] or "", list(MODELS.values()).index(row["model"])))
     found = {(row["task"], row["variant"], row["model"]): row for row in rows}
     for row in rows:
         dense = found.get((row["task"], None, "dense"))
-        before = found.get((row["task"], row["variant"], "pruned"))
         row["lost"] = dense and dense["score"] - row["score"]
         row["smaller"] = dense and dense["encoder_bytes"] / row["encoder_bytes"]
-        row["locked"] = row["checksum"] == before["checksum"] if before and row is not before else None
     return rows
 
 
 def read_result(run: StageRun, output: Path) -> Result:
     """One row, but for what compares it with others."""
-    folder = output / run.name
+    folder, start = output / run.name, Path(str(run.flags.get("model_name_or_path")))
     summary = json.loads((folder / "summary.json").read_text())
+    checksum = topology_checksum(folder)
+    before = topology_checksum(start) if run.variant and (start / "config.json").is_file() else None
     return {
         "task": run.task,
         "variant": run.variant,
@@ -59,7 +59,8 @@ def read_result(run: StageRun, output: Path) -> Result:
         "metrics": summary["metrics"],
         "encoder_bytes": checkpoint_bytes(folder, ENCODER),
         "sparsity": summary["sparsity"],
-        "checksum": topology_checksum(folder),
+        "checksum": checksum,
+        "locked": None if before is None else checksum == before,
         **{
             key: summary[key]
             for key in ("epochs", "steps", "seconds", "seed", "learning_rate", "hardware", "versions")
@@ -108,7 +109,7 @@ def format_results(results: Sequence[Result]) -> str:
     lines += [
         "",
         "Bytes: tensors of the encoder in the file, block indices and scales included. Pattern: CRC-32 of all block "
-        "indices; `locked` where it is after quantisation what it was before.",
+        "indices; `locked` where it is that of the model before this training.",
         "; ".join(f"{name}: {' / '.join(values)}" for name, values in about.items()),
     ]
     return "\n".join(lines)

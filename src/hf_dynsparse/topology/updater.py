@@ -108,6 +108,11 @@ class TopologyUpdater:
         """Topology updates of the whole run."""
         return len(self.update_steps)
 
+    @property
+    def has_final_density(self) -> bool:
+        """Whether the model has as many active blocks as the run leads to."""
+        return sum(layer.nnzb for layer in self.layers.values()) == sum(self._scheduled(1.0).values())
+
     def replaces_step(self, next_step: int) -> bool:
         """Whether an update takes the place of optimiser step `next_step`."""
         return self.settings.replace_step and next_step in self.update_steps
