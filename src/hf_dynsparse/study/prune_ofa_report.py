@@ -140,6 +140,9 @@ def plot_results(results: Sequence[Result], path: str | PathLike[str]) -> None:
         for model, marker in markers.items():
             axes.plot([], [], marker=marker, color="#808080", linestyle="", label=model)
         axes.set(xscale="log", xlabel="encoder in the file (MB)", ylabel="score")
+        sizes = sorted({f"{row['encoder_bytes'] / 1e6:.2g}" for row in results}, key=float)
+        axes.set_xticks([float(size) for size in sizes], [f"{float(size):g}" for size in sizes])
+        axes.minorticks_off()
         axes.legend(frameon=False)
 
 
