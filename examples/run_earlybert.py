@@ -36,8 +36,6 @@ import run_mlm_dynsparse as mlm
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
-    AutoModelForMaskedLM,
-    AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -48,8 +46,6 @@ from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_dynsparse import (
-    DynSparseBertForMaskedLM,
-    DynSparseBertForPreTraining,
     DynSparseTrainer,
     EarlyBirdCallback,
     Ticket,
@@ -57,7 +53,6 @@ from hf_dynsparse import (
     sparsify_,
 )
 from hf_dynsparse.checkpoint import last_checkpoint
-from hf_dynsparse.data import DataCollatorForWholeWordMasking
 from hf_dynsparse.early_bird import TICKET_FILE, TICKET_SCORES, random_ticket
 from hf_dynsparse.finetuning import load_teacher, prepare_finetuning_
 from hf_dynsparse.layout import as_block_shape, parse_block_size
@@ -391,10 +386,7 @@ def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **trusted, **hub)
     config = AutoConfig.from_pretrained(
         model_args.config_name or name,
-        num_labels=len(labels) or 1,
-        problem_type="single_label_classification" if labels else "regression",
-        id2label=dict(enumerate(labels or ["LABEL_0"])),
-        label2id={label: number for number, label in enumerate(labels or ["LABEL_0"])},
+        **glue.head_of(labels),
         **trusted,
         **hub,
     )
@@ -428,16 +420,9 @@ def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:
         )
 
     def report(trainer: DynSparseTrainer) -> None:
-        results: dict[str, float] = {}
-        if args.do_eval:
-            results = trainer.evaluate()
-            if data_args.task_name == "mnli" and "validation_mismatched" in examples:
-                results |= trainer.evaluate(examples["validation_mismatched"], metric_key_prefix="eval_mm")
-            trainer.save_metrics("eval", results)
+        results = glue.evaluate(trainer, examples, data_args) if args.do_eval else {}
         if args.do_predict:
-            for split in [split for split in examples if split.startswith("test")]:
-                rest = split.removeprefix("test")
-                glue.predict(trainer, examples[split], labels, f"{data_args.task_name or 'test'}{rest}")
+            glue.predict(trainer, examples, labels, data_args)
         if trainer.is_world_process_zero():
             glue.report(trainer, results, glue.about_run(model_args, data_args))
 
@@ -452,38 +437,20 @@ def prepare_mlm(model_args: Any, data_args: Any, args: Any) -> Job:
         tokenizer = mlm.load_tokenizer(model_args, raw, args, str(known) if known.exists() else None)
         sequences = mlm.prepare_sequences(raw, tokenizer, data_args, args)
     config = mlm.build_config(model_args, args, None)
-    if not model_args.model_name_or_path:
-        config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
     if args.learning_rate is None:
         args.learning_rate = mlm.LEARNING_RATES[model_args.preset]
-    architecture = DynSparseBertForPreTraining if data_args.nsp else DynSparseBertForMaskedLM
-    auto_class = AutoModelForPreTraining if data_args.nsp else AutoModelForMaskedLM
-    teacher = load_teacher(auto_class, args.teacher, token=model_args.token) if args.teacher else None
+    teacher = mlm.find_teacher(model_args, data_args, args)
 
     def load() -> Any:
         set_seed(args.seed)  # the same initial weights every time
-        if not model_args.model_name_or_path:
-            return architecture(copy.deepcopy(config))
-        return architecture.from_pretrained(
-            model_args.model_name_or_path,
-            config=copy.deepcopy(config),
-            revision=model_args.model_revision,
-            token=model_args.token,
-            dtype=model_args.dtype,
-        )
+        return mlm.load_model(model_args, data_args, copy.deepcopy(config), tokenizer)
 
     def trainer(model: Any, settings: Any, callbacks: list[TrainerCallback]) -> DynSparseTrainer:
         return DynSparseTrainer(
             model,
             settings,
             teacher=teacher,
-            data_collator=DataCollatorForWholeWordMasking(
-                tokenizer,
-                mlm_probability=data_args.mlm_probability,
-                whole_word_mask=data_args.whole_word_mask,
-                seed=args.seed,
-                pad_to_multiple_of=data_args.max_seq_length if data_args.pad_to_max_length else None,
-            ),
+            data_collator=mlm.make_collator(tokenizer, data_args, args),
             train_dataset=sequences["train"],
             eval_dataset=sequences["validation"],
             processing_class=tokenizer,

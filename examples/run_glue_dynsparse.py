@@ -174,12 +174,7 @@ def main() -> None:
             **hub,
         )
         config = AutoConfig.from_pretrained(model_args.config_name, **hub) if model_args.config_name else None
-        head = {
-            "num_labels": len(labels) or 1,
-            "problem_type": "single_label_classification" if labels else "regression",
-            "id2label": dict(enumerate(labels or ["LABEL_0"])),
-            "label2id": {label: number for number, label in enumerate(labels or ["LABEL_0"])},
-        }
+        head = head_of(labels)
         if config is not None:
             for name, value in head.items():
                 setattr(config, name, value)
@@ -230,14 +225,9 @@ def main() -> None:
         if args.quantization_aware:
             facts = finish_quantization_(trainer)
     if args.do_eval:
-        results = trainer.evaluate()
-        if data_args.task_name == "mnli" and "validation_mismatched" in examples:
-            results |= trainer.evaluate(examples["validation_mismatched"], metric_key_prefix="eval_mm")
-        trainer.log_metrics("eval", results)
-        trainer.save_metrics("eval", results)
+        results = evaluate(trainer, examples, data_args)
     if args.do_predict:
-        for split in [split for split in examples if split.startswith("test")]:
-            predict(trainer, examples[split], labels, f"{data_args.task_name or 'test'}{split.removeprefix('test')}")
+        predict(trainer, examples, labels, data_args)
     if args.do_train and trainer.is_world_process_zero():
         report(trainer, results, facts | about_run(model_args, data_args))
     if args.push_to_hub:
@@ -318,6 +308,17 @@ def understand(raw: DatasetDict, data_args: DataArguments) -> tuple[list[str], l
     return columns, names or [str(label) for label in known]
 
 
+def head_of(labels: list[str]) -> dict[str, Any]:
+    """What a configuration says of a head for `labels`, or for a number if there are none."""
+    names = labels or ["LABEL_0"]
+    return {
+        "num_labels": len(names),
+        "problem_type": "single_label_classification" if labels else "regression",
+        "id2label": dict(enumerate(names)),
+        "label2id": {label: number for number, label in enumerate(names)},
+    }
+
+
 def tokenize(
     raw: DatasetDict,
     columns: list[str],
@@ -394,7 +395,24 @@ def answers(predictions: Any, labels: list[str]) -> np.ndarray:
     return logits.argmax(-1) if labels else logits.squeeze(-1)
 
 
-def predict(trainer: DynSparseTrainer, rows: datasets.Dataset, labels: list[str], name: str) -> None:
+def evaluate(trainer: DynSparseTrainer, examples: DatasetDict, data_args: DataArguments) -> dict[str, float]:
+    """The metrics of the validation sets, logged and saved."""
+    results = trainer.evaluate()
+    if data_args.task_name == "mnli" and "validation_mismatched" in examples:
+        results |= trainer.evaluate(examples["validation_mismatched"], metric_key_prefix="eval_mm")
+    trainer.log_metrics("eval", results)
+    trainer.save_metrics("eval", results)
+    return results
+
+
+def predict(trainer: DynSparseTrainer, examples: DatasetDict, labels: list[str], data_args: DataArguments) -> None:
+    """Write the predictions of every test set."""
+    for split in [split for split in examples if split.startswith("test")]:
+        name = f"{data_args.task_name or 'test'}{split.removeprefix('test')}"
+        write_predictions(trainer, examples[split], labels, name)
+
+
+def write_predictions(trainer: DynSparseTrainer, rows: datasets.Dataset, labels: list[str], name: str) -> None:
     """Write predict_results_<name>.txt: index and prediction, as the GLUE server takes them."""
     unlabelled = rows.remove_columns([name for name in rows.column_names if name == "labels"])
     found = answers(trainer.predict(unlabelled).predictions, labels)

@@ -37,6 +37,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoTokenizer,
     BertConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -234,18 +235,7 @@ def main() -> None:
     if not data_args.streaming:
         logger.info("%d training and %d evaluation sequences", len(sequences["train"]), len(sequences["validation"]))
 
-    architecture = DynSparseBertForPreTraining if data_args.nsp else DynSparseBertForMaskedLM
-    if model_args.model_name_or_path:
-        model = architecture.from_pretrained(
-            model_args.model_name_or_path,
-            config=config,
-            revision=model_args.model_revision,
-            token=model_args.token,
-            dtype=model_args.dtype,
-        )
-    else:
-        config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
-        model = architecture(config)
+    model = load_model(model_args, data_args, config, tokenizer)
     if model_args.untrained_rest:
         add_untrained_rest_(model, model.config.initializer_range, args.seed)
     logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
@@ -256,18 +246,11 @@ def main() -> None:
     try:
         if checkpoint is not None:
             check_model_to_resume(model, checkpoint)
-        head = AutoModelForPreTraining if data_args.nsp else AutoModelForMaskedLM
         trainer = DynSparseTrainer(
             model,
             args,
-            teacher=load_teacher(head, args.teacher, token=model_args.token) if args.teacher else None,
-            data_collator=DataCollatorForWholeWordMasking(
-                tokenizer,
-                mlm_probability=data_args.mlm_probability,
-                whole_word_mask=data_args.whole_word_mask,
-                seed=args.seed,
-                pad_to_multiple_of=data_args.max_seq_length if data_args.pad_to_max_length else None,
-            ),
+            teacher=find_teacher(model_args, data_args, args),
+            data_collator=make_collator(tokenizer, data_args, args),
             train_dataset=sequences["train"],
             eval_dataset=sequences["validation"],
             processing_class=tokenizer,
@@ -288,6 +271,45 @@ def main() -> None:
     else:
         trainer.create_model_card()
     trainer.accelerator.end_training()
+
+
+def load_model(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    config: DynSparseBertConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> DynSparseBertForMaskedLM | DynSparseBertForPreTraining:
+    """The model of `config`: of a checkpoint if there is one, else fresh, with the vocabulary of the tokenizer."""
+    architecture = DynSparseBertForPreTraining if data_args.nsp else DynSparseBertForMaskedLM
+    if model_args.model_name_or_path:
+        return architecture.from_pretrained(
+            model_args.model_name_or_path,
+            config=config,
+            revision=model_args.model_revision,
+            token=model_args.token,
+            dtype=model_args.dtype,
+        )
+    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+    return architecture(config)
+
+
+def find_teacher(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> PreTrainedModel | None:
+    """The model of `--teacher`, if there is one."""
+    head = AutoModelForPreTraining if data_args.nsp else AutoModelForMaskedLM
+    return load_teacher(head, args.teacher, token=model_args.token) if args.teacher else None
+
+
+def make_collator(
+    tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, args: RunArguments
+) -> DataCollatorForWholeWordMasking:
+    """What makes batches, and masks them."""
+    return DataCollatorForWholeWordMasking(
+        tokenizer,
+        mlm_probability=data_args.mlm_probability,
+        whole_word_mask=data_args.whole_word_mask,
+        seed=args.seed,
+        pad_to_multiple_of=data_args.max_seq_length if data_args.pad_to_max_length else None,
+    )
 
 
 def settle_updates(model_args: ModelArguments, args: RunArguments) -> None:

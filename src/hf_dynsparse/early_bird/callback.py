@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 from ..nn import SEARCH_GATES
 from ..shards import whole
 from .gates import Gates, add_gates_, gates_of
-from .ticket import Kept, Ticket, check_rule, draw_ticket, ticket_distance, tied_share
+from .ticket import Kept, Ticket, draw_ticket, ticket_distance, tied_share
 
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class EarlyBirdCallback(TrainerCallback, ExportableState):
         fallback: float = 0.2,
         **rule: Any,
     ) -> None:
-        check_rule(**rule)
+        draw_ticket([torch.ones(1)], [torch.ones(1)], **rule)  # refuses a rule that it cannot draw by
         for name, value in {"l1_heads": l1_heads, "l1_neurons": l1_neurons}.items():
             if value < 0:
                 raise ValueError(f"`{name}` must not be negative. Got {value}. 0 turns it off.")

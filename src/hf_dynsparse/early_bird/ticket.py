@@ -92,7 +92,7 @@ def draw_ticket(
     Raises:
         ValueError: for an unknown name, or a number out of range.
     """
-    check_rule(head_ratio, neuron_ratio, heads, neurons, score, multiple_of)
+    _check_rule(head_ratio, neuron_ratio, heads, neurons, score, multiple_of)
     scores = [[TICKET_SCORES[score](gates.detach().cpu()) for gates in part] for part in (head_gates, neuron_gates)]
     return Ticket(
         _kept(scores[0], head_ratio, heads),
@@ -163,20 +163,10 @@ def tied_share(head_gates: Sequence[torch.Tensor], neuron_gates: Sequence[torch.
     return ticket_distance(ticket, Ticket(heads, neurons, ticket.num_heads, ticket.num_neurons)).largest
 
 
-def check_rule(
-    head_ratio: float = 1 / 3,
-    neuron_ratio: float = 0.4,
-    heads: str = "layer",
-    neurons: str = "global",
-    score: str = "magnitude",
-    multiple_of: int = 1,
+def _check_rule(
+    head_ratio: float, neuron_ratio: float, heads: str, neurons: str, score: str, multiple_of: int
 ) -> None:
-    """
-    Refuse what `draw_ticket` cannot draw by.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """Refuse what `draw_ticket` cannot draw by."""
     for name, ratio in (("head_ratio", head_ratio), ("neuron_ratio", neuron_ratio)):
         if not 0.0 <= ratio < 1.0:
             raise ValueError(f"`{name}` must lie in [0, 1). Got {ratio}. It is the share of units to leave out.")

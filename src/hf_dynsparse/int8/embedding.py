@@ -13,16 +13,14 @@ class Int8Embedding(nn.Embedding):
     int8_values: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, device: object = None) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, device: torch.device | str | None = None) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
         self.scale_grad_by_freq = self.sparse = False
         shape = num_embeddings, embedding_dim
-        values = torch.empty(shape, dtype=torch.int8, device=device)  # type: ignore[call-overload]
-        self.register_buffer("int8_values", values)
-        scale = torch.empty((), dtype=torch.float32, device=device)  # type: ignore[call-overload]
-        self.register_buffer("scale", scale)
+        self.register_buffer("int8_values", torch.empty(shape, dtype=torch.int8, device=device))
+        self.register_buffer("scale", torch.empty((), dtype=torch.float32, device=device))
         self._is_hf_initialized = True
         self.eval()
 

@@ -46,7 +46,9 @@ class Int8Layer(nn.Module):
     int32_bias: torch.Tensor | None
     _known: "_Settled | None"
 
-    def _build(self, shape: tuple[int, int], values_shape: tuple[int, ...], bias: bool, device: object) -> None:
+    def _build(
+        self, shape: tuple[int, int], values_shape: tuple[int, ...], bias: bool, device: torch.device | str | None
+    ) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         shapes_and_dtypes = {
@@ -57,7 +59,7 @@ class Int8Layer(nn.Module):
             "int32_bias": (shape[:1], torch.int32),
         }
         for name, (sizes, dtype) in shapes_and_dtypes.items():
-            empty = torch.empty(sizes, dtype=dtype, device=device)  # type: ignore[call-overload]
+            empty = torch.empty(sizes, dtype=dtype, device=device)
             self.register_buffer(name, empty if bias or name != "int32_bias" else None)
         self._known = None
         self._is_hf_initialized = True  # random numbers would be of no use
@@ -154,7 +156,9 @@ class _Settled(NamedTuple):
 class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
     """A dense [`Int8Layer`], `int8_values` of shape `(out_features, in_features)`."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: object = None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None
+    ) -> None:
         shape = out_features, in_features
         self._build(shape, shape, bias, device)
 
@@ -213,14 +217,13 @@ class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[overr
         code_bits: int,
         code_bytes: int,
         bias: bool = True,
-        device: object = None,
+        device: torch.device | str | None = None,
     ) -> None:
         shape, block_shape = (out_features, in_features), as_block_shape(block_size)
         grid = block_grid(shape, block_shape)
         self._build(shape, (nnzb, *block_shape), bias, device)
         self.block_shape, self.grid, self.code_bits = block_shape, grid, code_bits
-        code = torch.empty(code_bytes, dtype=torch.uint8, device=device)  # type: ignore[call-overload]
-        self.register_buffer("block_code", code)
+        self.register_buffer("block_code", torch.empty(code_bytes, dtype=torch.uint8, device=device))
         self._decoded = None
 
     @classmethod
