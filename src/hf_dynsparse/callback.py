@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -40,7 +40,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
 
     Args:
         num_updates, settings: see [`TopologySettings`]; without a number of updates or an interval,
-            `default_num_updates` of the run.
+            80, or as many as leave 100 steps between them.
         group_lasso (`float`): strength of the decoupled group lasso, applied after every optimiser step.
 
     Attributes:
@@ -111,9 +111,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             self._final = {"sizes": sizes_of(model), **configured(model, self.settings.final_sparsity)}
         else:
             self.restore(state)
-        settings = self.settings
-        if settings.num_updates is None and settings.update_every is None:
-            settings = replace(settings, num_updates=default_num_updates(state.max_steps))
+        settings = self.settings.for_run(state.max_steps)
         given = self._final["sizes"] if state.global_step > 0 and self._final is not None else None
         self._updater = TopologyUpdater(
             model,
@@ -130,7 +128,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self.metrics["sparsity"] = topology_summary(model).sparsity
         self.metrics["coverage"] = self._updater.coverage()
         logger.info(
-            "Topology: %d sparse layers at sparsity %.4f%s, %d updates%s, prune by %s, %s.",
+            "Topology: %d sparse layers at sparsity %.4f%s, %d updates%s%s, prune by %s, %s.",
             len(self._updater.layers),
             self.metrics["sparsity"],
             "" if settings.final_sparsity is None else f" on the way to {settings.final_sparsity:.4f}",
@@ -138,6 +136,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             f" from step {self._updater.update_steps[0]} to {self._updater.update_steps[-1]}"
             if self._updater.num_updates
             else "",
+            "" if settings is self.settings else " (by default: at most 80, and 100 steps for new blocks to grow)",
             settings.prune_score,
             "remember what was pruned" if settings.hidden_copy else f"regrow by {settings.regrow_rule}",
         )
@@ -235,13 +234,6 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self.check_settings(saved)
         self.metrics = dict(saved["attributes"]["metrics"])
         self._final = saved["attributes"].get("final")
-
-
-def default_num_updates(total_steps: int) -> int:
-    """
-    The paper's optimum for 16 x 16 blocks, 80 updates a run; fewer in a run too short for five steps between them.
-    """
-    return min(80, max(0, total_steps - 1) // 5)
 
 
 def check_parallelism(args: TrainingArguments) -> None:
