@@ -15,9 +15,15 @@ from ..shards import shard_again_
 from .allocation import DensityPath, allocate_by_momentum, allocate_globally
 from .checks import check_sizes_may_change, check_updatable
 from .dense_gradient import DenseGradientProbe
-from .exploration import dof_coverage, is_tracked, track_exploration_
-from .hidden_copy import choose_by_hidden_copy, has_hidden_copy, remember_, track_hidden_copy_
-from .momentum import add_to_momentum_, has_momentum, track_momentum_
+from .exploration import dof_coverage, is_tracked, track_exploration_, untrack_exploration_
+from .hidden_copy import (
+    choose_by_hidden_copy,
+    has_hidden_copy,
+    remember_,
+    track_hidden_copy_,
+    untrack_hidden_copy_,
+)
+from .momentum import add_to_momentum_, has_momentum, track_momentum_, untrack_momentum_
 from .report import TopologyReport, report_update
 from .resize import begin_at_size_
 from .schedules import pruning_ratio_at, update_steps
@@ -241,9 +247,10 @@ class TopologyUpdater:
         churns = [min(pair) > CHURN for pair in pairwise(self._newborn_shares)]
         if churns and churns[-1] and sum(churns) == 1:
             logger.warning(
-                "New blocks do not live: topology updates %d and %d removed hardly anything but what the update before "
-                "had brought (newborn shares %.2f and %.2f), so the topology churns in place. Give new blocks more "
-                "steps to grow: fewer updates, or a longer interval; or prune by 'weight_gradient' instead of %r.",
+                "New blocks do not live: topology updates %d and %d removed hardly anything but what the update just "
+                "before had brought (newborn shares %.2f and %.2f): the topology churns in place. Give new blocks "
+                "more steps to grow: fewer updates, or a longer interval; or prune by 'weight_gradient' instead of "
+                "%r.",
                 report.update,
                 report.update + 1,
                 *self._newborn_shares[-2:],
@@ -326,3 +333,11 @@ def track_layers_(layers: Iterable[BlockSparseLinear], needs: Set[str]) -> None:
             track_momentum_(layer)
         if "hidden_copy" in needs and not has_hidden_copy(layer):
             track_hidden_copy_(layer)
+
+
+def untrack_layers_(layers: Iterable[BlockSparseLinear]) -> None:
+    """Take away what `track_layers_` has added, if anything: a plain layer is left."""
+    for layer in layers:
+        untrack_exploration_(layer)
+        untrack_momentum_(layer)
+        untrack_hidden_copy_(layer)
