@@ -1,6 +1,7 @@
 """The topology engine: scores, schedules, updates, exploration. Pure PyTorch; knows nothing of transformers."""
 
 from .allocation import ALLOCATIONS
+from .averaging import TopologyAverage
 from .exploration import block_ages, dof_coverage, ever_active, track_exploration_
 from .methods import METHODS, Method, method_settings
 from .report import TopologyReport
@@ -30,6 +31,7 @@ __all__ = [
     "LayerUpdate",
     "Method",
     "Score",
+    "TopologyAverage",
     "TopologyReport",
     "TopologySettings",
     "TopologyUpdater",
