@@ -146,7 +146,6 @@ def test_other_topology_settings_are_refused(tmp_path, changed, named):
 def test_resuming_a_run_without_updates_says_so(tmp_path, caplog):
     plain = trainer_of(tmp_path / "plain", num_topology_updates=0)
     plain.remove_callback(plain.topology)
-    plain.topology = None
     plain.train()
     resumed = trainer_of(tmp_path / "resumed")
     with caplog.at_level(logging.WARNING):

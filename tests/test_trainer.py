@@ -15,7 +15,6 @@ from hf_dynsparse import (
     flops_per_sequence,
     sparse_layers,
 )
-from hf_dynsparse.callback import default_num_updates
 from hf_dynsparse.ops import choice, tuning
 from hf_dynsparse.run_callbacks import EpochCallback
 from tests.toy import toy_arguments, toy_collator, toy_examples, toy_model, toy_trainer
@@ -212,15 +211,17 @@ def test_too_many_updates(tmp_path):
         toy_trainer(tmp_path, num_topology_updates=12).train()
 
 
-@pytest.mark.parametrize(("steps", "updates"), [(1, 0), (5, 0), (6, 1), (12, 2), (400, 79), (401, 80), (757_000, 80)])
-def test_default_number_of_updates(steps, updates):
-    assert default_num_updates(steps) == updates
-
-
-def test_a_short_run_with_default_updates(tmp_path):
-    trainer = toy_trainer(tmp_path, num_topology_updates=None)
-    trainer.train()
-    assert trainer.topology.metrics["topology_updates"] == 2
+@pytest.mark.parametrize(("method", "updates"), [("dynsparse", 1), ("gmp", 4)])
+def test_a_short_run_with_default_updates(tmp_path, caplog, method, updates):
+    # New blocks get steps to grow; a method that brings none needs no such interval.
+    trainer = toy_trainer(tmp_path, num_topology_updates=None, method=method, max_steps=25)
+    with caplog.at_level("INFO", "hf_dynsparse"):
+        trainer.train()
+    assert trainer.topology.metrics["topology_updates"] == updates
+    said = [record.message for record in caplog.records if record.message.startswith("Topology:")]
+    assert len(said) == 1
+    assert f"{updates} updates from step" in said[0]
+    assert "(by default: at most 80" in said[0]
 
 
 def test_static_run_keeps_the_topology(tmp_path):

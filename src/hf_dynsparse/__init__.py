@@ -30,7 +30,7 @@ from .quantizer import DynSparseQuantizationConfig, densify_, sparsify_
 from .remote_code import save_with_code
 from .seeded_dropout import seed_dropout_
 from .slimming import slim
-from .topology import METHODS, TopologyUpdater, prune_regrow_
+from .topology import METHODS, TopologyAverage, TopologyUpdater, prune_regrow_
 from .topology_history import TopologyHistory
 from .trainer import DynSparseTrainer
 
@@ -56,6 +56,7 @@ __all__ = [
     "EarlyBirdCallback",
     "KernelCallback",
     "Ticket",
+    "TopologyAverage",
     "TopologyCallback",
     "TopologyHistory",
     "TopologyUpdater",

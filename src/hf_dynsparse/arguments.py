@@ -65,8 +65,8 @@ class DynSparseTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Topology updates in the whole run, evenly spaced; 0 keeps the pattern fixed (static). Default: "
-            "80, or one every five steps in a short run. The paper's best at sparsity 0.9: 160 for single weights, 80 "
-            "for 16x16 blocks."
+            "80, or as many as leave 100 steps between them, for new blocks to grow; one in a run of less than 300. "
+            "The paper's best at sparsity 0.9: 160 for single weights, 80 for 16x16 blocks."
         },
     )
     topology_update_every: float | None = field(

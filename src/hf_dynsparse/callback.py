@@ -2,24 +2,25 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from .nn import sparse_layers, topology_summary
 from .optim import group_lasso_
 from .resizing import configured, distribution_of, sizes_of, tell_config_
-from .topology import TopologySettings, TopologyUpdater, ever_active, track_exploration_
-from .topology.exploration import untrack_exploration_
-from .topology.hidden_copy import untrack_hidden_copy_
-from .topology.momentum import untrack_momentum_
-from .topology.updater import track_layers_
+from .run_callbacks import add_to_log, check_alone
+from .topology import TopologySettings, TopologyUpdater, ever_active
+from .topology.exploration import is_tracked
+from .topology.updater import track_layers_, untrack_layers_
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
 
     Args:
         num_updates, settings: see [`TopologySettings`]; without a number of updates or an interval,
-            `default_num_updates` of the run.
+            80, or as many as leave 100 steps between them.
         group_lasso (`float`): strength of the decoupled group lasso, applied after every optimiser step.
 
     Attributes:
@@ -62,6 +63,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self._final: dict[str, Any] | None = None  # what `configured` says, and the sizes of the model as given
         self._sizes: dict[str, int] = {}
         self._updater: TopologyUpdater | None = None
+        self._hooks: list[RemovableHandle] = []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps in `trainer_state.json`; block histories travel in buffers of the model."""
@@ -76,9 +78,10 @@ class TopologyCallback(TrainerCallback, ExportableState):
         check_parallelism(args)
         if self.resizes:
             check_resizing(self.on_resize is not None)
-        # The buffers must exist before a checkpoint is loaded into the model.
-        if kwargs["model"] is not None:
-            self.track_(kwargs["model"])
+        # What a checkpoint has recorded needs a place when it is loaded. Until then the model is a plain one.
+        track = partial(_track_what_comes, self.settings.needs)
+        layers = sparse_layers(kwargs["model"]).values() if kwargs["model"] is not None else ()
+        self._hooks = [layer.register_load_state_dict_pre_hook(track) for layer in layers]
 
     @property
     def observed_positions(self) -> int:
@@ -99,21 +102,21 @@ class TopologyCallback(TrainerCallback, ExportableState):
     ) -> None:
         model: nn.Module = kwargs["model"]
         check_parallelism(args)
+        check_alone(self, state)
+        if self.resizes:
+            check_resizing(self.on_resize is not None)
+        while self._hooks:
+            self._hooks.pop().remove()
         for name, layer in sparse_layers(model).items():
             layer.layout.validate(f"`{name}`")
             if state.global_step == 0:
-                # Initial weights may have been loaded since `on_init_end`.
-                track_exploration_(layer)
-                untrack_momentum_(layer)
-                untrack_hidden_copy_(layer)
+                untrack_layers_([layer])  # the updater begins anew
         if state.global_step == 0:
             self.metrics = {}
             self._final = {"sizes": sizes_of(model), **configured(model, self.settings.final_sparsity)}
         else:
             self.restore(state)
-        settings = self.settings
-        if settings.num_updates is None and settings.update_every is None:
-            settings = replace(settings, num_updates=default_num_updates(state.max_steps))
+        settings = self.settings.for_run(state.max_steps)
         given = self._final["sizes"] if state.global_step > 0 and self._final is not None else None
         self._updater = TopologyUpdater(
             model,
@@ -130,7 +133,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self.metrics["sparsity"] = topology_summary(model).sparsity
         self.metrics["coverage"] = self._updater.coverage()
         logger.info(
-            "Topology: %d sparse layers at sparsity %.4f%s, %d updates%s, prune by %s, %s.",
+            "Topology: %d sparse layers at sparsity %.4f%s, %d updates%s%s, prune by %s, %s.",
             len(self._updater.layers),
             self.metrics["sparsity"],
             "" if settings.final_sparsity is None else f" on the way to {settings.final_sparsity:.4f}",
@@ -138,6 +141,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             f" from step {self._updater.update_steps[0]} to {self._updater.update_steps[-1]}"
             if self._updater.num_updates
             else "",
+            "" if settings is self.settings else " (by default: at most 80, and 100 steps for new blocks to grow)",
             settings.prune_score,
             "remember what was pruned" if settings.hidden_copy else f"regrow by {settings.regrow_rule}",
         )
@@ -197,13 +201,29 @@ class TopologyCallback(TrainerCallback, ExportableState):
         if self.resizes and self._final is not None:
             tell_config_(kwargs["model"], self._final)  # the best model may have been loaded
         self._sizes = {}
-        # A finished model is a plain model: what training recorded is kept here, not in its file.
-        for name, layer in sparse_layers(kwargs["model"]).items():
-            self.ever_active[name] = ever_active(layer).view(layer.grid).cpu()
-            untrack_exploration_(layer)
-            untrack_momentum_(layer)
-            untrack_hidden_copy_(layer)
-        self._updater = None
+        self.end(kwargs["model"])
+
+    def end(self, model: nn.Module) -> None:
+        """
+        Leave a plain model behind: what training has recorded is kept here, not in its file, and nothing observes it
+        any more. After an interruption, which no callback hears of, call it yourself; [`DynSparseTrainer`] does.
+        """
+        layers = sparse_layers(model)
+        self.ever_active |= {
+            name: ever_active(layer).view(layer.grid).cpu() for name, layer in layers.items() if is_tracked(layer)
+        }
+        untrack_layers_(layers.values())
+        if self._updater is not None:
+            self._updater.close()
+            self._updater = None
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """`metrics` by the names that they have in the log."""
+        return {f"dynsparse/{name}": value for name, value in self.metrics.items()}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        add_to_log(state, kwargs["logs"], self.logged)
 
     def check_settings(self, saved: dict[str, Any]) -> None:
         """
@@ -237,11 +257,10 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self._final = saved["attributes"].get("final")
 
 
-def default_num_updates(total_steps: int) -> int:
-    """
-    The paper's optimum for 16 x 16 blocks, 80 updates a run; fewer in a run too short for five steps between them.
-    """
-    return min(80, max(0, total_steps - 1) // 5)
+def _track_what_comes(needs: frozenset[str], layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a layer loads: make room for what a checkpoint has recorded, if it has."""
+    if f"{prefix}ever_active" in state_dict:
+        track_layers_([layer], needs)
 
 
 def check_parallelism(args: TrainingArguments) -> None:

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from .callback import default_num_updates
 from .flops import flops_per_sequence
 from .layout import block_grid
 from .models import DynSparseBertConfig, DynSparseBertForMaskedLM
 from .models.bert.configuration_dynsparse_bert import PRESETS, encoder_shapes
 from .optim import sparse_learning_rate
-from .topology import pruning_ratio_at, update_steps
+from .topology import default_num_updates, pruning_ratio_at, update_steps
 from .topology.update import replaced_count
 
 
@@ -134,8 +133,8 @@ def estimate_run(
         seq_len (`int`): tokens per sequence.
         max_steps, batch_size (`int`, *optional*): optimiser steps of the run, and sequences in each; together they
             give its FLOPs.
-        num_topology_updates (`int`, *optional*): as many as the Trainer would make by default: 80, fewer in a short
-            run.
+        num_topology_updates (`int`, *optional*): as many as the Trainer would make by default: 80, or as many as leave
+            100 steps between them.
         pruning_ratio, schedule, readmit: see [`TopologyUpdater`]; regrowth is random.
         dense_learning_rate (`float`, *optional*): that of the dense twin. By default the best in the paper's sweeps,
             if they have a model of this size: mini, small, medium or base.

@@ -2,10 +2,58 @@
 
 import math
 import time
-from typing import Any, Protocol, cast, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+
+
+Callback = TypeVar("Callback", bound=TrainerCallback)
+
+
+def find_callback(callbacks: Iterable[TrainerCallback], kind: type[Callback]) -> Callback | None:
+    """
+    The callback of a kind. A trainer's own list is what to look in, each time: on resume it may make callbacks anew.
+    """
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def check_one_of_each(callbacks: Iterable[TrainerCallback], kinds: tuple[type[TrainerCallback], ...]) -> None:
+    """
+    Raises:
+        ValueError: if there are two callbacks of one of the `kinds`.
+    """
+    callbacks = list(callbacks)
+    for kind in kinds:
+        found = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
+        if len(found) > 1:
+            raise ValueError(
+                f"A trainer must have one `{kind.__name__}`: two would both act on the model. Got {', '.join(found)}. "
+                f"Give one, or `remove_callback({kind.__name__})` first."
+            )
+
+
+def check_alone(callback: TrainerCallback, state: TrainerState) -> None:
+    """
+    In `on_train_begin` of a callback that exports its state, under a trainer that does not check it before.
+
+    Raises:
+        ValueError: if there is another one of its class.
+    """
+    name = type(callback).__name__
+    if isinstance(cast(dict[str, Any], state.stateful_callbacks).get(name), list):
+        check_one_of_each([callback, callback], (type(callback),))
+
+
+def add_to_log(state: TrainerState, logs: dict[str, float], metrics: Mapping[str, float]) -> None:
+    """
+    In `on_log`: put metrics into an entry of training or evaluation, for callbacks to come and in the history of the
+    run.
+    """
+    if "loss" in logs or "eval_loss" in logs:
+        logs.update(metrics)
+        state.log_history[-1].update(metrics)
 
 
 class ThroughputCallback(TrainerCallback, ExportableState):
@@ -55,21 +103,50 @@ class ThroughputCallback(TrainerCallback, ExportableState):
 
 @runtime_checkable
 class EpochAware(Protocol):
-    """A collator whose draw depends on the epoch."""
+    """
+    A collator whose draw depends on the epoch. Workers that persist have a copy of it from the first epoch on: the
+    epoch must lie in shared memory, as in `DataCollatorForWholeWordMasking`. A deep copy has an epoch of its own.
+    """
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the draw of this epoch from now on."""
+        """Use the draw of this epoch from now on, in worker processes too."""
         ...
 
 
 class EpochCallback(TrainerCallback):
-    """Tells a collator the epoch, so that masks change between epochs and a resumed epoch repeats its own."""
+    """
+    Counts the passes over the data in `state.epoch`, which transformers leaves at a share of the run if the data have
+    no length: a whole number at the beginning of each pass. Tells a collator, so that masks change between passes and
+    a resumed pass repeats its own.
 
-    def __init__(self, collator: EpochAware) -> None:
+    Args:
+        collator (`EpochAware`, *optional*): one whose draw depends on the epoch.
+    """
+
+    def __init__(self, collator: EpochAware | None = None) -> None:
         self.collator = collator
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # After a whole epoch the state may hold 0.9999….
-        self.collator.set_epoch(math.floor((state.epoch or 0.0) + 1e-6))
+        if self.collator is not None:
+            self.collator.set_epoch(math.floor(state.epoch or 0.0))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Without a length it is the share of the run that grows by a step, and a pass ends anywhere.
+        if not control.should_training_stop:
+            state.epoch = float(math.ceil(state.epoch or 0.0))
+
+
+def pass_and_step(state: TrainerState) -> tuple[int, int]:
+    """
+    Which pass over data without length a run was in, from 0, and how many optimiser steps it had done in it: where to
+    go on. Needs the `state.epoch` that [`EpochCallback`] keeps.
+    """
+    whole = math.floor(state.epoch or 0.0)
+    steps = round(((state.epoch or 0.0) - whole) * state.max_steps)
+    if steps == 0 and state.global_step == state.max_steps:
+        return 0, state.max_steps  # the first pass has lasted for the whole run
+    return whole, steps

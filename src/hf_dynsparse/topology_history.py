@@ -11,6 +11,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback, Tra
 
 from .callback import TopologyCallback
 from .nn import sparse_layers
+from .run_callbacks import find_callback
 from .topology import ever_active
 from .topology_frames import Frame, forget_frames, history_files, paint_blocks, write_frame
 
@@ -39,7 +40,7 @@ class TopologyHistory(TrainerCallback):
 
     def __init__(self, trainer: Trainer, layer: str | None = None) -> None:
         self.callbacks = trainer.callback_handler.callbacks
-        topology = next((callback for callback in self.callbacks if isinstance(callback, TopologyCallback)), None)
+        topology = find_callback(self.callbacks, TopologyCallback)
         layers = list(sparse_layers(trainer.accelerator.unwrap_model(trainer.model)))
         if topology is None or not layers:
             raise ValueError(
@@ -48,7 +49,6 @@ class TopologyHistory(TrainerCallback):
             )
         if layer is not None and layer not in layers:
             raise ValueError(f"`layer` must be a sparse layer of the model. Got {layer!r}. Choose one of {layers}.")
-        self.topology = topology
         self.layer = layer or next((name for name in layers if name.endswith("intermediate.dense")), layers[0])
         self._updates = 0
         self._before = np.empty(0, dtype=bool)  # the block map before the update to come
@@ -71,8 +71,12 @@ class TopologyHistory(TrainerCallback):
             if state.is_world_process_zero:
                 self._record(args, state, kwargs["model"])
 
+    # A resumed trainer may have made the callback that updates anew, which then comes after this one.
+    on_step_begin = on_step_end
+
     def _updates_done(self) -> int:
-        return int(self.topology.metrics.get("topology_updates", 0))
+        topology = find_callback(self.callbacks, TopologyCallback)
+        return 0 if topology is None else int(topology.metrics.get("topology_updates", 0))
 
     def _block_map(self, model: nn.Module) -> np.ndarray:
         return sparse_layers(model)[self.layer].layout.to_mask().cpu().numpy()

@@ -13,7 +13,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    SaveStrategy,
+    TrainOutput,
+    has_length,
+    rotate_checkpoints,
+)
 
 from .arguments import DynSparseTrainingArguments
 from .block_adam import BlockAdamW
@@ -40,7 +46,15 @@ from .model_card import trainer_facts, write_model_card
 from .nn import sparse_layers
 from .optim import parameter_groups
 from .resizing import check_final_sizes, rebuild_reducer_, resize_to_checkpoint_
-from .run_callbacks import EpochAware, EpochCallback, ThroughputCallback
+from .run_callbacks import (
+    Callback,
+    EpochAware,
+    EpochCallback,
+    ThroughputCallback,
+    check_one_of_each,
+    find_callback,
+    pass_and_step,
+)
 from .safeguards import SaveAttempt, are_finite, check_writable
 from .seeded_dropout import seed_dropout_
 from .shards import whole
@@ -48,6 +62,9 @@ from .summary import describe_training
 
 
 logger = logging.getLogger(__name__)
+
+# Two of a kind would both act on the model, or be told apart by nobody.
+ONE_OF_EACH = (TopologyCallback, EarlyBirdCallback, KernelCallback, ThroughputCallback, EpochCallback)
 
 
 class DynSparseTrainer(HubTrainer, ShardedTrainer):
@@ -63,8 +80,12 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
 
     Attributes:
         topology (`TopologyCallback` or `None`): the callback that updates the topology; `None` for a dense model.
+        early_bird (`EarlyBirdCallback` or `None`): the callback that searches for a ticket, if one was given.
         kernels (`KernelCallback`): settles the backends of the run.
         throughput (`ThroughputCallback`): tokens and seconds of the run.
+
+    Raises:
+        ValueError: for two callbacks of a kind that must be alone, and arguments that do not fit the model.
     """
 
     args: DynSparseTrainingArguments
@@ -75,7 +96,7 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         args: DynSparseTrainingArguments | None = None,
         *,
         teacher: nn.Module | None = None,
-        callbacks: Sequence[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         **kwargs: Any,
     ) -> None:
         args = DynSparseTrainingArguments(output_dir="trainer_output") if args is None else args
@@ -94,31 +115,94 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         self._staging_dir: str | None = None
         self._save_attempt = SaveAttempt()
         self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
-        self.throughput = ThroughputCallback()
-        callbacks = list(callbacks or ())
-        self.topology = next((callback for callback in callbacks if isinstance(callback, TopologyCallback)), None)
-        if self.topology is None and sparse_layers(model):
-            self.topology = TopologyCallback(**args.topology_settings())
-            callbacks.append(self.topology)
-        if self.topology is not None:
-            self.topology.on_resize = self._after_resize
-        self.early_bird = next((callback for callback in callbacks if isinstance(callback, EarlyBirdCallback)), None)
-        self.kernels = KernelCallback(args.kernel_tuning, args.dense_workspace)
-        callbacks.append(self.kernels)
+        given = [_made(callback, args) for callback in callbacks or ()]
+        # Throughput last, so that the time of a topology update counts.
+        for kind in (*([TopologyCallback] if sparse_layers(model) else []), KernelCallback, ThroughputCallback):
+            if find_callback(given, kind) is None:
+                given.append(_made(kind, args))
+        check_one_of_each(given, ONE_OF_EACH)
+        self._connect(given)
         if args.keep_freed_memory:
             keep_freed_memory()
         if args.seeded_dropout and args.device.type == "cpu":
             seed_dropout_(model)
-        # Throughput last, so that the time of a topology update counts.
-        super().__init__(model, args, callbacks=[*callbacks, self.throughput], **kwargs)
+        super().__init__(model, args, callbacks=given, **kwargs)
         if teacher is not None:
             self._move_model_to_device(teacher, args.device)
-        collator: Any = self.data_collator
-        self._eval_collator = collator
-        if isinstance(collator, EpochAware):
-            # Evaluation must not see other masks as the epochs go by.
-            self._eval_collator = copy.copy(collator)
-            self.add_callback(EpochCallback(collator))
+        if find_callback(self.callback_handler.callbacks, EpochCallback) is None:
+            collator: Any = self.data_collator
+            self.add_callback(EpochCallback(collator if isinstance(collator, EpochAware) else None))
+
+    @property
+    def topology(self) -> TopologyCallback | None:
+        """The callback that updates the topology."""
+        return find_callback(self.callback_handler.callbacks, TopologyCallback)
+
+    @property
+    def early_bird(self) -> EarlyBirdCallback | None:
+        """The callback that searches for a ticket."""
+        return find_callback(self.callback_handler.callbacks, EarlyBirdCallback)
+
+    @property
+    def kernels(self) -> KernelCallback:
+        """The callback that settles the backends."""
+        return self._needed(KernelCallback)
+
+    @property
+    def throughput(self) -> ThroughputCallback:
+        """The callback that counts tokens and seconds."""
+        return self._needed(ThroughputCallback)
+
+    def _needed(self, kind: type[Callback]) -> Callback:
+        callback = find_callback(self.callback_handler.callbacks, kind)
+        if callback is None:
+            raise ValueError(
+                f"`DynSparseTrainer` works with its `{kind.__name__}`. Got none: it was removed. Leave it, or add one."
+            )
+        return callback
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """
+        As in transformers.
+
+        Raises:
+            ValueError: for a second one of a kind that must be alone.
+        """
+        made = _made(callback, self.args)
+        callbacks = [*self.callback_handler.callbacks, made]
+        check_one_of_each(callbacks, ONE_OF_EACH)
+        super().add_callback(made)
+        self._connect(callbacks)
+
+    def _connect(self, callbacks: Sequence[TrainerCallback]) -> None:
+        topology = find_callback(callbacks, TopologyCallback)
+        if topology is not None:
+            topology.on_resize = self._after_resize
+
+    def _load_callback_state(self) -> None:
+        # Those that are made anew come last: what one does for another goes by the order of the first.
+        order = [type(callback) for callback in self.callback_handler.callbacks]
+        super()._load_callback_state()
+        self.callback_handler.callbacks.sort(key=lambda callback: order.index(type(callback)))
+        self._connect(self.callback_handler.callbacks)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        where = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or has_length(self.train_dataset):
+            return where
+        # All steps would be looked for in the first pass, and not found if the run had made more than one.
+        saved = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+        epoch, steps = pass_and_step(saved)
+        return epoch, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
 
     def train(
         self,
@@ -135,6 +219,15 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
             OSError: if the output folder cannot be written to, or the last save of the run fails; saves before that
                 may fail, and are made up for by the next.
         """
+        try:
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            if self.topology is not None:
+                self.topology.end(self.accelerator.unwrap_model(self.model))
+
+    def _train(
+        self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         self._check_output_dir()
         if resume_from_checkpoint is True:  # and stays so if there is none, for transformers to say
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or True
@@ -179,13 +272,21 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
             logger.info("The learning rate is taken back at each topology update, until the pruning window ends.")
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in transformers, with the masks of epoch 0 in every evaluation."""
-        training_collator, self.data_collator = self.data_collator, self._eval_collator
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        training_collator: Any = self.data_collator
+        if not kwargs.get("is_training") and isinstance(training_collator, EpochAware):
+            # Evaluation must not see other masks as the epochs go by.
+            collator: Any = copy.deepcopy(training_collator)
+            collator.set_epoch(0)
+            self.data_collator = collator
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            dataloader: Any = super()._get_dataloader(*args, **kwargs)
         finally:
             self.data_collator = training_collator
+        if self.args.dataloader_persistent_workers:
+            # Starting workers draws a seed, and a resumed run starts them once more: not from the model's generator.
+            dataloader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
+        return dataloader
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass; counts the tokens of all ranks, and settles the backends at the first."""
@@ -259,9 +360,9 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
             if distilled is not None:
                 logs["dynsparse/distillation_loss"] = distilled
             if self.topology is not None:
-                logs.update({f"dynsparse/{name}": value for name, value in self.topology.metrics.items()})
+                logs.update(self.topology.logged)
             if self.early_bird is not None:
-                logs.update({f"early_bird/{name}": value for name, value in self.early_bird.metrics.items()})
+                logs.update(self.early_bird.logged)
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -364,3 +465,14 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         write_checksums(staged)
         publish_checkpoint(run_dir, name)
         rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+
+def _made(callback: TrainerCallback | type[TrainerCallback], args: DynSparseTrainingArguments) -> TrainerCallback:
+    """A callback given as a class is made by the arguments of the run."""
+    if not isinstance(callback, type):
+        return callback
+    if issubclass(callback, TopologyCallback):
+        return callback(**args.topology_settings())
+    if issubclass(callback, KernelCallback):
+        return callback(args.kernel_tuning, args.dense_workspace)
+    return callback()

@@ -1,9 +1,11 @@
 """When updates happen, and how much they replace."""
 
+from itertools import pairwise
+
 import pytest
 from helpers import cosine_ratio
 
-from hf_dynsparse.topology import SCHEDULES, pruning_ratio_at, update_steps
+from hf_dynsparse.topology import SCHEDULES, default_num_updates, pruning_ratio_at, update_steps
 
 
 @pytest.mark.parametrize(
@@ -110,3 +112,20 @@ def test_the_shortest_runs() -> None:
 def test_bad_arguments_are_errors(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         update_steps(30, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("steps", "updates"),
+    [(0, 0), (1, 0), (2, 1), (299, 1), (300, 2), (500, 4), (8_099, 79), (8_100, 80), (10**6, 80)],
+)
+def test_default_number_of_updates(steps, updates):
+    assert default_num_updates(steps) == updates
+    at = (0, *update_steps(steps, updates), steps)
+    assert updates <= 1 or min(b - a for a, b in pairwise(at)) >= 100
+
+
+@pytest.mark.parametrize(("window", "updates"), [((0.5, None), 5), ((None, 0.75), 7), ((200, 450), 3), ((5, 6), 1)])
+def test_default_number_of_updates_in_a_window(window, updates):
+    assert default_num_updates(1000, *window) == updates
+    at = update_steps(1000, updates, None, *window)
+    assert updates == 1 or min(b - a for a, b in pairwise(at)) >= 100

@@ -1,7 +1,9 @@
 """A whole model over a run: when, how reproducibly, with which gradients, and what stops it."""
 
+import gc
 import logging
 import math
+import weakref
 
 import pytest
 import torch
@@ -151,6 +153,29 @@ def test_no_dense_gradient_where_nothing_needs_it(regrow_rule: str, monkeypatch:
         updater.step(step)
 
 
+@pytest.mark.parametrize(("prune_score", "warnings"), [("l1", 1), ("random", 0)])
+def test_a_topology_that_churns_in_place_is_told_once(
+    caplog: pytest.LogCaptureFixture, prune_score: str, warnings: int
+) -> None:
+    # New blocks are zero and nothing trains: by their norm they are the next to go.
+    model = Network()
+    updater = TopologyUpdater(
+        model,
+        torch.optim.SGD(model.parameters()),
+        total_steps=6,
+        update_every=1,
+        schedule="constant",
+        pruning_ratio=0.3,
+        prune_score=prune_score,
+    )
+    reports = [updater.step(step) for step in range(1, 6)]
+    shares = [report.newborn_share for report in reports if report]
+    assert (shares[0], shares[1:] == [1.0] * 4) == (0.0, prune_score == "l1")
+    said = [record.message for record in caplog.records if "New blocks do not live" in record.message]
+    assert len(said) == warnings
+    assert all("updates 2 and 3" in message and "fewer updates" in message for message in said)
+
+
 def test_the_dense_gradient_is_collected_at_update_steps_only() -> None:
     model = Network()
     updater = TopologyUpdater(
@@ -161,6 +186,56 @@ def test_the_dense_gradient_is_collected_at_update_steps_only() -> None:
         assert observed == [step in (2, 4)] * 2
         model(batch(step)).sum().backward()
         assert (updater.step(step) is None) == (step not in (2, 4))
+
+
+def observed_update(model: Network) -> TopologyUpdater:
+    """An updater that collects the dense gradient for the update after the first step."""
+    settings = {"total_steps": 6, "update_every": 1, "regrow_rule": "gradient"}
+    return TopologyUpdater(model, torch.optim.SGD(model.parameters()), **settings)
+
+
+def test_a_dropped_updater_observes_nothing() -> None:
+    # An interrupted loop of one's own has no hook for its end: its updater goes, and with it all that it held.
+    model = Network()
+    updater = observed_update(model)
+    model(batch(1)).sum().backward()
+    assert len(_observers) == 2
+    del updater
+    assert not _observers
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_updater_that_takes_the_place_of_another_keeps_its_observers() -> None:
+    model = Network()
+    updater = observed_update(model)
+    updater = observed_update(model)  # the first one is dropped after the second was made
+    assert len(_observers) == 2
+    model(batch(1)).sum().backward()
+    assert updater.step(1) is not None
+
+
+def test_a_closed_updater_observes_nothing_and_can_go_on() -> None:
+    model = Network()
+    updater = observed_update(model)
+    for _ in range(2):
+        updater.close()
+        assert not _observers
+        model(batch(1)).sum().backward()
+    updater.prepare(2)
+    model(batch(2)).sum().backward()
+    assert updater.step(2) is not None
+
+
+def test_observers_end_where_they_began_though_the_layer_has_another_index_since() -> None:
+    model = Network()
+    updater = observed_update(model)
+    for layer in model.layers.values():
+        layer.block_index = layer.block_index.clone()
+    updater.close()
+    assert not _observers
 
 
 def dense_gradients(model: Network, batches: list[torch.Tensor]) -> list[torch.Tensor]:

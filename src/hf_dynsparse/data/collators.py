@@ -63,7 +63,8 @@ class DataCollatorForWholeWordMasking:
         self.whole_word_mask = whole_word_mask
         self.seed = seed
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.epoch = 0
+        # In shared memory: worker processes that persist over epochs see it change.
+        self._epoch = torch.tensor(0).share_memory_()
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self.is_special = np.zeros(len(pieces), dtype=bool)
         self.is_special[tokenizer.all_special_ids] = True
@@ -72,15 +73,25 @@ class DataCollatorForWholeWordMasking:
         if not len(self.regular_ids):
             raise ValueError("`tokenizer` must have tokens that are not special. Got none. Train it first.")
 
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch, from 0."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
         """
-        Change the draw. Call it before an epoch's iterator is made: workers get a copy of the collator with it.
+        Change the draw, in worker processes too. Call it before an epoch's iterator is made, for they work ahead.
 
         Args:
             epoch (`int`):
                 Number of the epoch, from 0.
         """
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A worker process gets the memory itself; a copy gets memory of its own, which its workers are to see.
+        vars(self).update(state)
+        self._epoch.share_memory_()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """

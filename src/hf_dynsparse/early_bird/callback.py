@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
 from ..nn import SEARCH_GATES
+from ..run_callbacks import add_to_log, check_alone
 from ..shards import whole
 from .gates import Gates, add_gates_, gates_of
 from .ticket import Kept, Ticket, draw_ticket, ticket_distance, tied_share
@@ -113,6 +114,7 @@ class EarlyBirdCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        check_alone(self, state)
         if args.fp16 and not args.max_grad_norm:
             raise ValueError(
                 "The L1 penalty is added to gradients in their true scale. Got fp16 without clipping, where they are "
@@ -152,6 +154,14 @@ class EarlyBirdCallback(TrainerCallback, ExportableState):
             control.should_training_stop = True
             if state.is_world_process_zero:
                 self._save(Path(str(args.output_dir)), step, reason)
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """`metrics` by the names that they have in the log."""
+        return {f"early_bird/{name}": value for name, value in self.metrics.items()}
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        add_to_log(state, kwargs["logs"], self.logged)
 
     def _draw(self, step: int) -> float:
         """Draw a ticket; its largest distance to the others of a full queue, else infinity."""

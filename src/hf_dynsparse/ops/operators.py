@@ -74,15 +74,18 @@ linear_backward = torch.library.custom_op("hf_dynsparse::linear_backward", _line
 _observers: dict[int, Observer] = {}
 
 
-def observe_weight_gradient(block_index: torch.Tensor, observer: Observer | None) -> None:
+def observe_weight_gradient(block_index: torch.Tensor, observer: Observer) -> Callable[[], None]:
     """
-    Show `observer` the operands `(grad, input)` of every weight gradient of the layer with this `block_index`; `None`
-    ends it. Works inside compiled and checkpointed models, where module hooks do not.
+    Show `observer` the operands `(grad, input)` of every weight gradient of the layer with this `block_index`, until
+    what is returned is called. Works inside compiled and checkpointed models, where module hooks do not.
     """
-    if observer is None:
-        _observers.pop(block_index.data_ptr(), None)
-    else:
-        _observers[block_index.data_ptr()] = observer
+
+    def end() -> None:  # keeps the index, so that nobody else comes to its address meanwhile
+        if _observers.get(block_index.data_ptr()) is observer:
+            del _observers[block_index.data_ptr()]
+
+    _observers[block_index.data_ptr()] = observer
+    return end
 
 
 @linear.register_fake

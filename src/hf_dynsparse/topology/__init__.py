@@ -1,10 +1,18 @@
 """The topology engine: scores, schedules, updates, exploration. Pure PyTorch; knows nothing of transformers."""
 
 from .allocation import ALLOCATIONS
+from .averaging import TopologyAverage
 from .exploration import block_ages, dof_coverage, ever_active, track_exploration_
 from .methods import METHODS, Method, method_settings
 from .report import TopologyReport
-from .schedules import DENSITY_SCHEDULES, SCHEDULES, density_share, pruning_ratio_at, update_steps
+from .schedules import (
+    DENSITY_SCHEDULES,
+    SCHEDULES,
+    default_num_updates,
+    density_share,
+    pruning_ratio_at,
+    update_steps,
+)
 from .scores import PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics, Score
 from .settings import TopologySettings
 from .update import LayerUpdate, prune_regrow_
@@ -23,10 +31,12 @@ __all__ = [
     "LayerUpdate",
     "Method",
     "Score",
+    "TopologyAverage",
     "TopologyReport",
     "TopologySettings",
     "TopologyUpdater",
     "block_ages",
+    "default_num_updates",
     "density_share",
     "dof_coverage",
     "ever_active",

@@ -3,6 +3,7 @@ The dense gradient of the sparse layers and the scale of what it is made of, for
 update steps and nowhere else, unless its mean over the steps is asked for.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -17,15 +18,22 @@ class DenseGradientProbe:
     Sums the dense gradient of each layer's weight over the backward passes between construction and `remove`, and with
     `scales` the squares of its inputs and of the gradients of its outputs, over the tokens that the loss depends on.
 
-    Costs one dense matrix product and one dense fp32 matrix per layer while it is attached.
+    Costs one dense matrix product and one dense fp32 matrix per layer while it is attached. A probe that is dropped is
+    removed.
     """
 
     def __init__(self, layers: Iterable[BlockSparseLinear], scales: bool = True) -> None:
         self.layers, self.scales = tuple(layers), scales
         self.gradients: dict[BlockSparseLinear, torch.Tensor] = {}
         self.squares: dict[BlockSparseLinear, tuple[torch.Tensor, torch.Tensor]] = {}
-        for layer in self.layers:
-            observe_weight_gradient(layer.block_index, partial(self._accumulate, layer))
+        # Observers belong to the process: they must keep neither a probe nor a model alive.
+        probe = weakref.ref(self)
+        ends = [
+            observe_weight_gradient(layer.block_index, partial(_show, probe, place))
+            for place, layer in enumerate(self.layers)
+        ]
+        self._detach = weakref.finalize(self, _call_all, ends)
+        self._detach.atexit = False
 
     def _accumulate(self, layer: BlockSparseLinear, grad: torch.Tensor, input: torch.Tensor) -> None:
         dtype = torch.promote_types(grad.dtype, torch.float32)
@@ -89,7 +97,17 @@ class DenseGradientProbe:
 
     def remove(self) -> None:
         """Detach from the layers and free the gradients."""
-        for layer in self.layers:
-            observe_weight_gradient(layer.block_index, None)
+        self._detach()
         self.gradients.clear()
         self.squares.clear()
+
+
+def _show(probe: "weakref.ref[DenseGradientProbe]", place: int, grad: torch.Tensor, input: torch.Tensor) -> None:
+    alive = probe()
+    if alive is not None:
+        alive._accumulate(alive.layers[place], grad, input)
+
+
+def _call_all(functions: Iterable[Callable[[], None]]) -> None:
+    for function in functions:
+        function()

@@ -28,8 +28,9 @@ def track_exploration_(layer: BlockSparseLinear) -> None:
 
 
 def untrack_exploration_(layer: BlockSparseLinear) -> None:
-    """Take the buffers of `track_exploration_` away."""
-    del layer.ever_active, layer.active_since
+    """Take the buffers of `track_exploration_` away, if they are there."""
+    for name in ("ever_active", "active_since"):
+        layer._buffers.pop(name, None)
 
 
 def is_tracked(layer: BlockSparseLinear) -> bool:

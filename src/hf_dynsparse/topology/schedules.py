@@ -4,6 +4,10 @@ import math
 from collections.abc import Callable
 
 
+# Steps that a new block, which starts at zero, needs at least before updates compare it with the others.
+STEPS_TO_LIVE = 100
+
+
 def cosine(progress: float) -> float:
     """From 1 to 0 along half a cosine: the paper's schedule (arXiv:2108.06277, section 3)."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -140,6 +144,30 @@ def update_steps(
     if gaps < 1:
         return (begin,) if num_updates else ()
     return tuple(math.floor(before + (t + shift) * (after - before) / gaps + 0.5) for t in range(num_updates))
+
+
+def default_num_updates(
+    total_steps: int, first: float | None = None, last: float | None = None, interval: int = STEPS_TO_LIVE
+) -> int:
+    """
+    Updates of a run that is not told how many: 80, the paper's optimum for 16 x 16 blocks, or as many as leave
+    `interval` steps from one to the next and after the last. At least one, if the run has room for it: blocks that no
+    other update follows live as long as the run.
+
+    Args:
+        total_steps, first, last: see `update_steps`.
+
+    Example:
+        ```python
+        >>> [default_num_updates(steps) for steps in (1, 12, 300, 500, 100_000)]
+        [0, 1, 2, 4, 80]
+        ```
+    """
+    if total_steps < 2:
+        return 0
+    begin, end = in_steps(first, total_steps) or 0, in_steps(last, total_steps) or total_steps
+    fitting = (end - begin) // interval + 1 - (first is None) - (last is None)
+    return max(1, min(80, fitting))
 
 
 def _phases(table: str) -> list[tuple[float, float]]:

@@ -1,10 +1,10 @@
 """What a run does with the topology: the settings that `TopologyUpdater`, `TopologyCallback` and methods share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..layout import check_sparsity
 from .allocation import ALLOCATIONS
-from .schedules import density_share, pruning_ratio_at
+from .schedules import STEPS_TO_LIVE, default_num_updates, density_share, pruning_ratio_at
 from .scores import PRUNE_SCORES, REGROW_RULES, SCORES, check_regrow_std, resolve_score
 
 
@@ -14,7 +14,8 @@ class TopologySettings:
     When the topology is updated, and how. The defaults are DynSparse (arXiv:2108.06277, section 3).
 
     Args:
-        num_updates (`int`, *optional*), update_every (`float`, *optional*): one of them; see `update_steps`.
+        num_updates (`int`, *optional*), update_every (`float`, *optional*): one of them; see `update_steps`. With
+            neither, `for_run` has a default.
         first_step, last_step (`float`, *optional*): no update before or after; see `update_steps`.
         pruning_ratio (`float`): share of active blocks that the first update replaces.
         prune_score, regrow_rule (`str`): see `SCORES`.
@@ -104,6 +105,14 @@ class TopologySettings:
                 f"beside it. Got density_schedule={self.density_schedule!r}, pruning_ratio={self.pruning_ratio} and "
                 f"allocation={self.allocation!r}. Use it with 'cubic', 0 and 'layer', as method prune_ofa does."
             )
+
+    def for_run(self, total_steps: int) -> "TopologySettings":
+        """These settings with `default_num_updates` if they do not say when; 5 steps apart if nothing is regrown."""
+        if self.num_updates is not None or self.update_every is not None:
+            return self
+        interval = STEPS_TO_LIVE if self.pruning_ratio else 5
+        updates = default_num_updates(total_steps, self.first_step, self.last_step, interval)
+        return replace(self, num_updates=updates)
 
     @property
     def needs(self) -> frozenset[str]:

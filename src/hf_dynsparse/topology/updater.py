@@ -3,6 +3,7 @@
 import logging
 import zlib
 from collections.abc import Iterable, Mapping, Set
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,9 +15,15 @@ from ..shards import shard_again_
 from .allocation import DensityPath, allocate_by_momentum, allocate_globally
 from .checks import check_sizes_may_change, check_updatable
 from .dense_gradient import DenseGradientProbe
-from .exploration import dof_coverage, is_tracked, track_exploration_
-from .hidden_copy import choose_by_hidden_copy, has_hidden_copy, remember_, track_hidden_copy_
-from .momentum import add_to_momentum_, has_momentum, track_momentum_
+from .exploration import dof_coverage, is_tracked, track_exploration_, untrack_exploration_
+from .hidden_copy import (
+    choose_by_hidden_copy,
+    has_hidden_copy,
+    remember_,
+    track_hidden_copy_,
+    untrack_hidden_copy_,
+)
+from .momentum import add_to_momentum_, has_momentum, track_momentum_, untrack_momentum_
 from .report import TopologyReport, report_update
 from .resize import begin_at_size_
 from .schedules import pruning_ratio_at, update_steps
@@ -26,6 +33,9 @@ from .update import Replacement, choose_replacement, is_finite, replace_blocks_,
 
 
 logger = logging.getLogger(__name__)
+
+# Above this newborn share an update undoes what the one before has done.
+CHURN = 0.9
 
 
 class TopologyUpdater:
@@ -91,6 +101,7 @@ class TopologyUpdater:
             check_updatable(self.layers, optimizer)
         self.model, self.optimizer, self.total_steps = model, optimizer, total_steps
         self._probe: DenseGradientProbe | None = None
+        self._newborn_shares: list[float] = []
         self._needs = self.settings.needs
         track_layers_(self.layers.values(), self._needs)
         self.given_nnzb = dict(given_nnzb or {name: layer.nnzb for name, layer in self.layers.items()})
@@ -123,14 +134,20 @@ class TopologyUpdater:
         update that needs its dense gradient, or the mean of those of all steps, begin to collect it. `step` does this
         for the step after; call it by hand when a run resumes.
         """
-        if self._probe is not None:
-            self._probe.remove()
-            self._probe = None
+        self.close()
         updates_follow = bool(self.update_steps) and next_step <= self.update_steps[-1]
         update_is_next = next_step in self.update_steps
         if ("gradient" in self._needs and update_is_next) or ("momentum" in self._needs and updates_follow):
             scales = not self._needs.isdisjoint({"input_scale", "output_scale"})
             self._probe = DenseGradientProbe(self.layers.values(), scales)
+
+    def close(self) -> None:
+        """
+        Collect no gradient any more: when a run ends before its last update. An updater that is dropped is closed.
+        """
+        if self._probe is not None:
+            self._probe.remove()
+            self._probe = None
 
     def step(self, global_step: int) -> TopologyReport | None:
         """
@@ -212,9 +229,7 @@ class TopologyUpdater:
         except FloatingPointError as error:
             logger.warning("Topology update %d of %d is skipped: %s.", update + 1, self.num_updates, error)
             return None
-        if self._probe is not None:  # it knows the layers by the memory of their indices
-            self._probe.remove()
-            self._probe = None
+        self.close()  # a probe knows the layers by the memory of their indices
         if self.settings.hidden_copy:
             for name, layer in self.layers.items():
                 remember_(layer, chosen[name].slots)
@@ -222,7 +237,25 @@ class TopologyUpdater:
             name: replace_blocks_(layer, chosen[name], self.optimizer, update) for name, layer in self.layers.items()
         }
         self.check_ranks_agree()
-        return report_update(self.layers, done, update, ratio)
+        report = report_update(self.layers, done, update, ratio)
+        self._warn_of_churn(report)
+        return report
+
+    def _warn_of_churn(self, report: TopologyReport) -> None:
+        """Say once if two updates in a row removed hardly anything but what the update before them had brought."""
+        self._newborn_shares.append(report.newborn_share)
+        churns = [min(pair) > CHURN for pair in pairwise(self._newborn_shares)]
+        if churns and churns[-1] and sum(churns) == 1:
+            logger.warning(
+                "New blocks do not live: topology updates %d and %d removed hardly anything but what the update just "
+                "before had brought (newborn shares %.2f and %.2f): the topology churns in place. Give new blocks "
+                "more steps to grow: fewer updates, or a longer interval; or prune by 'weight_gradient' instead of "
+                "%r.",
+                report.update,
+                report.update + 1,
+                *self._newborn_shares[-2:],
+                self.settings.prune_score,
+            )
 
     def _targets(self, ratio: float, update: int) -> dict[str, int]:
         """Active blocks of each layer after the update."""
@@ -300,3 +333,11 @@ def track_layers_(layers: Iterable[BlockSparseLinear], needs: Set[str]) -> None:
             track_momentum_(layer)
         if "hidden_copy" in needs and not has_hidden_copy(layer):
             track_hidden_copy_(layer)
+
+
+def untrack_layers_(layers: Iterable[BlockSparseLinear]) -> None:
+    """Take away what `track_layers_` has added, if anything: a plain layer is left."""
+    for layer in layers:
+        untrack_exploration_(layer)
+        untrack_momentum_(layer)
+        untrack_hidden_copy_(layer)
