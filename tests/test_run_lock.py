@@ -152,3 +152,28 @@ class FindArguments:
 
     def __getattr__(self, name):
         return getattr(self._arguments, name)
+
+
+@pytest.fixture
+def pushing_trainer(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dynsparse.hub.trainer.open_hub_repository", lambda *args: "me/toy")
+    (tmp_path / "pending-upload-of-checkpoint-2").mkdir()
+    settings = {"save_strategy": "steps", "push_to_hub": True, "hub_strategy": "every_save"}
+    return toy_trainer(tmp_path, toy_model(), **settings)
+
+
+def test_the_upload_of_another_run_is_left_alone(tmp_path, pushing_trainer):
+    with another_thread(tmp_path), pytest.raises(OSError, match="to itself"):
+        pushing_trainer.train()
+    assert (tmp_path / "pending-upload-of-checkpoint-2").exists()
+    with pushing_trainer._own_output_dir(None):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+
+
+def test_an_upload_that_finds_no_room_ends_no_run(tmp_path, pushing_trainer, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hf_dynsparse.hub.trainer.push_checkpoint", full)
+    pushing_trainer._push_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    assert f"{tmp_path / 'checkpoint-2'} is saved, but not pushed: [Errno 28]" in caplog.text
