@@ -83,6 +83,7 @@ install_requires = [
     "huggingface_hub>=2.4",
     "safetensors>=0.8.0",
     "tokenizers",  # the range is the one transformers asks for
+    "filelock>=4.2.11",  # lets go of a lock in processes that are forked
     "fsspec",  # the range is the one datasets asks for
     "jinja2",  # reports; the range is the one torch asks for
     "numpy",

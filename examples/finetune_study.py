@@ -30,6 +30,7 @@ from transformers import AutoConfig
 
 from hf_dynsparse import DynSparseBertConfig
 from hf_dynsparse.data import GLUE_TASKS
+from hf_dynsparse.files import write_atomically
 from hf_dynsparse.finetuning import FINETUNE_MODES
 from hf_dynsparse.plots import plot_sparsity_sweep
 
@@ -65,9 +66,9 @@ def main() -> None:
                     failed.append(run)
                     progress.write(f"{run.folder} failed, see {output / run.folder}.log: {error}")
     results = collect(output, [run for wave in waves for run in wave])
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_atomically(output / "results.json", json.dumps(results, indent=2) + "\n")
     table = format_table(results, args.tasks)
-    (output / "table.md").write_text(table + "\n")
+    write_atomically(output / "table.md", table + "\n")
     print(table)
     if args.picture:
         draw(results, args)

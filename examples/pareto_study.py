@@ -38,6 +38,7 @@ import pandas
 import run_mlm_dynsparse as mlm
 from huggingface_hub.errors import StrictDataclassError
 
+from hf_dynsparse.files import write_atomically
 from hf_dynsparse.study.analysis import best_configurations
 from hf_dynsparse.study.jobs import FlagParser, Job, run_jobs, usable_cores
 from hf_dynsparse.study.pictures import draw_study
@@ -232,7 +233,7 @@ def report(runs: Sequence[Run], output: Path, plan: str, tasks: Sequence[Task]) 
     commands = [shlex.join(command(task, output)) for task in tasks]
     write_report(configurations, output / "report.html", pictures, plan=plan, commands=commands)
     text = format_table(configurations)
-    (output / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_atomically(output / "table.md", text + "\n")
     print(text)
 
 

@@ -54,11 +54,12 @@ from hf_dynsparse import (
 )
 from hf_dynsparse.checkpoint import last_checkpoint
 from hf_dynsparse.early_bird import TICKET_FILE, TICKET_SCORES, random_ticket
+from hf_dynsparse.files import write_atomically
 from hf_dynsparse.finetuning import load_teacher, prepare_finetuning_
 from hf_dynsparse.layout import as_block_shape, parse_block_size
 from hf_dynsparse.models.bert.configuration_dynsparse_bert import layer_sizes
 from hf_dynsparse.plots_slimming import plot_ticket
-from hf_dynsparse.scripts import find_checkpoint, parse_arguments, settle_process, stop
+from hf_dynsparse.scripts import find_checkpoint, holds_output_dir, parse_arguments, settle_process, stop
 from hf_dynsparse.summary import summarize_run
 
 
@@ -173,6 +174,7 @@ class Job(NamedTuple):
     report: Callable[[DynSparseTrainer], None]  # evaluates, writes results, summary.json and training.png
 
 
+@holds_output_dir
 def main() -> None:
     """Parse, check, prepare, search, draw, train, report."""
     try:
@@ -373,7 +375,7 @@ def tell_of_ticket(trainer: DynSparseTrainer, is_slim: bool) -> None:
             logger.warning("No picture: %s", error)
     facts["train_seconds"] = summary["seconds"]
     facts["total_seconds"] = facts["train_seconds"] + facts.get("search_seconds", 0.0)
-    (folder / "summary.json").write_text(json.dumps(summary | {"earlybert": facts}, indent=2) + "\n")
+    write_atomically(folder / "summary.json", json.dumps(summary | {"earlybert": facts}, indent=2) + "\n")
 
 
 def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:

@@ -42,6 +42,7 @@ from transformers import (
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
 from hf_dynsparse.data import GLUE_TASKS, glue_metrics, read_glue
+from hf_dynsparse.files import write_atomically
 from hf_dynsparse.finetuning import (
     FinetuningArguments,
     finish_quantization_,
@@ -59,6 +60,7 @@ from hf_dynsparse.scripts import (
     check_model_to_resume,
     check_updates_to_resume,
     find_checkpoint,
+    holds_output_dir,
     parse_arguments,
     settle_process,
     stop,
@@ -150,6 +152,7 @@ class RunArguments(ScriptArguments, FinetuningArguments):
     logging_steps: float = field(default=0.02, metadata={"help": "Steps between log entries, or a share of the run."})
 
 
+@holds_output_dir
 def main() -> None:
     """Parse, check, prepare, train, evaluate, predict, report."""
     try:
@@ -419,7 +422,7 @@ def write_predictions(trainer: DynSparseTrainer, rows: datasets.Dataset, labels:
     if trainer.is_world_process_zero():
         lines = [f"{i}\t{labels[int(x)] if labels else format(float(x), '.3f')}" for i, x in enumerate(found)]
         path = Path(str(trainer.args.output_dir)) / f"predict_results_{name}.txt"
-        path.write_text("\n".join(["index\tprediction", *lines]) + "\n")
+        write_atomically(path, "\n".join(["index\tprediction", *lines]) + "\n")
         logger.info("%d predictions in %s", len(lines), path)
 
 
@@ -427,7 +430,7 @@ def report(trainer: DynSparseTrainer, results: dict[str, float], facts: dict[str
     """Write summary.json and training.png, and say what was reached."""
     folder = Path(str(trainer.args.output_dir))
     summary = facts | summarize_finetuning(trainer, results)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     try:
         plot_training(trainer.state.log_history, folder / "training.png", title=folder.name)
     except ImportError as error:

@@ -59,6 +59,7 @@ from hf_dynsparse.data import (
     train_wordpiece_tokenizer,
 )
 from hf_dynsparse.estimate import DENSE_LEARNING_RATES
+from hf_dynsparse.files import write_atomically
 from hf_dynsparse.finetuning import every_block, load_teacher, set_final_sparsity_
 from hf_dynsparse.layout import block_shapes_of, parse_block_size
 from hf_dynsparse.learning_rate import check_rewinding
@@ -69,6 +70,7 @@ from hf_dynsparse.scripts import (
     check_model_to_resume,
     check_updates_to_resume,
     find_checkpoint,
+    holds_output_dir,
     parse_arguments,
     settle_process,
     stop,
@@ -205,6 +207,7 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     logging_steps: float = field(default=0.02, metadata={"help": "Steps between log entries, or a share of the run."})
 
 
+@holds_output_dir
 def main() -> None:
     """Parse, check, prepare, train, evaluate, report."""
     try:
@@ -614,7 +617,7 @@ def about_run(model_args: ModelArguments, data_args: DataArguments, split: str) 
 def report(trainer: DynSparseTrainer, summary: dict[str, Any]) -> None:
     """Write summary.json and the pictures, and say what was reached."""
     folder = Path(trainer.args.output_dir)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     try:
         draw(trainer, folder)
     except (ImportError, ValueError) as error:

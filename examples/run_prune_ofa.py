@@ -48,6 +48,7 @@ import run_mlm_dynsparse as mlm
 import run_qa_dynsparse as qa
 from huggingface_hub.errors import StrictDataclassError
 
+from hf_dynsparse.files import write_atomically
 from hf_dynsparse.layout import check_sparsity, parse_block_size
 from hf_dynsparse.study.jobs import FlagParser, Job, logged_command, run_jobs, usable_cores
 from hf_dynsparse.study.prune_ofa import GLUE, MLM, QA, STAGES, StageRun, plan_prune_ofa, read_prune_ofa_plan
@@ -234,8 +235,8 @@ def report(runs: Sequence[StageRun], output: Path) -> None:
         print(f"Nothing to report: no task is finished in {output}.")
         return
     table = format_results(results)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (output / "table.md").write_text(table + "\n", encoding="utf-8")
+    write_atomically(output / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(output / "table.md", table + "\n")
     with contextlib.suppress(ImportError):  # no picture without matplotlib
         plot_results(results, output / "scores.png")
     print(table)

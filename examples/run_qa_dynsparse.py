@@ -58,6 +58,7 @@ from hf_dynsparse.data.question_answering import (
     squad_training_features,
 )
 from hf_dynsparse.data.squad import SQUAD_FEATURES, check_squad_rows, read_squad, squad_metrics, squad_v2_metrics
+from hf_dynsparse.files import write_atomically
 from hf_dynsparse.finetuning import (
     FinetuningArguments,
     finish_quantization_,
@@ -75,6 +76,7 @@ from hf_dynsparse.scripts import (
     check_model_to_resume,
     check_updates_to_resume,
     find_checkpoint,
+    holds_output_dir,
     parse_arguments,
     settle_process,
     stop,
@@ -181,6 +183,7 @@ class RunArguments(ScriptArguments, FinetuningArguments):
         super().__post_init__()
 
 
+@holds_output_dir
 def main() -> None:
     """Parse, check, prepare, train, evaluate, predict, report."""
     try:
@@ -425,7 +428,7 @@ def write_answers(answers: SquadAnswers, prefix: str, args: RunArguments) -> Non
     for name, content in contents.items():
         if content:
             path = Path(args.output_dir) / f"{prefix}_{name}.json"
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     logger.info("%d answers in %s", len(answers.best), Path(args.output_dir) / f"{prefix}_predictions.json")
 
 
@@ -433,7 +436,7 @@ def report(trainer: DynSparseTrainer, results: dict[str, float], facts: dict[str
     """Write summary.json and training.png, and say what was reached."""
     folder = Path(str(trainer.args.output_dir))
     summary = facts | summarize_finetuning(trainer, results)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     try:
         plot_training(trainer.state.log_history, folder / "training.png", title=folder.name)
     except ImportError as error:

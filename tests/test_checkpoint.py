@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shutil
+import time
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hf_dynsparse.checkpoint import (
     last_checkpoint,
     publish_checkpoint,
     remove_interrupted_save,
+    rotate_checkpoints,
 )
 from tests.toy import toy_model, toy_trainer
 
@@ -164,7 +166,7 @@ def test_a_crash_while_saving(tmp_path, monkeypatch, caplog, point):
 
     def crash(*args, **kwargs):
         if crashing.state.global_step == 6:
-            raise RuntimeError("crash")
+            raise TypeError("crash")
         return original(*args, **kwargs)
 
     if point == "publish":
@@ -173,7 +175,7 @@ def test_a_crash_while_saving(tmp_path, monkeypatch, caplog, point):
     else:
         original = getattr(crashing, point)
         monkeypatch.setattr(crashing, point, crash)
-    with pytest.raises(RuntimeError, match="crash"):
+    with pytest.raises(TypeError, match="crash"):  # a mistake, which no later save would make up for
         crashing.train()
     monkeypatch.undo()
     assert get_last_checkpoint(str(folder)) == str(folder / "checkpoint-4")
@@ -208,6 +210,49 @@ def test_publish_and_replace(tmp_path):
         publish_checkpoint(tmp_path, "checkpoint-3")
         assert (tmp_path / "checkpoint-3" / "file").read_text() == text
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    staged(tmp_path, "checkpoint-3", "old")
+    publish_checkpoint(tmp_path, "checkpoint-3")
+    staged(tmp_path, "checkpoint-3", "new")
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def watch_fsync(descriptor):
+        calls.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        fsync(descriptor)
+
+    def watch_replace(source, target):
+        calls.append(f"to {os.path.relpath(target, tmp_path)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(os, "replace", watch_replace)
+    publish_checkpoint(tmp_path, "checkpoint-3")
+    new = f"{STAGING_FOLDER}/checkpoint-3"
+    assert calls == [f"{new}/file", new, f"to {new}.replaced", "to checkpoint-3", "."]
+
+
+@pytest.mark.parametrize(
+    ("limit", "keep", "left"),
+    [
+        (2, (), [12, 16]),
+        (2, ("checkpoint-2",), [2, 16]),
+        (1, ("checkpoint-2", "checkpoint-8"), [2, 8, 16]),
+        (1, (), [16]),
+        (4, (), [2, 8, 12, 16]),
+        (None, (), [2, 8, 12, 16]),
+        (0, (), [2, 8, 12, 16]),
+    ],
+)
+def test_the_lowest_steps_go_first_whatever_the_clock_says(tmp_path, monkeypatch, limit, keep, left):
+    others = ["checkpoint-4-of-mine", "checkpoint-best"]
+    for age, name in enumerate([*(f"checkpoint-{step}" for step in (16, 12, 8, 2)), *others]):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1000.0 * age, 1000.0 * age))
+    monkeypatch.chdir(tmp_path)
+    rotate_checkpoints(tmp_path, limit, keep)
+    assert {path.name for path in tmp_path.iterdir()} == {*(f"checkpoint-{step}" for step in left), *others}
 
 
 def test_publishing_nothing_changes_nothing(tmp_path):
@@ -279,6 +324,34 @@ def test_damaged_checksums_are_refused(checkpoint, text):
     (checkpoint / CHECKSUM_FILE).write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(checkpoint))):
         check_training_state(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("with_checksums", [True, False])
+def test_training_state_that_is_not_there_is_missed(checkpoint, name, with_checksums):
+    """Also where no checksum tells of it."""
+    (checkpoint / CHECKSUM_FILE).write_text("{}") if with_checksums else (checkpoint / CHECKSUM_FILE).unlink()
+    (checkpoint / name).unlink()
+    with pytest.raises(ValueError, match=f"{re.escape(str(checkpoint))} without {name[:9]}.*: resume from another"):
+        check_training_state(checkpoint)
+
+
+def test_checksums_that_cover_a_part_only_are_refused(checkpoint):
+    (checkpoint / CHECKSUM_FILE).write_text("{}")
+    with pytest.raises(ValueError, match=f"{CHECKSUM_FILE} without optimizer.pt.*: resume from another"):
+        check_training_state(checkpoint)
+
+
+def test_a_resumed_run_keeps_its_new_checkpoints(tmp_path, run_of_six, caplog):
+    """The old ones were copied: their times are later than those of all that is saved now."""
+    shutil.copytree(run_of_six, tmp_path, dirs_exist_ok=True)
+    for old in tmp_path.iterdir():
+        os.utime(old, (time.time() + 3600,) * 2)
+    resume = str(tmp_path / "checkpoint-4")
+    trainer_of(tmp_path, seed=1, max_steps=6, save_total_limit=2).train(resume_from_checkpoint=resume)
+    assert f"begins at step 4, and {tmp_path / 'checkpoint-6'} of another is there already" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-6"}
+    assert (tmp_path / "checkpoint-6").stat().st_mtime < time.time() + 60
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "model.safetensors"])

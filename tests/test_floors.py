@@ -29,6 +29,8 @@ PLACES = {
     "spreading.py": Place(0, {"torch"}),
     "distributions.py": Place(0, {"torch"}),
     "memory.py": Place(0, set()),
+    "files.py": Place(0, set()),
+    "run_lock.py": Place(0, {"filelock"}),
     "topology_frames.py": Place(0, {"numpy"}),
     "ops/": Place(0, {"torch"}),
     "ops/triton.py": Place(0, {"torch", "triton"}),

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from . import __version__
 from .distributions import DISTRIBUTIONS
+from .files import write_atomically
 from .layout import BlockSize, parse_block_size
 from .models.bert.configuration_dynsparse_bert import PRESETS
 from .topology import SCHEDULES
@@ -75,7 +76,7 @@ def _say(text: object) -> None:
 
 def _write_json(content: dict[str, Any], file: Path | None) -> None:
     if file is not None:
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_atomically(file, json.dumps(content, indent=2) + "\n")
 
 
 def _positive(text: str) -> int:

@@ -11,6 +11,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .files import write_atomically
 from .finetuning import FINETUNE_MODES
 from .int8.quantizer import METHOD as INT8_METHOD
 from .int8.quantizer import DynSparseInt8Config, put_int8_layers_
@@ -79,11 +80,11 @@ def write_model_card(
     target = source if destination is None else Path(destination)
     known = read_facts(source) | facts
     card = create_model_card(empty_model(source) if model is None else model, **known)
-    target.mkdir(parents=True, exist_ok=True)
     if target != source:
+        target.mkdir(parents=True, exist_ok=True)
         for picture in known["pictures"]:
             shutil.copy(source / picture, target)
-    card.save(target / "README.md")
+    write_atomically(target / "README.md", str(card))
     return target / "README.md"
 
 

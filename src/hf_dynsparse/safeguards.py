@@ -1,9 +1,7 @@
 """What a long run is spared: to end because one save fails, or to go on with a loss that is not finite."""
 
 import logging
-import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +16,18 @@ from .checkpoint import discard_save, last_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# How torch, safetensors and tokenizers speak of a disk, all of them in exceptions of their own.
-_OF_THE_DISK = re.compile(r"\(os error \d+\)|inline_container|Parent directory .* does not exist")
+# What Python says of a mistake in a program, which would end every save alike. All else counts as a failed write:
+# torch, safetensors and tokenizers speak of a disk in exceptions of their own, in words that change.
+MISTAKES = (
+    *(TypeError, AttributeError, NameError, LookupError, ImportError, SyntaxError),
+    *(AssertionError, ArithmeticError, NotImplementedError, RecursionError),
+)
 
 
 class SaveAttempt:
     """
-    One save by all ranks. Where a disk fails, on whichever rank, the save ends on all of them, and none waits for
-    another that has left. Any other error is raised as it comes.
+    One save by all ranks. Where it fails, on whichever rank, it ends on all of them, and none waits for another that
+    has left. `MISTAKES` are raised as they come.
 
     Attributes:
         problem (`str` or `None`): the first error of any rank; known to all after each part.
@@ -33,7 +35,7 @@ class SaveAttempt:
 
     def __init__(self) -> None:
         self.problem: str | None = None
-        self._own: str | None = None
+        self._own: Exception | None = None
 
     def do(self, part: Callable[..., Any], *arguments: Any, here: bool = True) -> None:
         """Do a part of the save, if it is for this rank and none has failed before. Every rank must call it."""
@@ -41,17 +43,18 @@ class SaveAttempt:
             with self.noting():
                 if here:
                     part(*arguments)
-            self.problem = next(filter(None, gather_object([self._own])), None)
+            own = None if self._own is None else f"{type(self._own).__name__}: {self._own}"
+            self.problem = next(filter(None, gather_object([own])), None)
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Where an error of the disk may not leave the flow of `do`, for the other ranks wait behind it."""
+        """Where a failed write may not leave the flow of `do`, for the other ranks wait behind it."""
         try:
             yield
+        except MISTAKES:
+            raise
         except Exception as error:
-            if not isinstance(error, OSError) and _OF_THE_DISK.search(str(error)) is None:
-                raise
-            self._own = self._own or f"{type(error).__name__}: {error}"
+            self._own = self._own or error
 
     def give_up(self, folder: str | Path, name: str, *, clean: bool, is_last: bool) -> None:
         """
@@ -64,29 +67,25 @@ class SaveAttempt:
         Raises:
             OSError: if none will.
         """
-        if clean:
-            discard_save(folder)
-        last = last_checkpoint(folder)
-        message = (
-            f"A checkpoint must be written whole. Got {self.problem} while saving {name} in {folder}, with "
-            f"{_free_space(Path(folder)) >> 20} MiB free. "
-            f"{'No checkpoint has been saved yet.' if last is None else f'The last good checkpoint is {last}.'} "
-        )
+        message = f"A checkpoint must be written whole. Got {self.problem} while saving {name} in {folder}"
+        try:
+            if clean:
+                discard_save(folder)
+            last = last_checkpoint(folder)
+            message += f", with {_free_space(Path(folder)) >> 20} MiB free. "
+            message += "No checkpoint has been saved yet." if last is None else f"The last good checkpoint is {last}."
+        except OSError as error:
+            message += f", and what is there cannot be read: {error}."
         if is_last:
-            raise OSError(f"{message}The run has ended and its model is in memory: save that elsewhere.")
-        logger.error("%sTraining goes on: free space, or make the folder writable, before the next save.", message)
-
-
-def check_writable(folder: str | Path) -> None:
-    """
-    Write a file that has no name, so that a run does not learn at its first save that it cannot.
-
-    Raises:
-        OSError: if that is impossible.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"x")
+            raise OSError(
+                f"{message} The run has ended and its model is in memory: save that elsewhere."
+            ) from self._own
+        logger.error(
+            "%s Training goes on: free space, or make the folder writable, before the next save.",
+            message,
+            # Not plainly of the disk: whoever looks for the cause needs the place.
+            exc_info=None if isinstance(self._own, OSError) else self._own,
+        )
 
 
 def are_finite(numbers: Iterable[torch.Tensor | float], accelerator: Accelerator) -> bool:

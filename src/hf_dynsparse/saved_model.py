@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from . import models
+from .files import flush, flush_tree
 
 
 # What travels with a model whatever becomes of its weights: tokenizer, generation settings, licence.
@@ -113,8 +114,10 @@ def written_aside(target: str | Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside / target.name
+        flush_tree(aside)
         # The target last: where it stands, everything does.
         for written in sorted(aside.iterdir(), key=lambda path: path.name == target.name):
             os.replace(written, target.parent / written.name)
+        flush(target.parent)
     finally:
         shutil.rmtree(aside)

@@ -1,8 +1,11 @@
 """How the training scripts begin, and how they end when something is wrong."""
 
+import functools
 import logging
 import os
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +21,10 @@ from .checkpoint import check_same_model, find_run_to_resume
 from .hub import fetch_checkpoint
 from .hub.trainer import open_hub_repository
 from .resizing import check_final_sizes
+from .run_lock import run_lock
+
+
+_HELD = ExitStack()  # the lock of the output folder, from `find_checkpoint` to the end of the script
 
 
 @dataclass
@@ -44,18 +51,32 @@ def parse_arguments(*kinds: Any, description: str | None = None) -> tuple[Any, .
     return parser.parse_args_into_dataclasses()
 
 
+def holds_output_dir(main: Callable[[], None]) -> Callable[[], None]:
+    """The main function of a script, at whose end, however it comes, the output folder is free for another run."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        with _HELD:
+            main()
+
+    return run
+
+
 def find_checkpoint(args: Any, token: str | None) -> str | None:
     """
-    The checkpoint folder to go on from, `None` for a new run; with `args.push_to_hub` the repository is opened too, so
-    that a run does not learn at its end that it may not push.
+    The checkpoint folder to go on from, `None` for a new run. From here on no other run may write to the output
+    folder, see [`holds_output_dir`]. With `args.push_to_hub` the repository is opened too, so that a run does not
+    learn at its end that it may not push.
 
     Args:
         args: [`ScriptArguments`] that are training arguments.
         token (`str`, *optional*): of the Hub.
 
     Raises:
-        ValueError, OSError: if the one or the other cannot be had.
+        ValueError, OSError: if one of them cannot be had.
     """
+    if args.should_save:
+        _HELD.enter_context(run_lock(args.output_dir))
     checkpoint = find_run_to_resume(args.output_dir, fetch_checkpoint(args.resume_from_checkpoint, token))
     if args.push_to_hub and args.process_index == 0:
         open_hub_repository(args)

@@ -1,12 +1,14 @@
 """The topology of one layer over a run: a frame at the start and after every update, its file, and its colours."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+
+from .files import write_atomically
 
 
 HISTORY_FOLDER = "topology_history"  # in the folder of a run
@@ -39,18 +41,15 @@ def write_frame(run_dir: str | Path, frame: Frame) -> None:
     Write one frame, a bit a block, into the history of a run; another of the same step is replaced. A process that is
     killed meanwhile leaves none that is half written.
     """
-    folder = Path(run_dir, HISTORY_FOLDER)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / ".unfinished"
-    with unfinished.open("wb") as file:
-        np.savez_compressed(
-            file,
-            blocks=np.packbits(frame.block_map),
-            grid=frame.block_map.shape,
-            about=np.array([frame.update, frame.step]),
-            layer=frame.layer,
-        )
-    os.replace(unfinished, folder / f"step-{frame.step:09d}.npz")
+    content = BytesIO()
+    np.savez_compressed(
+        content,
+        blocks=np.packbits(frame.block_map),
+        grid=frame.block_map.shape,
+        about=np.array([frame.update, frame.step]),
+        layer=frame.layer,
+    )
+    write_atomically(Path(run_dir, HISTORY_FOLDER, f"step-{frame.step:09d}.npz"), content.getvalue())
 
 
 def read_history(run_dir: str | Path) -> list[Frame]:

@@ -3,35 +3,35 @@
 import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    SaveStrategy,
-    TrainOutput,
-    has_length,
-    rotate_checkpoints,
-)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, has_length
 
 from .arguments import DynSparseTrainingArguments
 from .block_adam import BlockAdamW
 from .callback import TopologyCallback
 from .checkpoint import (
+    NEEDED_STATE,
     STAGING_FOLDER,
+    WEIGHTS,
     check_same_model,
     check_training_state,
     check_weights,
     last_checkpoint,
     publish_checkpoint,
     remove_interrupted_save,
+    rotate_checkpoints,
+    warn_of_later_checkpoints,
     write_checksums,
 )
 from .distillation import Distillation
@@ -55,7 +55,8 @@ from .run_callbacks import (
     find_callback,
     pass_and_step,
 )
-from .safeguards import SaveAttempt, are_finite, check_writable
+from .run_lock import run_lock
+from .safeguards import SaveAttempt, are_finite
 from .seeded_dropout import seed_dropout_
 from .shards import whole
 from .summary import describe_training
@@ -216,11 +217,12 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         Raises:
             ValueError: if the checkpoint to go on from is damaged, naming the file.
             FloatingPointError: if a loss or gradient is not finite, before the optimiser sees it.
-            OSError: if the output folder cannot be written to, or the last save of the run fails; saves before that
-                may fail, and are made up for by the next.
+            OSError: if the output folder cannot be written to, or another run has it, or the last save of the run
+                fails; saves before that may fail, and are made up for by the next.
         """
         try:
-            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            with self._own_output_dir(trial):
+                return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             if self.topology is not None:
                 self.topology.end(self.accelerator.unwrap_model(self.model))
@@ -228,15 +230,15 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
     def _train(
         self, resume_from_checkpoint: str | bool | None, trial: Any, ignore_keys_for_eval: list[str] | None
     ) -> TrainOutput:
-        self._check_output_dir()
         if resume_from_checkpoint is True:  # and stays so if there is none, for transformers to say
             resume_from_checkpoint = last_checkpoint(str(self.args.output_dir)) or True
+        state = TrainerState()
         if isinstance(resume_from_checkpoint, str):
-            check_training_state(resume_from_checkpoint)
-        if not isinstance(resume_from_checkpoint, str) or self.args.max_steps <= 0:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-        if state.global_step < self.args.max_steps:
+            check_training_state(resume_from_checkpoint, self._needed_state)
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+        if self.args.should_save:
+            warn_of_later_checkpoints(self._get_output_dir(trial), state.global_step)
+        if not isinstance(resume_from_checkpoint, str) or not 0 < self.args.max_steps <= state.global_step:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         logger.info("%s holds all %d steps: nothing to train.", resume_from_checkpoint, state.global_step)
         self._load_from_checkpoint(resume_from_checkpoint)
@@ -421,20 +423,34 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers."""
         if self._staging_dir is None:
-            super().save_model(output_dir, _internal_call)
+            with run_lock(output_dir or str(self.args.output_dir)) if self.args.should_save else nullcontext():
+                super().save_model(output_dir, _internal_call)
         else:
             with self._save_attempt.noting():
                 super().save_model(output_dir, _internal_call)
 
-    def _check_output_dir(self) -> None:
-        attempt = SaveAttempt()
-        if self.args.save_strategy != SaveStrategy.NO:
-            attempt.do(check_writable, self.args.output_dir, here=self.args.should_save)
-        if attempt.problem is not None:
-            raise OSError(
-                f"A run needs a folder to save to. Got {attempt.problem}. Choose another `output_dir`, or "
-                "`save_strategy='no'`."
-            )
+    @contextmanager
+    def _own_output_dir(self, trial: Any) -> Iterator[None]:
+        """Where this run saves, no other does meanwhile. All ranks go on, or none."""
+        with ExitStack() as held:
+            refusal = None
+            try:
+                if self.args.save_strategy != SaveStrategy.NO and self.args.should_save:
+                    held.enter_context(run_lock(self._get_output_dir(trial)))
+            except OSError as error:
+                refusal = str(error)
+            refusal = next(filter(None, gather_object([refusal])), None)
+            if refusal is not None:
+                raise OSError(refusal)
+            if self.args.push_to_hub and self.is_world_process_zero():
+                self._remove_pending_pushes()
+            yield
+
+    @property
+    def _needed_state(self) -> tuple[str, ...]:
+        # DeepSpeed, and FSDP before its second version, keep moments in files of their own.
+        whole = not self.is_deepspeed_enabled and (self.accelerator.is_fsdp2 or not self.is_fsdp_enabled)
+        return NEEDED_STATE if whole else (TRAINER_STATE_NAME,)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -463,8 +479,10 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
             self.state.best_model_checkpoint = os.path.join(run_dir, name)
             self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
         write_checksums(staged)
-        publish_checkpoint(run_dir, name)
-        rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        state = (TRAINER_STATE_NAME,) if self.args.save_only_model else self._needed_state
+        publish_checkpoint(run_dir, name, state if self.is_deepspeed_enabled else (WEIGHTS, *state))
+        keep = [os.path.join(run_dir, name), *filter(None, [self.state.best_model_checkpoint])]
+        rotate_checkpoints(run_dir, self.args.save_total_limit, keep)
 
 
 def _made(callback: TrainerCallback | type[TrainerCallback], args: DynSparseTrainingArguments) -> TrainerCallback:

@@ -40,7 +40,11 @@ RULES = ("random", "gradient")
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Callable[..., Any]]:
-    """Start `worker.train` in a process of its own, forked from one that has imported everything already."""
+    yield from start_processes(worker.train)
+
+
+def start_processes(target: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Starts `target` in a process of its own, forked from one that has imported everything already."""
     with pytest.MonkeyPatch.context() as patch:
         # The server of Python 3.11 knows the path of its parent from the environment only.
         patch.setenv(
@@ -52,7 +56,7 @@ def start() -> Iterator[Callable[..., Any]]:
         context.set_forkserver_preload(["worker"])
 
         def start_process(folder: Path, name: str, **run: Any) -> Any:
-            process = context.Process(target=worker.train, args=(str(folder), name), kwargs={**RUN, **run})
+            process = context.Process(target=target, args=(str(folder), name), kwargs={**RUN, **run})
             process.start()
             return process
 

@@ -114,6 +114,15 @@ def train(
     return result
 
 
+def train_or_tell(folder: str, name: str, result: str, **run: Any) -> None:
+    """The same for one of two that want the same folder: what became of it goes to `FOLDER/<result>.pt`."""
+    try:
+        reached: Any = train(folder, name, **run)
+    except OSError as error:
+        reached = {"error": str(error)}
+    torch.save({"pid": os.getpid(), **reached}, os.path.join(folder, f"{result}.pt"))
+
+
 def describe(trainer: DynSparseTrainer) -> dict[str, Any]:
     """What a run reached: tensors and the log, nothing that depends on the clock."""
     layers, optimizer = sparse_layers(trainer.model), whole_optimizer_state(trainer.optimizer)["state"]

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from huggingface_hub import constants
 from tqdm.auto import tqdm
 
+from ..files import write_atomically
 from .prose import clean_text
 
 
@@ -237,16 +237,3 @@ def is_new(paragraph: str, seen: set[str]) -> bool:
 def is_validation(name: str) -> bool:
     """Whether the document of this name belongs to the validation file."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") < VALIDATION_SHARE * 2**32
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that other processes see all of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-    try:
-        with open(descriptor, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -1,7 +1,6 @@
 """Tickets: which heads and intermediate neurons of each layer stay, drawn from their gates (arXiv:2101.00063)."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
+
+from ..files import write_atomically
 
 
 Kept = tuple[tuple[int, ...], ...]
@@ -39,9 +40,7 @@ class Ticket:
 
     def save(self, path: str | Path, **about: Any) -> None:
         """Write the ticket as JSON, and beside it `about`: how it came about. The file is there whole or not."""
-        unfinished = f"{path}.unfinished"
-        Path(unfinished).write_text(json.dumps(asdict(self) | about) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_atomically(path, json.dumps(asdict(self) | about) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

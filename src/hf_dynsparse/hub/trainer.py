@@ -52,8 +52,6 @@ class HubTrainer(Trainer):
             HubError: see [`open_hub_repository`].
         """
         if self.is_world_process_zero():
-            for leftover in self._output_dir.glob(f"{PENDING}*"):  # of a process that was killed
-                shutil.rmtree(leftover)
             self.hub_model_id: Any = open_hub_repository(self.args, token, private)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -120,16 +118,25 @@ class HubTrainer(Trainer):
             HubStrategy.CHECKPOINT: LAST_CHECKPOINT,
             HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
         }
-        job = push_checkpoint(
-            checkpoint_folder,
-            self.hub_model_id,
-            subfolder=subfolder.get(HubStrategy(strategy)),
-            message=f"Training in progress, step {Path(checkpoint_folder).name.rpartition('-')[2]}",
-            revision=self.args.hub_revision,
-            token=self.args.hub_token,
-        )
+        try:
+            job = push_checkpoint(
+                checkpoint_folder,
+                self.hub_model_id,
+                subfolder=subfolder.get(HubStrategy(strategy)),
+                message=f"Training in progress, step {Path(checkpoint_folder).name.rpartition('-')[2]}",
+                revision=self.args.hub_revision,
+                token=self.args.hub_token,
+            )
+        except OSError as error:  # of the disk: nothing has been sent yet
+            logger.error("%s is saved, but not pushed: %s. The next save pushes again.", checkpoint_folder, error)
+            return
         jobs: Any = [*pending, job]
         self.push_in_progress = PushInProgress(jobs)
+
+    def _remove_pending_pushes(self) -> None:
+        """Those of a process that was killed. For a run that has its folder to itself."""
+        for leftover in self._output_dir.glob(f"{PENDING}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()

@@ -2,10 +2,8 @@
 
 import json
 import logging
-import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import write_atomically
 from ..layout import random_block_index
 from . import native
 from .backends import Backend, Problem
@@ -64,12 +63,8 @@ def remember(problem: Problem, seconds: dict[str, float]) -> None:
     """Keep the timing of `problem` on disk, for this machine and these versions."""
     path = cache_file()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # Read again: another process may have written since.
-        content = json.dumps({**_read(), str(problem): seconds}, indent=1)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(content)
-        os.replace(file.name, path)
+        write_atomically(path, json.dumps({**_read(), str(problem): seconds}, indent=1))
     except OSError as error:
         logger.warning("Timings of backends cannot be kept in %s (%s); each process measures its own.", path, error)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..files import write_atomically
 from ..models import DynSparseBertConfig
 from ..models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 
@@ -78,7 +79,7 @@ def save_with_code(model_or_folder: PreTrainedModel | str | Path, folder: str | 
             if file.suffix in (".json", ".safetensors", ".txt", ".md") and file.name not in files:
                 shutil.copyfile(file, folder / file.name)
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        write_atomically(folder / name, content)
 
 
 def add_code(folder: Path) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..files import write_atomically
 from .analysis import Configuration, cost_ratio, dense_family, loss_at_cost, order, series, size_of, title
 
 
@@ -60,7 +61,7 @@ def write_report(
             "Versions": _distinct(run.results["versions"] for run in runs),
         },
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_atomically(path, page)
 
 
 def format_table(configurations: Sequence[Configuration]) -> str:
