@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 
 def cosine(progress: float) -> float:
@@ -140,6 +141,22 @@ def update_steps(
     if gaps < 1:
         return (begin,) if num_updates else ()
     return tuple(math.floor(before + (t + shift) * (after - before) / gaps + 0.5) for t in range(num_updates))
+
+
+@dataclass(frozen=True)
+class PlannedUpdate:
+    """
+    One update of a run as it is laid out.
+
+    Args:
+        step (`int`): the optimiser step that it follows.
+        pruning_ratio (`float`): see `pruning_ratio_at`.
+        density_share (`float`): where the density stands after it; see `density_share`.
+    """
+
+    step: int
+    pruning_ratio: float
+    density_share: float
 
 
 def _phases(table: str) -> list[tuple[float, float]]:
