@@ -11,7 +11,7 @@ from helpers import generator, make_layer
 from torch import nn
 from toy import toy_model
 
-from hf_dynsparse import group_lasso_, prune_regrow_, sparse_layers, sparse_learning_rate
+from hf_dynsparse import TopologyUpdater, group_lasso_, prune_regrow_, sparse_layers, sparse_learning_rate
 from hf_dynsparse.block_adam import BlockAdamW
 from hf_dynsparse.optim import check_optimizer_state, clear_moments_, parameter_groups
 
@@ -91,6 +91,46 @@ def test_parameter_groups_by_names_and_without_sparse_layers() -> None:
     ]
     (group,) = parameter_groups(nn.Linear(2, 2, bias=False))
     assert (group["per_block"], "lr" in group) == (False, False)
+
+
+@pytest.mark.parametrize("nnzb", [None, 11])
+@pytest.mark.parametrize(
+    ("make", "name", "first"),
+    [
+        (lambda p: torch.optim.Rprop(p, lr=0.02), "step_size", 0.02),
+        (lambda p: torch.optim.Adagrad(p, lr=0.02, initial_accumulator_value=0.1), "sum", 0.1),
+        (lambda p: torch.optim.Adagrad(p, lr=0.02), "sum", 0.0),
+    ],
+    ids=["rprop", "adagrad from 0.1", "adagrad"],
+)
+def test_new_blocks_begin_as_the_optimiser_begins(
+    make: Callable[..., torch.optim.Optimizer], name: str, first: float, nnzb: int | None
+) -> None:
+    layer = make_layer((4, 6), 4, 8)
+    optimizer = make(layer.parameters())
+    train(layer, optimizer)
+    before = layer.block_index.tolist()
+    prune_regrow_(layer, optimizer, pruning_ratio=0.5, nnzb=nnzb)
+    new = torch.tensor([place not in before for place in layer.block_index.tolist()])
+    state = optimizer.state[layer.values][name]
+    assert state[new].eq(first).all()
+    assert not state[~new].eq(first).any()
+    train(layer, optimizer, 1)
+    assert layer.values.detach()[new].abs().amax() > 0.005
+
+
+def test_moments_of_another_size_are_refused() -> None:
+    layer = make_layer((4, 6), 4, 8)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    train(layer, optimizer)
+    prune_regrow_(layer, None, pruning_ratio=0.0, nnzb=12)  # behind the optimiser's back
+    message = r"one row for each block .* Got 'exp_avg' of shape \(8, 4, 4\) for `.*values` of shape \(12, 4, 4\)"
+    for num_updates in (0, 1):
+        with pytest.raises(ValueError, match=message):
+            TopologyUpdater(layer, optimizer, 10, num_updates)
+    with pytest.raises(ValueError, match=message):
+        prune_regrow_(layer, optimizer, pruning_ratio=0.5, nnzb=13)
+    assert layer.nnzb == 12
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -22,7 +22,6 @@ from hf_dynsparse.shards import (
     whole,
     whole_optimizer_state,
     write_rows_,
-    zero_rows_,
 )
 
 
@@ -53,7 +52,7 @@ def test_rows_of_each_rank(join: Callable[..., None], rank: int, count: int) -> 
     assert rows.shape == (len(own), 2, 3)
     assert torch.equal(rows, tensor[own])
     assert first == (own[0] if own else count)
-    zero_rows_(sharded, torch.arange(0, count, 2))
+    write_rows_(sharded, torch.arange(0, count, 2), 0.0)
     tensor[::2] = 0
     assert torch.equal(local_rows(sharded)[0], tensor[own])
     new = torch.randn(2, 2, 3, generator=generator(1), dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
@@ -61,6 +62,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self.on_resize: Callable[[], None] | None = None
         self.resizes = self.settings.changes_sizes
         self._final: dict[str, Any] | None = None  # what `configured` says, and the sizes of the model as given
+        self.total_steps = 0  # of the run that updates are laid out over
         self._sizes: dict[str, int] = {}
         self._updater: TopologyUpdater | None = None
         self._hooks: list[RemovableHandle] = []
@@ -69,7 +71,11 @@ class TopologyCallback(TrainerCallback, ExportableState):
         """What a checkpoint keeps in `trainer_state.json`; block histories travel in buffers of the model."""
         return {
             "args": {**asdict(self.settings), "group_lasso": self.group_lasso},
-            "attributes": {"metrics": dict(self.metrics), **({"final": self._final} if self.resizes else {})},
+            "attributes": {
+                "metrics": dict(self.metrics),
+                "total_steps": self.total_steps,
+                **({"final": self._final} if self.resizes else {}),
+            },
         }
 
     def on_init_end(
@@ -77,7 +83,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
     ) -> None:
         check_parallelism(args)
         if self.resizes:
-            check_resizing(self.on_resize is not None)
+            check_resizing(self.on_resize is not None, bool(args.load_best_model_at_end))
         # What a checkpoint has recorded needs a place when it is loaded. Until then the model is a plain one.
         track = partial(_track_what_comes, self.settings.needs)
         layers = sparse_layers(kwargs["model"]).values() if kwargs["model"] is not None else ()
@@ -93,6 +99,15 @@ class TopologyCallback(TrainerCallback, ExportableState):
         """See [`TopologyUpdater`]; `True` outside of training."""
         return self._updater is None or self._updater.has_final_density
 
+    def given_sizes(self, model: nn.Module) -> dict[str, int]:
+        """Active blocks of each sparse layer before this run, or one that it repeats, began to change them."""
+        if self._final is not None:
+            return dict(self._final["sizes"])
+        return {
+            name: layer.nnzb if layer.given_nnzb is None else layer.given_nnzb
+            for name, layer in sparse_layers(model).items()
+        }
+
     def track_(self, model: nn.Module) -> None:
         """Begin to record what this run needs in every sparse layer that does not yet."""
         track_layers_(sparse_layers(model).values(), self.settings.needs)
@@ -104,7 +119,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         check_parallelism(args)
         check_alone(self, state)
         if self.resizes:
-            check_resizing(self.on_resize is not None)
+            check_resizing(self.on_resize is not None, bool(args.load_best_model_at_end))
         while self._hooks:
             self._hooks.pop().remove()
         for name, layer in sparse_layers(model).items():
@@ -112,12 +127,13 @@ class TopologyCallback(TrainerCallback, ExportableState):
             if state.global_step == 0:
                 untrack_layers_([layer])  # the updater begins anew
         if state.global_step == 0:
-            self.metrics = {}
-            self._final = {"sizes": sizes_of(model), **configured(model, self.settings.final_sparsity)}
+            self.metrics, self.total_steps = {}, state.max_steps
         else:
-            self.restore(state)
-        settings = self.settings.for_run(state.max_steps)
+            self.restore(state, state.max_steps)
+        settings = self.settings.for_run(self.total_steps)
         given = self._final["sizes"] if state.global_step > 0 and self._final is not None else None
+        if self.total_steps != state.max_steps:
+            settings, given = settings.without_updates(), None
         self._updater = TopologyUpdater(
             model,
             kwargs["optimizer"],
@@ -126,22 +142,28 @@ class TopologyCallback(TrainerCallback, ExportableState):
             given_nnzb=given,
             **asdict(settings),
         )
-        self._note_sizes(model)
+        sizes = self._updater.given_nnzb
+        # A run that is begun again leads where it led, whatever the configuration of a half-way model says.
+        if self._final is None or (state.global_step == 0 and self._final["sizes"] != sizes):
+            self._final = {"sizes": sizes, **configured(model, self.settings.final_sparsity)}
+        self._sizes = {}
+        self.note_sizes(model)
         cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
-        self._updater.check_ranks_agree()
         self._updater.prepare(state.global_step + 1)
         self.metrics["sparsity"] = topology_summary(model).sparsity
         self.metrics["coverage"] = self._updater.coverage()
+        how_many = {self.settings.num_updates, self.settings.update_every}
+        by_default = " (by default: at most 80, and 100 steps for new blocks to grow)" if how_many == {None} else ""
         logger.info(
             "Topology: %d sparse layers at sparsity %.4f%s, %d updates%s%s, prune by %s, %s.",
             len(self._updater.layers),
             self.metrics["sparsity"],
-            "" if settings.final_sparsity is None else f" on the way to {settings.final_sparsity:.4f}",
+            "" if settings.density_schedule == "constant" else f" on the way to {self._updater.final_sparsity:.4f}",
             self._updater.num_updates,
             f" from step {self._updater.update_steps[0]} to {self._updater.update_steps[-1]}"
             if self._updater.num_updates
             else "",
-            "" if settings is self.settings else " (by default: at most 80, and 100 steps for new blocks to grow)",
+            by_default,
             settings.prune_score,
             "remember what was pruned" if settings.hidden_copy else f"regrow by {settings.regrow_rule}",
         )
@@ -166,7 +188,8 @@ class TopologyCallback(TrainerCallback, ExportableState):
             return
         rates = {parameter: group["lr"] for group in kwargs["optimizer"].param_groups for parameter in group["params"]}
         for layer in self._updater.layers.values():
-            if layer.values in rates:  # not under LoRA, which trains its adapters only
+            # Not under LoRA, which trains its adapters only, nor where layers are frozen.
+            if layer.values in rates and layer.values.requires_grad:
                 group_lasso_(layer.values, float(rates[layer.values]), self.group_lasso)
 
     def on_step_end(
@@ -176,7 +199,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             return
         report = self._updater.step(state.global_step)
         if report is not None:
-            self._note_sizes(kwargs["model"])
+            self.note_sizes(kwargs["model"])
             self.metrics.update(
                 pruning_ratio=report.pruning_ratio,
                 newborn_share=report.newborn_share,
@@ -185,8 +208,8 @@ class TopologyCallback(TrainerCallback, ExportableState):
                 topology_updates=report.update + 1,
             )
 
-    def _note_sizes(self, model: nn.Module) -> None:
-        """Tell everybody if layers have changed their sizes."""
+    def note_sizes(self, model: nn.Module) -> None:
+        """Tell everybody if layers have changed their sizes: metrics, the configuration, the reducer of DDP."""
         if not self.resizes or self._sizes == sizes_of(model):
             return
         self._sizes = sizes_of(model)
@@ -241,18 +264,62 @@ class TopologyCallback(TrainerCallback, ExportableState):
                 + ". Give the checkpoint's values, or start a new run in another output folder."
             )
 
-    def restore(self, state: TrainerState) -> None:
+    def check_steps(self, planned: int, done: int, max_steps: int) -> int:
         """
-        Take over the metrics that the `trainer_state.json` of a checkpoint keeps.
+        Of how many steps the run is whose updates a resumed run of `max_steps` makes, if the interrupted one has laid
+        them out over `planned` and is at step `done`: `max_steps`, or `planned` if all updates are done.
 
         Raises:
-            ValueError: see `check_settings`.
+            ValueError: if updates are to come, and a run of `max_steps` would have made others so far.
         """
+        plan = self.settings.for_run(planned).plan(planned)
+        made = [update for update in plan if update.step <= done]
+        all_made = len(made) == len(plan)
+        if max_steps == planned or (all_made and max_steps < planned):
+            return planned
+        with suppress(ValueError):  # so many updates do not fit
+            if made == [update for update in self.settings.for_run(max_steps).plan(max_steps) if update.step <= done]:
+                return max_steps
+        if all_made:
+            return planned
+        raise ValueError(
+            "Topology updates, pruning ratios and densities are laid out over the steps of a run, so a resumed run "
+            f"must have as many until its updates are done. Got max_steps={max_steps}, but the checkpoint at step "
+            f"{done} is of a run of {planned} steps with {len(made)} of {len(plan)} updates made. Give "
+            f"max_steps={planned}, and more when that run has ended; or start a new run in another output folder."
+        )
+
+    def check_run(self, state: TrainerState, max_steps: int) -> int:
+        """
+        Compare with the run whose checkpoint holds `state`, to be resumed for `max_steps` (or less than 1: unknown).
+
+        Returns:
+            `int`: over how many steps the updates are laid out; see `check_steps`.
+
+        Raises:
+            ValueError: see `check_settings` and `check_steps`.
+        """
+        saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
+        if saved is None:
+            return max_steps
+        self.check_settings(saved)
+        planned = int(saved["attributes"].get("total_steps", max_steps))
+        return self.check_steps(planned, state.global_step, max_steps) if max_steps > 0 else planned
+
+    def restore(self, state: TrainerState, max_steps: int) -> None:
+        """
+        Take over what the `trainer_state.json` of a checkpoint keeps, for a run of `max_steps`.
+
+        Raises:
+            ValueError: see `check_run`.
+        """
+        self.total_steps = self.check_run(state, max_steps)
         saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
         if saved is None:
             logger.warning("The checkpoint was not written by a run with topology updates; coverage starts here.")
             return
-        self.check_settings(saved)
+        if self.total_steps != max_steps:
+            logger.info("All topology updates of the run of %d steps are done: the topology stays.", self.total_steps)
         self.metrics = dict(saved["attributes"]["metrics"])
         self._final = saved["attributes"].get("final")
 
@@ -291,21 +358,28 @@ def check_parallelism(args: TrainingArguments) -> None:
         )
 
 
-def check_resizing(reducer_is_rebuilt: bool) -> None:
+def check_resizing(is_known: bool, loads_best: bool) -> None:
     """
     Refuse a density that changes where parameters cannot change their sizes.
 
+    Args:
+        is_known (`bool`): whether the trainer knows of it, and makes its reducer anew.
+        loads_best (`bool`): whether it loads another checkpoint in the end.
+
     Raises:
-        ValueError: for FSDP2, and for several processes under a trainer that does not know of it.
+        ValueError: for FSDP2, and for several processes, or a best model, under a trainer that does not know of it.
     """
     state = AcceleratorState()
     if state.distributed_type == DistributedType.FSDP:
         received = "FSDP2, which splits parameters between ranks"
-    elif state.num_processes > 1 and not reducer_is_rebuilt:
+    elif state.num_processes > 1 and not is_known:
         received = f"{state.num_processes} processes under a trainer that does not make its reducer anew"
+    elif loads_best and not is_known:
+        received = "`load_best_model_at_end` under a trainer that cannot load a model of another density"
     else:
         return
     raise ValueError(
-        "A density that changes over time needs one process, or DDP under `DynSparseTrainer`. Got "
-        f"{received}. Use that, or `density_schedule='constant'` with `allocation='layer'`."
+        "A density that changes over time needs `DynSparseTrainer`, in one process or DDP; another trainer must be "
+        f"one process that loads no checkpoint. Got {received}. Use that, or `density_schedule='constant'` with "
+        "`allocation='layer'`."
     )

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,6 +76,10 @@ class BlockSparseLinear(nn.Module):
     values: nn.Parameter
     block_index: torch.Tensor
 
+    # How many blocks the layer had before a run that changes their number, and is to have after it; see
+    # `TopologyUpdater`. It outlives an interrupted run, and is not saved.
+    given_nnzb: int | None = None
+
     def __init__(
         self,
         in_features: int,
@@ -123,6 +128,16 @@ class BlockSparseLinear(nn.Module):
             self.values.mul_(scale(self.layout))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        saved = state_dict.get(f"{prefix}values")
+        if saved is not None and len(saved) != self.nnzb:
+            raise ValueError(
+                f"A sparse layer loads as many active blocks as it has. Got `{prefix}values` with {len(saved)} for "
+                f"{self.nnzb}: another sparsity or block size, or half-way through a run whose density changes. Load "
+                "the whole model by `from_pretrained`; to resume such a run, use `DynSparseTrainer`."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def shape(self) -> tuple[int, int]:

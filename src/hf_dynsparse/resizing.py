@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import DistributedDataParallelKwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -61,28 +62,33 @@ def tell_config_(model: nn.Module, wanted: Mapping[str, Any]) -> None:
         config.sparsity = 1.0 - config.num_active_entries() / positions
 
 
-def resize_to_checkpoint_(model: nn.Module, checkpoint: str | Path) -> None:
-    """Give the sparse layers of `model` the sizes that they have in a checkpoint, which is loaded next."""
+def resize_to_checkpoint_(model: nn.Module, checkpoint: str | Path, *, optimizer: Optimizer | None) -> None:
+    """
+    Give the sparse layers of `model`, and their moments in `optimizer`, the sizes that they have in a checkpoint,
+    which is loaded next.
+    """
     layers = sparse_layers(model)
     for name, nnzb in _saved_sizes(model, checkpoint).items():
-        set_size_(layers[name], nnzb)
+        set_size_(layers[name], nnzb, optimizer=optimizer)
 
 
-def check_final_sizes(model: nn.Module, checkpoint: str | Path, callback: str) -> None:
+def check_final_sizes(model: nn.Module, given: Mapping[str, int], checkpoint: str | Path, callback: str) -> None:
     """
+    Args:
+        given (`Mapping[str, int]`): the sizes of `model` before an interrupted run changed them.
+
     Raises:
-        ValueError: if `model` has neither the sizes that the run of `checkpoint` was started with, which are those of
-            its end or, with `final_sparsity`, of its beginning; nor those of the checkpoint.
+        ValueError: if `model` had neither the sizes that the run of `checkpoint` was started with, which are those of
+            its end or, with `final_sparsity`, of its beginning; nor has those of the checkpoint.
     """
     state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
     saved: Any = state.stateful_callbacks.get(callback, {})
     final = saved.get("attributes", {}).get("final")
-    sizes = sizes_of(model)
-    if final is None or sizes in (final["sizes"], _saved_sizes(model, checkpoint)):
+    if final is None or given == final["sizes"] or sizes_of(model) == _saved_sizes(model, checkpoint):
         return
-    name = next(name for name in sizes if sizes[name] != final["sizes"].get(name))
+    name = next(name for name in given if given[name] != final["sizes"].get(name))
     raise ValueError(
-        f"A resumed run must have the model of its checkpoint. Got `{name}` with {sizes[name]} active blocks, but the "
+        f"A resumed run must have the model of its checkpoint. Got `{name}` with {given[name]} active blocks, but the "
         f"run of {checkpoint} was given one with {final['sizes'].get(name, 'none')}. Start from the same model, with "
         "the same sparsity, block size and distribution, or write to a new folder."
     )

@@ -20,7 +20,7 @@ from .callback import TopologyCallback
 from .checkpoint import check_same_model, find_run_to_resume
 from .hub import fetch_checkpoint
 from .hub.trainer import open_hub_repository
-from .resizing import check_final_sizes
+from .resizing import check_final_sizes, sizes_of
 from .run_lock import run_lock
 
 
@@ -86,11 +86,11 @@ def find_checkpoint(args: Any, token: str | None) -> str | None:
 def check_updates_to_resume(args: DynSparseTrainingArguments, checkpoint: str) -> None:
     """
     Raises:
-        ValueError: for topology settings that are not those of the run to resume, naming them.
+        ValueError: for topology settings that are not those of the run to resume, naming them; or another number of
+            steps, if its updates depend on it.
     """
-    saved = _topology_state(checkpoint)
-    if saved:
-        TopologyCallback(**args.topology_settings()).check_settings(saved)
+    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    TopologyCallback(**args.topology_settings()).check_run(state, args.max_steps)
 
 
 def check_model_to_resume(model: PreTrainedModel, checkpoint: str) -> None:
@@ -101,7 +101,7 @@ def check_model_to_resume(model: PreTrainedModel, checkpoint: str) -> None:
     resized = _topology_state(checkpoint).get("attributes", {}).get("final") is not None
     check_same_model(model, checkpoint, resized)
     if resized:
-        check_final_sizes(model, checkpoint, TopologyCallback.__name__)
+        check_final_sizes(model, sizes_of(model), checkpoint, TopologyCallback.__name__)
 
 
 def _topology_state(checkpoint: str) -> dict[str, Any]:

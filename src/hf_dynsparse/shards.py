@@ -39,11 +39,6 @@ def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return rows, min(len(tensor), per_rank * tensor.device_mesh.get_local_rank(dim))
 
 
-def zero_rows_(tensor: torch.Tensor, places: torch.Tensor) -> None:
-    """Set the rows at `places` (`torch.int64` of shape `(count,)`) to zero, each on the rank that holds it."""
-    write_rows_(tensor, places, 0.0)
-
-
 def write_rows_(tensor: torch.Tensor, places: torch.Tensor, new: torch.Tensor | float) -> None:
     """
     Set the rows at `places` (`torch.int64` of shape `(count,)`) to a number, or to those of `new` (of shape

@@ -245,7 +245,7 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         self.state = state
         self.throughput.restore(state)
         if self.topology is not None:
-            self.topology.restore(state)
+            self.topology.restore(state, self.args.max_steps)
             model = self.accelerator.unwrap_model(self.model)
             self.topology.on_train_end(self.args, state, self.control, model=model)
         return TrainOutput(state.global_step, float("nan"), {})
@@ -389,8 +389,9 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         if self.topology is not None:
             self.topology.track_(own)
             if self.topology.resizes:
-                check_final_sizes(own, resume_from_checkpoint, type(self.topology).__name__)
-                resize_to_checkpoint_(own, resume_from_checkpoint)
+                given = self.topology.given_sizes(own)
+                check_final_sizes(own, given, resume_from_checkpoint, type(self.topology).__name__)
+                resize_to_checkpoint_(own, resume_from_checkpoint, optimizer=self.optimizer)
         if isinstance(own, PreTrainedModel):
             check_same_model(own, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -402,9 +403,11 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         return super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
-        check_weights(str(self.state.best_model_checkpoint))
+        best, own = str(self.state.best_model_checkpoint), self.accelerator.unwrap_model(self.model)
+        check_weights(best)
         if self.topology is not None and self.topology.resizes:
-            resize_to_checkpoint_(self.accelerator.unwrap_model(self.model), str(self.state.best_model_checkpoint))
+            resize_to_checkpoint_(own, best, optimizer=self.optimizer)
+            self.topology.note_sizes(own)
         super()._load_best_model()
 
     def _after_resize(self) -> None:

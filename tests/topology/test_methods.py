@@ -12,7 +12,7 @@ from hf_dynsparse.distributions import active_blocks, erk
 from hf_dynsparse.layout import count_active_blocks
 from hf_dynsparse.optim import check_optimizer_state
 from hf_dynsparse.topology import METHODS, block_ages, density_share, ever_active, method_settings, prune_regrow_
-from hf_dynsparse.topology.allocation import allocate_globally, share_out
+from hf_dynsparse.topology.allocation import allocate_globally, count_entries, share_out
 from hf_dynsparse.topology.update import pruned_count
 
 
@@ -285,10 +285,106 @@ def test_allocate_globally_keeps_the_highest_of_all() -> None:
 
 
 def test_share_out_is_exact() -> None:
-    assert share_out(10, {"a": 1.0, "b": 1.0, "c": 1.0}, dict.fromkeys("abc", 10)) == {"a": 4, "b": 3, "c": 3}
-    assert share_out(10, {"a": 8.0, "b": 1.0, "c": 1.0}, {"a": 3, "b": 9, "c": 9}) == {"a": 3, "b": 4, "c": 3}
-    assert share_out(5, {"a": 0.0, "b": 0.0}, {"a": 9, "b": 9}) == {"a": 3, "b": 2}
-    assert share_out(9, {"a": 1.0, "b": 2.0}, {"a": 2, "b": 2}) == {"a": 2, "b": 2}
+    ones = dict.fromkeys("abc", 1)
+    assert share_out(10, {"a": 1.0, "b": 1.0, "c": 1.0}, dict.fromkeys("abc", 10), ones) == {"a": 4, "b": 3, "c": 3}
+    assert share_out(10, {"a": 8.0, "b": 1.0, "c": 1.0}, {"a": 3, "b": 9, "c": 9}, ones) == {"a": 3, "b": 4, "c": 3}
+    assert share_out(2, {"a": 9.0, "b": 6.0, "c": 5.0}, dict.fromkeys("abc", 9), ones) == {"a": 1, "b": 1, "c": 0}
+    assert share_out(5, {"a": 0.0, "b": 0.0}, {"a": 9, "b": 9}, ones) == {"a": 3, "b": 2}
+    assert share_out(9, {"a": 1.0, "b": 2.0}, {"a": 2, "b": 2}, ones) == {"a": 2, "b": 2}
+    # By entries: blocks of 64 and of 4.
+    assert share_out(300, {"a": 1.0, "b": 1.0}, {"a": 9, "b": 99}, {"a": 64, "b": 4}) == {"a": 2, "b": 43}
+    assert share_out(300, {"a": 1.0, "b": 1.0}, {"a": 9, "b": 9}, {"a": 64, "b": 4}) == {"a": 4, "b": 9}
+
+
+def test_allocate_globally_counts_entries() -> None:
+    """Blocks of 4 x 4 and of 1 x 1: from the highest score down, what still fits."""
+    layers = {"a": make_layer((2, 3), 4, 4), "b": make_layer((4, 5), 1, 18)}
+    scores = {"a": torch.tensor([5.0, 1.0, 4.0, 6.0]), "b": torch.arange(0.1, 1.9, 0.1)}
+    assert allocate_globally(layers, 36, scores) == {"a": 2, "b": 4}
+    assert allocate_globally(layers, 40, scores) == {"a": 2, "b": 8}
+    assert allocate_globally(layers, 64, scores) == {"a": 3, "b": 16}
+    assert allocate_globally(layers, 67, scores) == {"a": 3, "b": 18}  # a block of 16 does not fit
+    assert allocate_globally(layers, 3, scores) == {"a": 1, "b": 1}
+    assert allocate_globally(layers, 99, scores) == {"a": 4 + 1, "b": 18 + 1}  # of 17 free ones, 32 + 2 entries free
+
+
+class Mixed(nn.Module):
+    """Blocks of 2 x 2 and of 8 x 8, sparsity 0.75 of the entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(
+            {
+                "first": make_layer((8, 12), 2, 24),
+                "second": make_layer((4, 2), 8, 2),
+                "third": make_layer((2, 4), 8, 2),
+            }
+        )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.layers["second"](self.layers["first"](input)))
+        return self.layers["third"](hidden)
+
+
+def entries(model: nn.Module) -> int:
+    return sum(layer.values.numel() for layer in model.layers.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("granet", {}),
+        ("ac_dc", {}),
+        ("snfs", {}),
+        ("snfs", {"readmit": True}),
+        (
+            "snfs",
+            {"density_schedule": "cubic", "initial_sparsity": 0.2, "density_end": 0.4},
+        ),  # faster than it replaces
+        ("snfs", {"density_schedule": "0:0,0.4:1,0.7:0"}),  # through a full model
+        ("granet", {"final_sparsity": 0.9}),
+    ],
+)
+def test_active_entries_are_exact_for_blocks_of_mixed_sizes(method: str, given: dict) -> None:
+    """To one block at every update; and the updater knows when it has got there."""
+    model = Mixed()
+    configured = entries(model)
+    positions = sum(layer.in_features * layer.out_features for layer in model.layers.values())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    settings = settings_of(method, **given)
+    updater = TopologyUpdater(model, optimizer, STEPS, **settings)
+    goal = count_entries(updater.layers, updater._path.at(settings_share(settings, 1.0)))
+    assert abs(goal - ((1 - given["final_sparsity"]) * positions if "final_sparsity" in given else configured)) < 64
+    for step in range(1, STEPS + 1):
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if updater.step(step) is not None:
+            share = updater.plan[updater.update_steps.index(step)].density_share
+            planned = count_entries(updater.layers, updater._path.at(share))
+            assert abs(entries(model) - planned) < 64
+            assert updater.has_final_density == (abs(entries(model) - goal) < 64)
+    assert updater.has_final_density
+    assert abs(entries(model) - goal) < 64
+
+
+def settings_share(settings: dict, progress: float) -> float:
+    when = settings["density_begin"], settings["density_end"]
+    return density_share(progress, settings["density_schedule"], *when)
+
+
+@pytest.mark.parametrize("readmit", [False, True])
+@pytest.mark.parametrize("nnzb", [9, 21, 24])  # of 24
+def test_the_total_of_snfs_never_falls(nnzb: int, readmit: bool) -> None:
+    model = nn.ModuleDict({"layer": make_layer((4, 6), 2, nnzb), "other": make_layer((4, 6), 2, 20)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    updater = TopologyUpdater(model, optimizer, STEPS, **settings_of("snfs", readmit=readmit, pruning_ratio=0.9))
+    for step in range(1, STEPS + 1):
+        sum(layer(torch.randn(3, 12, generator=generator(step))).square().sum() for layer in model.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updater.step(step)
+        assert sum(layer.nnzb for layer in model.values()) == nnzb + 20
 
 
 def test_momentum_goes_where_the_gradient_is() -> None:
@@ -303,6 +399,40 @@ def test_momentum_goes_where_the_gradient_is() -> None:
     assert sum(grown.values()) == 0
     richer = max(momentum, key=momentum.get)
     assert grown[richer] > 0
+
+
+@pytest.mark.parametrize("initial_sparsity", [0.0, 0.9], ids=["grows", "shrinks"])
+def test_the_moments_of_a_run_before_follow_the_first_sizes(initial_sparsity: float) -> None:
+    model = Network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    model(batch(0)).square().mean().backward()
+    optimizer.step()
+    before = {name: tensors_by_block(layer, optimizer) for name, layer in model.layers.items()}
+    settings = settings_of("gmp", initial_sparsity=initial_sparsity)
+    for seed in (0, 1):  # made twice: the second leads where the first did
+        updater = TopologyUpdater(model, optimizer, STEPS, seed=seed, **settings)
+        assert updater.given_nnzb == {f"layers.{name}": nnzb for name, nnzb in NNZB.items()}
+        for name, layer in model.layers.items():
+            assert layer.sparsity == pytest.approx(initial_sparsity, abs=0.02)
+            kept = set(before[name])
+            for place, (values, *moments) in tensors_by_block(layer, optimizer).items():
+                if place in before[name]:
+                    assert all(map(torch.equal, (values, *moments), before[name][place]))
+                    kept.discard(place)
+                else:
+                    assert values.any()
+                    assert not any(moment.any() for moment in moments)
+            assert bool(kept) == (initial_sparsity > 0.5)
+    train_step(model, optimizer, updater, 1)
+
+
+def test_layers_of_zeros_begin_with_zeros() -> None:
+    model = Network()
+    with torch.no_grad():
+        model.layers["first"].values.zero_()
+    TopologyUpdater(model, torch.optim.SGD(model.parameters()), 10, 2, density_schedule="cubic")
+    assert model.layers["first"].values.shape == (96, 2, 2)
+    assert not model.layers["first"].values.any()
 
 
 def test_a_resumed_updater_leaves_sizes_alone() -> None:

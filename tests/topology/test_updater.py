@@ -358,6 +358,18 @@ def test_an_update_whose_score_overflows_is_skipped_too(caplog: pytest.LogCaptur
     assert all(torch.equal(*pair) for pair in zip(before, snapshot(model, optimizer), strict=True))
 
 
+@pytest.mark.parametrize("part", ["values", "block_index"])
+def test_layers_that_share_a_part_are_refused(part: str) -> None:
+    model = nn.ModuleDict({"a": make_layer(), "b": make_layer(), "c": make_layer(seed=1)})
+    setattr(model["b"], part, getattr(model["a"], part))
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match=f"of its own for topology updates. Got one `{part}` for `a` and `b`. To tie"):
+        TopologyUpdater(model, optimizer, total_steps=10, num_updates=1)
+    TopologyUpdater(model, optimizer, total_steps=10, num_updates=0)
+    tied = nn.ModuleDict({"a": model["a"], "b": model["a"]})  # one module in two places is one layer
+    assert len(TopologyUpdater(tied, optimizer, total_steps=10, num_updates=1).layers) == 1
+
+
 def test_unknown_optimizer_state_is_an_error_before_anything_changes() -> None:
     model = Network()
     optimizer = torch.optim.SGD(model.parameters())

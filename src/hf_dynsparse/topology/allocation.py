@@ -36,8 +36,7 @@ class DensityPath:
         same multiple of its final one, so that the whole model has what the schedule says.
         """
         positions = sum(layer.in_features * layer.out_features for layer in layers.values())
-        active = sum(nnzb[name] * math.prod(layer.block_shape) for name, layer in layers.items())
-        end = 1.0 - active / positions
+        end = 1.0 - count_entries(layers, nnzb) / positions
         final = {name: 1.0 - nnzb[name] / layer.num_blocks for name, layer in layers.items()}
         initial = {name: initial_sparsity * own / end if end else initial_sparsity for name, own in final.items()}
         return cls(layers, initial, final)
@@ -56,9 +55,8 @@ class DensityPath:
         densities = DISTRIBUTIONS[distribution](shapes, 1.0 - final_sparsity)
         initial = {name: 1.0 - nnzb[name] / layer.num_blocks for name, layer in layers.items()}
         path = cls(layers, initial, {name: 1.0 - density for name, density in densities.items()})
-        entries = {name: math.prod(layer.block_shape) for name, layer in layers.items()}
-        begin, end = (sum(counts[name] * entries[name] for name in entries) for counts in (nnzb, path.at(0.0)))
-        if end > begin:
+        begin, end = count_entries(layers, nnzb), count_entries(layers, path.at(0.0))
+        if end >= begin + largest_block(layers):  # a run before this one may have left it a block short
             raise ValueError(
                 f"A run prunes from the model's sparsity to `final_sparsity`. Got {final_sparsity} for a model with "
                 f"{begin:,} active entries, where it leaves {end:,}. Start from a denser model: all blocks of a "
@@ -77,57 +75,115 @@ class DensityPath:
         }
 
 
+def count_entries(layers: Layers, nnzb: Mapping[str, int]) -> int:
+    """Active entries of `layers` with so many active blocks each."""
+    return sum(nnzb[name] * entries for name, entries in _block_entries(layers).items())
+
+
 def allocate_globally(layers: Layers, total: int, scores: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """
-    Active blocks of each layer if the `total` with the highest scores of all layers stay, at least one in each; a
-    model with fewer grows in proportion to the free positions.
+    Active blocks of each layer if those with the highest scores of all layers stay, up to `total` active entries and
+    at least one block in each; a model with fewer grows in proportion to the free positions.
 
     Args:
         scores (`Mapping[str, torch.Tensor]`): of the active blocks of each layer, of shape `(nnzb,)`.
     """
-    counts = {name: layer.nnzb for name, layer in layers.items()}
-    missing = total - sum(counts.values())
+    counts, entries = {name: layer.nnzb for name, layer in layers.items()}, _block_entries(layers)
+    missing = total - count_entries(layers, counts)
     if missing >= 0:
         free = {name: layer.num_blocks - layer.nnzb for name, layer in layers.items()}
-        grown = share_out(missing, free, free)
+        grown = share_out(missing, {name: free[name] * entries[name] for name in free}, free, entries)
         return {name: counts[name] + grown[name] for name in counts}
     ranked = [score.index_fill(0, score.argmax(), math.inf) for score in scores.values()]
-    owner = torch.repeat_interleave(torch.arange(len(ranked)), torch.tensor([len(score) for score in ranked]))
-    stay = select_highest(torch.cat(ranked), max(total, len(ranked))).cpu()
+    lengths = torch.tensor([len(score) for score in ranked])
+    owner = torch.repeat_interleave(torch.arange(len(ranked)), lengths)
+    sizes = torch.tensor([entries[name] for name in scores])
+    stay = _highest_within(torch.cat(ranked), sizes[owner], max(total, sum(entries.values()))).cpu()
     return dict(zip(scores, torch.bincount(owner[stay], minlength=len(ranked)).tolist(), strict=True))
+
+
+def _highest_within(scores: torch.Tensor, sizes: torch.Tensor, budget: int) -> torch.Tensor:
+    """From the highest score down, each whose size fits into what is left of `budget`; ties to the lower position."""
+    smallest, largest = int(sizes.min()), int(sizes.max())
+    if smallest == largest:
+        return select_highest(scores, budget // largest)
+    order = scores.sort(descending=True, stable=True).indices.cpu()
+    chosen = []
+    while budget >= smallest and len(order):
+        order = order[sizes[order] <= budget]
+        within = sizes[order].cumsum(0) <= budget
+        chosen.append(order[within])
+        budget -= int(sizes[chosen[-1]].sum())
+        order = order[~within]
+    return torch.cat(chosen)
 
 
 def allocate_by_momentum(layers: Layers, total: int, pruning_ratio: float, readmit: bool) -> dict[str, int]:
     """
-    Active blocks of each layer if each gives up those that it replaces and what makes up `total` is shared out in
-    proportion to the layers' mean gradient momentum (SNFS, arXiv:1907.04840, section 3).
+    Active blocks of each layer if each gives up those that it replaces and what makes up `total` active entries is
+    shared out in proportion to the layers' mean gradient momentum (SNFS, arXiv:1907.04840, section 3). If that gives
+    up too little, all give up more, in proportion to what they have left.
     """
+    entries = _block_entries(layers)
     left = {
         name: max(1, layer.nnzb - replaced_count(pruning_ratio, layer.nnzb, layer.num_blocks, readmit))
         for name, layer in layers.items()
     }
-    free = {name: layer.num_blocks - layer.nnzb for name, layer in layers.items()}
+    missing = total - count_entries(layers, left)
+    if missing < 0:
+        spare = {name: left[name] - 1 for name in left}
+        less = share_out(-missing, {name: left[name] * entries[name] for name in left}, spare, entries)
+        return {name: left[name] - less[name] for name in left}
     weights = {name: mean_momentum(layer) for name, layer in layers.items()}
-    grown = share_out(min(total - sum(left.values()), sum(free.values())), weights, free)
-    return {name: left[name] + grown[name] for name in left}
+    reached = left
+    # Into what is free besides the blocks just given up; a model that is to be fuller than that gives up fewer.
+    for barred in (0 if readmit else 1, 0):
+        free = {
+            name: layer.num_blocks - reached[name] - barred * (layer.nnzb - left[name])
+            for name, layer in layers.items()
+        }
+        grown = share_out(total - count_entries(layers, reached), weights, free, entries)
+        reached = {name: reached[name] + grown[name] for name in reached}
+    return reached
 
 
-def share_out(total: int, weights: Mapping[str, float], limits: Mapping[str, int]) -> dict[str, int]:
+def share_out(
+    total: int, weights: Mapping[str, float], limits: Mapping[str, int], entries: Mapping[str, int]
+) -> dict[str, int]:
     """
-    Whole numbers in proportion to `weights`, none above its limit, that add up to `total`: largest remainders first,
-    ties to the earlier. What a limit cuts off goes to the others.
+    Whole numbers of blocks, none above its limit, whose entries add up to `total` in proportion to `weights`: largest
+    remainders first, ties to the earlier. What a limit cuts off goes to the others; what is too little for a block is
+    left over.
+
+    Args:
+        entries (`Mapping[str, int]`): in one block.
     """
-    shares = dict.fromkeys(weights, 0)
-    while (rest := total - sum(shares.values())) > 0:
-        room = {name: limits[name] - shares[name] for name in weights if shares[name] < limits[name]}
+    shares, rest = dict.fromkeys(weights, 0), total
+    while True:
+        room = [name for name in weights if shares[name] < limits[name] and entries[name] <= rest]
         if not room:
-            break
+            return shares
         sum_of_weights = sum(weights[name] for name in room)
-        exact = {name: rest * (weights[name] / sum_of_weights if sum_of_weights else 1 / len(room)) for name in room}
-        whole = {name: min(room[name], math.floor(exact[name])) for name in room}
+        exact = {
+            name: rest * (weights[name] / sum_of_weights if sum_of_weights else 1 / len(room)) / entries[name]
+            for name in room
+        }
+        whole = {name: min(limits[name] - shares[name], math.floor(exact[name])) for name in room}
         if not any(whole.values()):
-            for name in sorted(room, key=lambda name: -exact[name])[:rest]:
-                whole[name] = 1
+            left = rest
+            for name in sorted(room, key=lambda name: -exact[name]):
+                if entries[name] <= left:
+                    whole[name] = 1
+                    left -= entries[name]
         for name, count in whole.items():
             shares[name] += count
-    return shares
+            rest -= count * entries[name]
+
+
+def largest_block(layers: Layers) -> int:
+    """Entries of the largest block of `layers`."""
+    return max(_block_entries(layers).values())
+
+
+def _block_entries(layers: Layers) -> dict[str, int]:
+    return {name: math.prod(layer.block_shape) for name, layer in layers.items()}

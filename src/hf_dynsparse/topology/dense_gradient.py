@@ -66,6 +66,8 @@ class DenseGradientProbe:
         """
         for layer in self.layers:
             if layer not in self.gradients:
+                if not layer.values.requires_grad:  # frozen since
+                    continue
                 raise RuntimeError(
                     "A score of the dense gradient must see a backward pass between the previous `step(...)` of the "
                     f"updater and this one. Got none through {layer}. Call `step` once after every optimiser step."

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 
 # Steps that a new block, which starts at zero, needs at least before updates compare it with the others.
@@ -168,6 +169,22 @@ def default_num_updates(
     begin, end = in_steps(first, total_steps) or 0, in_steps(last, total_steps) or total_steps
     fitting = (end - begin) // interval + 1 - (first is None) - (last is None)
     return max(1, min(80, fitting))
+
+
+@dataclass(frozen=True)
+class PlannedUpdate:
+    """
+    One update of a run as it is laid out.
+
+    Args:
+        step (`int`): the optimiser step that it follows.
+        pruning_ratio (`float`): see `pruning_ratio_at`.
+        density_share (`float`): where the density stands after it; see `density_share`.
+    """
+
+    step: int
+    pruning_ratio: float
+    density_share: float
 
 
 def _phases(table: str) -> list[tuple[float, float]]:

@@ -4,7 +4,14 @@ from dataclasses import dataclass, replace
 
 from ..layout import check_sparsity
 from .allocation import ALLOCATIONS
-from .schedules import STEPS_TO_LIVE, default_num_updates, density_share, pruning_ratio_at
+from .schedules import (
+    STEPS_TO_LIVE,
+    PlannedUpdate,
+    default_num_updates,
+    density_share,
+    pruning_ratio_at,
+    update_steps,
+)
 from .scores import PRUNE_SCORES, REGROW_RULES, SCORES, check_regrow_std, resolve_score
 
 
@@ -125,6 +132,29 @@ class TopologySettings:
     def changes_sizes(self) -> bool:
         """Whether updates change the numbers of active blocks of layers."""
         return self.density_schedule != "constant" or self.allocation != "layer"
+
+    def plan(self, total_steps: int) -> tuple[PlannedUpdate, ...]:
+        """
+        The updates of a run of `total_steps` optimiser steps.
+
+        Raises:
+            ValueError: see `update_steps`.
+        """
+        when = (self.update_every, self.first_step, self.last_step)
+        steps = update_steps(total_steps, self.num_updates, *when)
+        return tuple(
+            PlannedUpdate(
+                step,
+                pruning_ratio_at(number, len(steps), self.pruning_ratio, self.schedule),
+                self.density_share(1.0 if number == len(steps) - 1 else step / total_steps),
+            )
+            for number, step in enumerate(steps)
+        )
+
+    def without_updates(self) -> "TopologySettings":
+        """The same for a run whose topology stays as it is."""
+        constant = replace(self, hidden_copy=False, final_sparsity=None, density_schedule="constant")
+        return replace(constant, allocation="layer", num_updates=0, update_every=None, first_step=None, last_step=None)
 
     def density_share(self, progress: float) -> float:
         """Where the density stands at a share of the run: 1 is the initial one, 0 the final one."""

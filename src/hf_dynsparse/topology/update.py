@@ -123,6 +123,7 @@ def prune_regrow_(
         nnzb=nnzb,
         shrink_counts=shrink_counts,
     )
+    layer.given_nnzb = layer.given_nnzb if nnzb is None else None  # decided by hand
     return replace_blocks_(layer, replacement, optimizer, update)
 
 
@@ -213,7 +214,7 @@ def replace_blocks_(
     layer.block_index[slots] = block_ids[:reused].to(torch.int32)
     if len(removed) != len(block_ids):
         # Slots ascend: those that are taken out come after the reused ones, which keep their places.
-        resize_(layer, removed[reused:], block_ids[reused:], optimizer)
+        resize_(layer, removed[reused:], block_ids[reused:], optimizer=optimizer)
         appended = torch.arange(layer.nnzb - (len(block_ids) - reused), layer.nnzb, device=slots.device)
         slots = torch.cat([slots, appended])
     write_rows_(layer.values, slots, 0.0 if replacement.values is None else replacement.values)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..nn import BlockSparseLinear, sparse_layers
-from ..optim import check_optimizer_state
+from ..optim import check_optimizer_state, check_state_size
 from ..shards import shard_again_
-from .allocation import DensityPath, allocate_by_momentum, allocate_globally
-from .checks import check_sizes_may_change, check_updatable
+from .allocation import DensityPath, allocate_by_momentum, allocate_globally, count_entries, largest_block
+from .checks import check_ranks_agree, check_sizes_may_change, check_updatable
 from .dense_gradient import DenseGradientProbe
 from .exploration import dof_coverage, is_tracked, track_exploration_, untrack_exploration_
 from .hidden_copy import (
@@ -26,10 +26,9 @@ from .hidden_copy import (
 from .momentum import add_to_momentum_, has_momentum, track_momentum_, untrack_momentum_
 from .report import TopologyReport, report_update
 from .resize import begin_at_size_
-from .schedules import pruning_ratio_at, update_steps
 from .scores import SCORES
 from .settings import TopologySettings
-from .update import Replacement, choose_replacement, is_finite, replace_blocks_, score_slots
+from .update import LayerUpdate, Replacement, choose_replacement, is_finite, replace_blocks_, score_slots
 
 
 logger = logging.getLogger(__name__)
@@ -43,13 +42,17 @@ class TopologyUpdater:
     Prunes and regrows the sparse layers of `model` at fixed steps of a run (arXiv:2108.06277, section 3).
 
     Random draws depend on `(seed, number of the update, layer name)` alone: ranks agree without communication and a
-    resumed run repeats them. Every rank's topology is compared after each update. Layers may be whole on every rank
-    (DDP) or split by blocks (FSDP2: `fully_shard`); then scores are gathered, and a rank writes the blocks it holds.
+    resumed run repeats them. Every rank's topology is compared at the start and after each update. Layers may be whole
+    on every rank (DDP) or split by blocks (FSDP2: `fully_shard`); then scores are gathered, and a rank writes the
+    blocks it holds.
 
     With a `density_schedule` the model as it is has the density of the end; the updater gives it the initial one at
-    once, by random blocks. With a `final_sparsity` too, it has the density of the beginning, and keeps its blocks.
-    Shapes follow the density: whatever depends on the sizes of parameters, such as DDP, must be made anew after an
-    update.
+    once, by random blocks. The layers remember the sizes that they were given with, so that a run that is begun again
+    after an interruption ends there too; `prune_regrow_(..., nnzb=...)` decides anew. With a `final_sparsity` too, the
+    model has the density of the beginning, and keeps its blocks. Shapes follow the density: moments do by themselves;
+    whatever else depends on the sizes of parameters, such as DDP, must be made anew after an update.
+
+    A layer whose values are frozen (`requires_grad=False`) during the run keeps its blocks until they train again.
 
     Args:
         model (`nn.Module`): a model with `BlockSparseLinear` layers.
@@ -61,8 +64,10 @@ class TopologyUpdater:
             with, when it resumes: the layers then stay as they are.
 
     Raises:
-        ValueError: for arguments out of range, a model without sparse layers, frozen values to update, values that
-            the optimizer does not have, or values flattened or split otherwise than by blocks (FSDP1, DeepSpeed).
+        ValueError: for arguments out of range, a model without sparse layers, frozen values to update, layers that
+            share values or block index, values that the optimizer does not have or has moments of another size for,
+            or values flattened or split otherwise than by blocks (FSDP1, DeepSpeed).
+        RuntimeError: if the ranks of a distributed run disagree about the topology, or about its updates.
 
     Example:
         ```python
@@ -94,24 +99,27 @@ class TopologyUpdater:
                 "with sparsity > 0, or call `sparsify_(model, ...)` first."
             )
         self.settings = TopologySettings(num_updates, pruning_ratio=pruning_ratio, **settings)
-        when = (self.settings.update_every, self.settings.first_step, self.settings.last_step)
-        self.update_steps = update_steps(total_steps, num_updates, *when)
+        self.plan = self.settings.plan(total_steps)
+        self.update_steps = tuple(update.step for update in self.plan)
         shard_again_(model)
-        if self.update_steps:
+        if self.plan:
             check_updatable(self.layers, optimizer)
+        for name, layer in self.layers.items():
+            check_state_size(optimizer, layer.values, f"{name}.values")
         self.model, self.optimizer, self.total_steps = model, optimizer, total_steps
         self._probe: DenseGradientProbe | None = None
         self._newborn_shares: list[float] = []
+        self._told_frozen = False
         self._needs = self.settings.needs
         track_layers_(self.layers.values(), self._needs)
-        self.given_nnzb = dict(given_nnzb or {name: layer.nnzb for name, layer in self.layers.items()})
+        self.given_nnzb = self._sizes_as_given() if given_nnzb is None else dict(given_nnzb)
         self._path = self._density_path(distribution)
         if self.settings.changes_sizes:
             what = f"density_schedule={self.settings.density_schedule!r} and allocation={self.settings.allocation!r}"
             check_sizes_may_change(self.layers, self.num_updates, what)
-            if given_nnzb is None and self.settings.final_sparsity is None:
-                for name, nnzb in self._scheduled(0.0).items():
-                    begin_at_size_(self.layers[name], nnzb, self._generator("start", name))
+        if self.settings.density_schedule != "constant":
+            self._begin(is_new=given_nnzb is None)
+        self.check_ranks_agree()
         self.prepare(1)
 
     @property
@@ -120,9 +128,19 @@ class TopologyUpdater:
         return len(self.update_steps)
 
     @property
+    def final_sparsity(self) -> float:
+        """That which the run leads to."""
+        end = count_entries(self.layers, self._path.at(self.settings.density_share(1.0)))
+        return 1.0 - end / sum(layer.in_features * layer.out_features for layer in self.layers.values())
+
+    @property
     def has_final_density(self) -> bool:
-        """Whether the model has as many active blocks as the run leads to."""
-        return sum(layer.nnzb for layer in self.layers.values()) == sum(self._scheduled(1.0).values())
+        """Whether the model has as many active entries as the run leads to, to one block."""
+        scheduled, layers = self._path.at(self.settings.density_share(1.0)), self._training()
+        if self.settings.allocation == "layer":
+            return all(layer.nnzb == scheduled[name] for name, layer in layers.items())
+        active = count_entries(layers, {name: layer.nnzb for name, layer in layers.items()})
+        return not layers or abs(active - self._budget(scheduled, layers)) < largest_block(layers)
 
     def replaces_step(self, next_step: int) -> bool:
         """Whether an update takes the place of optimiser step `next_step`."""
@@ -139,7 +157,7 @@ class TopologyUpdater:
         update_is_next = next_step in self.update_steps
         if ("gradient" in self._needs and update_is_next) or ("momentum" in self._needs and updates_follow):
             scales = not self._needs.isdisjoint({"input_scale", "output_scale"})
-            self._probe = DenseGradientProbe(self.layers.values(), scales)
+            self._probe = DenseGradientProbe(self._training().values(), scales)
 
     def close(self) -> None:
         """
@@ -164,7 +182,7 @@ class TopologyUpdater:
         if self._probe is not None:
             self._probe.reduce()
             if "momentum" in self._needs and all(map(is_finite, self._probe.gradients.values())):
-                for layer in self.layers.values():
+                for layer in self._probe.gradients:
                     add_to_momentum_(layer, self._probe)
         report = self._update(self.update_steps.index(global_step)) if global_step in self.update_steps else None
         self.prepare(global_step + 1)
@@ -175,7 +193,7 @@ class TopologyUpdater:
         """Inactive positions whose gradient is being collected for the next update; usually none."""
         if self._probe is None:
             return 0
-        return sum(layer.in_features * layer.out_features - layer.values.numel() for layer in self.layers.values())
+        return sum(layer.in_features * layer.out_features - layer.values.numel() for layer in self._probe.layers)
 
     def coverage(self) -> float:
         """DOF coverage so far."""
@@ -183,25 +201,15 @@ class TopologyUpdater:
 
     def check_ranks_agree(self) -> None:
         """
-        Compare the topology of all ranks; nothing to do in a single process.
+        Compare the topology of all ranks, and the updates that are to come; nothing to do in a single process.
 
         Raises:
             RuntimeError: on every rank, naming the ranks that differ from rank 0.
         """
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not distributed or torch.distributed.get_world_size() == 1:
-            return
+        run = repr((self.settings, self.total_steps, sorted(self.given_nnzb.items())))
         device = next(iter(self.layers.values())).block_index.device
-        own = torch.tensor([self.checksum()], dtype=torch.int64, device=device)
-        every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(every, own)
-        differing = [rank for rank, other in enumerate(every) if int(other) != int(every[0])]
-        if differing:
-            raise RuntimeError(
-                f"All ranks must have the same topology. Got another one on rank(s) {differing} than on rank 0: their "
-                "values would be averaged block by block although they stand in different places. Give every rank the "
-                "same seed and the same initial model."
-            )
+        here = f"{self.num_updates} updates in {self.total_steps} steps by {self.settings}"
+        check_ranks_agree(self.checksum(), zlib.crc32(run.encode()), device, here)
 
     def checksum(self) -> int:
         """CRC-32 of all block indices."""
@@ -217,25 +225,23 @@ class TopologyUpdater:
         if problem:
             logger.warning("Topology update %d of %d is skipped: %s.", update + 1, self.num_updates, problem)
             return None
-        for layer in self.layers.values():
+        layers, ratio = self._to_update(), self.plan[update].pruning_ratio
+        for layer in layers.values():
             check_optimizer_state(self.optimizer, layer.values)
-        ratio = pruning_ratio_at(update, self.num_updates, self.settings.pruning_ratio, self.settings.schedule)
         # All layers choose before any is changed, so that a skipped update leaves no trace.
         try:
-            targets = self._targets(ratio, update)
-            chosen = {
-                name: self._choose(name, layer, ratio, update, targets[name]) for name, layer in self.layers.items()
-            }
+            targets = self._targets(update, layers)
+            chosen = {name: self._choose(name, layer, ratio, update, targets[name]) for name, layer in layers.items()}
         except FloatingPointError as error:
             logger.warning("Topology update %d of %d is skipped: %s.", update + 1, self.num_updates, error)
             return None
         self.close()  # a probe knows the layers by the memory of their indices
         if self.settings.hidden_copy:
-            for name, layer in self.layers.items():
+            for name, layer in layers.items():
                 remember_(layer, chosen[name].slots)
-        done = {
-            name: replace_blocks_(layer, chosen[name], self.optimizer, update) for name, layer in self.layers.items()
-        }
+        done = dict.fromkeys(self.layers, LayerUpdate(0, 0))
+        for name, layer in layers.items():
+            done[name] = replace_blocks_(layer, chosen[name], self.optimizer, update)
         self.check_ranks_agree()
         report = report_update(self.layers, done, update, ratio)
         self._warn_of_churn(report)
@@ -257,19 +263,61 @@ class TopologyUpdater:
                 self.settings.prune_score,
             )
 
-    def _targets(self, ratio: float, update: int) -> dict[str, int]:
-        """Active blocks of each layer after the update."""
-        is_last = update == self.num_updates - 1
-        scheduled = self._scheduled(1.0 if is_last else self.update_steps[update] / self.total_steps)
-        total = sum(scheduled.values())
-        if self.settings.allocation == "global":
-            return allocate_globally(self.layers, total, self._mean_scores(update))
-        if self.settings.allocation == "momentum":
-            return allocate_by_momentum(self.layers, total, ratio, self.settings.readmit)
-        return scheduled
+    def _training(self) -> dict[str, BlockSparseLinear]:
+        """The layers whose values train at this moment."""
+        return {name: layer for name, layer in self.layers.items() if layer.values.requires_grad}
 
-    def _scheduled(self, progress: float) -> dict[str, int]:
-        return self._path.at(self.settings.density_share(progress))
+    def _to_update(self) -> dict[str, BlockSparseLinear]:
+        """The layers of an update: not those that are frozen, nor those whose gradient was, when it was collected."""
+        layers = self._training()
+        if self._probe is not None:
+            layers = {name: layer for name, layer in layers.items() if layer in self._probe.gradients}
+        frozen = [name for name in self.layers if name not in layers]
+        if frozen and not self._told_frozen:
+            self._told_frozen = True
+            logger.warning(
+                "%d of %d sparse layers, first `%s`, are frozen: topology updates leave them as they are.",
+                len(frozen),
+                len(self.layers),
+                frozen[0],
+            )
+        return layers
+
+    def _targets(self, update: int, layers: dict[str, BlockSparseLinear]) -> dict[str, int]:
+        """Active blocks of each of `layers` after the update."""
+        scheduled = self._path.at(self.plan[update].density_share)
+        if self.settings.allocation == "layer" or not layers:
+            return scheduled
+        total = self._budget(scheduled, layers)
+        if self.settings.allocation == "global":
+            return allocate_globally(layers, total, self._mean_scores(update, layers))
+        return allocate_by_momentum(layers, total, self.plan[update].pruning_ratio, self.settings.readmit)
+
+    def _budget(self, scheduled: Mapping[str, int], layers: Mapping[str, BlockSparseLinear]) -> int:
+        """Active entries for `layers` beside the others, which stay as they are: a block each at least."""
+        others = {name: layer for name, layer in self.layers.items() if name not in layers}
+        taken = count_entries(others, {name: layer.nnzb for name, layer in others.items()})
+        return max(count_entries(self.layers, scheduled) - taken, count_entries(layers, dict.fromkeys(layers, 1)))
+
+    def _sizes_as_given(self) -> dict[str, int]:
+        """
+        Active blocks of each layer of the model that a new run was given: as it is, or, where the run itself decides
+        how it begins, as it was before an earlier one began to change it.
+        """
+        begins_anew = self.settings.density_schedule != "constant" and self.settings.final_sparsity is None
+        return {
+            name: layer.given_nnzb if begins_anew and layer.given_nnzb is not None else layer.nnzb
+            for name, layer in self.layers.items()
+        }
+
+    def _begin(self, is_new: bool) -> None:
+        """Note how many blocks a changing density leads to, and, in a new run, give the layers the first ones."""
+        as_it_is = self.settings.final_sparsity is not None
+        first = self._path.at(self.settings.density_share(0.0))
+        for name, layer in self.layers.items():
+            if is_new and not as_it_is:
+                begin_at_size_(layer, first[name], self._generator("start", name), optimizer=self.optimizer)
+            layer.given_nnzb = None if as_it_is else self.given_nnzb[name]
 
     def _density_path(self, distribution: str) -> DensityPath:
         final = self.settings.final_sparsity
@@ -277,13 +325,13 @@ class TopologyUpdater:
             return DensityPath.to_model(self.layers, self.given_nnzb, self.settings.initial_sparsity)
         return DensityPath.from_model(self.layers, self.given_nnzb, final, distribution)
 
-    def _mean_scores(self, update: int) -> dict[str, torch.Tensor]:
+    def _mean_scores(self, update: int, layers: Mapping[str, BlockSparseLinear]) -> dict[str, torch.Tensor]:
         """The prune scores of all slots, over the entries of a block: layers may have blocks of several sizes."""
         score = SCORES[self.settings.prune_score]
         return {
             name: score_slots(layer, score, self._generator(update, f"{name}/all"), self._observed(layer))
             / layer.values[0].numel()
-            for name, layer in self.layers.items()
+            for name, layer in layers.items()
         }
 
     def _generator(self, moment: int | str, name: str) -> torch.Generator:
