@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
-Which backend is chosen for the layers of BERTs and for 256 x 256: on this machine as it is, then with every core loaded
-by other processes. Both should agree. Nothing is read from disk or kept there.
+Which backend is chosen for the layers of BERTs and for 256 x 256: on this machine as it is, then with every core
+loaded by other processes. Both should agree. Nothing is read from disk or kept there.
 
     python benchmarks/bench_choice.py                     # mini, base and 256x256, all threads; a minute
     python benchmarks/bench_choice.py --threads 1 --block_size 1 4 16 32

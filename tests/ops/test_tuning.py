@@ -11,6 +11,7 @@ import torch
 from helpers import needs_kernels
 
 from hf_dynsparse.ops import BACKENDS, Backend, Problem, reference, tuning
+from hf_dynsparse.ops.tuning import time_backends  # before a fixture replaces it
 
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def test_each_thread_has_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch
         torch.set_num_threads(3)
         for tokens in (1, 64, 512, 2**20):
             problem = Problem.make(CPU, torch.float32, (4, 4), (8, 8), 2, tokens, False)
-            tuning.time_backends(problem, [])
+            time_backends(problem, [])
             tuning.glance(problem, [])
         assert torch.get_num_threads() == 3
     finally:
@@ -114,7 +115,7 @@ def test_real_backends_are_timed(backward: bool) -> None:
     problem = Problem.make(CPU, torch.float32, (16, 16), (64, 64), 4, 100, backward)
     served = [entry for entry in BACKENDS if entry.why_not(CPU, torch.float32, (16, 16)) is None]
     with torch.inference_mode():
-        timing = tuning.time_backends(problem, served)
+        timing = time_backends(problem, served)
         glance = tuning.glance(problem, served)
     for seconds in (timing.seconds, glance):
         assert list(seconds) == [entry.name for entry in served]
@@ -150,6 +151,6 @@ def test_a_busy_machine_chooses_as_an_idle_one_and_keeps_nothing() -> None:
             nnzb = round(0.1 * shape[0] * shape[1] / side**2)
             problem = Problem.make(CPU, torch.float32, (side, side), shape, nnzb, 1024, backward)
             rivals = [entry for entry in BACKENDS[:4] if entry.why_not(CPU, torch.float32, (side, side)) is None]
-            timing = tuning.time_backends(problem, rivals)
+            timing = time_backends(problem, rivals)
             assert timing.fastest == "native", timing
             assert not timing.calm, timing
