@@ -63,6 +63,18 @@ COLUMNS: dict[str, Columns] = {
         "layers MB": _number("layer_bytes", ".3f", 1e-6),
         "backend": lambda row: row["backend"],
     },
+    "bench_choice": {
+        "tokens": lambda row: row["tokens"],
+        "out x in ": lambda row: f"{row['out']}x{row['in']}",
+        "s   ": _number("sparsity", ".2f"),
+        "B  ": lambda row: row["block_size"],
+        "pass    ": lambda row: "backward" if row["backward"] else "forward",
+        "idle     ": lambda row: row["idle_backend"],
+        "loaded   ": lambda row: row["loaded_backend"],
+        "agree": lambda row: "yes" if row["agree"] else "NO",
+        "s idle": _number("idle_seconds", ".3f"),
+        "s loaded": _number("loaded_seconds", ".3f"),
+    },
 }
 
 

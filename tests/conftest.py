@@ -27,6 +27,8 @@ def kernels_by_rule(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     """No test depends on timings unless it asks for them, and none leaves any behind."""
     timings = tmp_path_factory.getbasetemp() / "kernels.json"
     monkeypatch.setattr(tuning, "cache_file", lambda: timings)
+    # Nor does a run whose settings say otherwise: scattered timings leave it to the rule.
+    monkeypatch.setattr(tuning, "time_backends", lambda *_: tuning.Timing({}, steady=False))
     configure_kernels(tuning="off", dense_workspace=True)
     yield
     configure_kernels(tuning="off", dense_workspace=True)

@@ -1,13 +1,15 @@
 """What several tests share: the tables of variants and tolerances, and matrices built the plain way."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import combinations, product
+from typing import Any
 
 import pytest
 import torch
 
 from hf_dynsparse import BlockSparseLinear
-from hf_dynsparse.ops import native
+from hf_dynsparse.ops import BACKENDS, native
 from hf_dynsparse.topology import PRUNE_SCORES, REGROW_RULES, track_exploration_
 
 
@@ -29,10 +31,6 @@ SCORES_AND_RULES = (
     ("mest", "gradient"),
 )
 
-# A product may be off by twice the error of the dense product in the same dtype, plus two roundings of one entry (a
-# dense product of few entries can be exact by luck); more in float64, where the dense product is taken for the truth.
-SLACK = {torch.float64: 1e-12, torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-
 # Two ways to train the same network may differ by this much in a weight after thirty steps.
 TRAINING_ATOL = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -43,6 +41,55 @@ needs_kernels = pytest.mark.skipif(
     native.why_not(torch.device("cpu"), torch.float32, (1, 1)) is not None,
     reason="the C++ kernels are not built: no compiler at install time",
 )
+
+
+def serving(block_size: int | tuple[int, int], dtype: torch.dtype) -> list[str]:
+    """Names of the backends that serve such blocks here, on a processor: tests are made for these and no others."""
+    return [
+        backend.name for backend in BACKENDS if backend.why_not(torch.device("cpu"), dtype, sides(block_size)) is None
+    ]
+
+
+def cover_pairs(given: Sequence[tuple[Any, ...]], *axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """
+    Each of `given` with a value of each axis, as few as a greedy choice needs for every value of an axis to meet every
+    value of every other, and of every column of `given`.
+    """
+
+    def pairs(case: tuple[Any, ...]) -> set[tuple[Any, ...]]:
+        return set(combinations(enumerate(case), 2))
+
+    rest = list(product(*axes))
+    wanted = set().union(*(pairs((*case, *more)) for case in given for more in rest))
+    cases: list[tuple[Any, ...]] = []
+    while wanted:
+        for case in given:
+            gain, more = max(((len(pairs((*case, *more)) & wanted), more) for more in rest), key=lambda item: item[0])
+            if gain or len(cases) < len(given):
+                cases.append((*case, *more))
+                wanted -= pairs(cases[-1])
+    return cases
+
+
+def error_bound(
+    dtype: torch.dtype, terms: int, sizes: torch.Tensor, exact: torch.Tensor, rounded_before: torch.Tensor
+) -> float:
+    """
+    How large the norm of the error of sums in `dtype` may be, on any machine and in any order of the terms.
+
+    Sums are made in float32, or in `dtype` if that is finer: each addition and each product rounds, so that a sum of
+    `n` terms is off by at most `n` times half an epsilon of the sum of their absolute values (Higham, Accuracy and
+    Stability of Numerical Algorithms, 3.1); twice that, because in float64 the truth is no better. The result is
+    rounded to `dtype` at most twice, by half an epsilon each: the product, and the product with the bias.
+
+    Args:
+        terms (`int`): of a sum.
+        sizes (`torch.Tensor`): the same sums of the absolute values of their terms.
+        exact (`torch.Tensor`): the sums.
+        rounded_before (`torch.Tensor`): what may have been rounded on the way: the sums without the bias.
+    """
+    sums = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * terms * sizes.norm()
+    return float(sums + torch.finfo(dtype).eps / 2 * (exact.norm() + rounded_before.norm()))
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -112,6 +112,17 @@ def test_inference_stands_beside_low_precision(run):
     assert all(row["relative_error"] < 1e-5 for row in rows if row["kind"] == "sparse")
 
 
+def test_choices_of_an_idle_and_a_loaded_machine_stand_side_by_side(load, tmp_path, capsys):
+    file = tmp_path / "choice.json"
+    flags = "--presets --out_in 64x32 --tokens 64 --block_size 16 4 --threads 1 --json"
+    load("bench_choice").main([*flags.split(), str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["block_size"], row["backward"]) for row in rows] == [(16, False), (16, True), (4, False), (4, True)]
+    assert all(row["agree"] == (row["idle_backend"] == row["loaded_backend"]) for row in rows)
+    assert min(row[f"{turn}_seconds"] for row in rows for turn in ("idle", "loaded")) > 0
+    assert f"{sum(row['agree'] for row in rows)} of 4 choices agree" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_wrong_result_is_not_timed(run, monkeypatch, tmp_path, name):
     right = hf_dynsparse.nn.block_sparse_linear

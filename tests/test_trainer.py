@@ -356,7 +356,9 @@ def test_best_model_and_save_total_limit(tmp_path):
 
 def test_a_resumed_run_keeps_the_backends_of_the_interrupted_one(tmp_path, monkeypatch, caplog):
     def fastest(name):
-        times = lambda problem, backends: {backend.name: float(backend.name != name) for backend in backends}  # noqa: E731
+        def times(problem, backends):
+            return tuning.Timing({backend.name: float(backend.name != name) for backend in backends})
+
         monkeypatch.setattr(tuning, "time_backends", times)
 
     settings = {"kernel_tuning": "force", "save_steps": 6, "save_strategy": "steps"}

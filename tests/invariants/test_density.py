@@ -193,9 +193,9 @@ def test_the_stock_trainer_changes_density_in_one_process(tmp_path: Path) -> Non
 def test_new_sizes_are_timed_now_and_then_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = []
 
-    def time_backends(problem: Any, backends: list[Any]) -> dict[str, float]:
+    def time_backends(problem: Any, backends: list[Any]) -> tuning.Timing:
         timed.append((problem.shape, problem.backward, problem.nnzb))
-        return {backend.name: float(len(timed) % 2 == i % 2) for i, backend in enumerate(backends)}
+        return tuning.Timing({backend.name: float(len(timed) % 2 == i % 2) for i, backend in enumerate(backends)})
 
     monkeypatch.setattr(tuning, "time_backends", time_backends)
     trainer = toy_trainer(tmp_path, method="gmp", num_topology_updates=11, kernel_tuning="force", **SAVED)

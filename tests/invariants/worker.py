@@ -87,9 +87,9 @@ def train(
     if sharded:
         shard_on_processors(args)
     if backend_of_rank:
-        tuning.time_backends = lambda problem, backends: {
-            backend.name: float(backend.name != backend_of_rank[rank]) for backend in backends
-        }
+        tuning.time_backends = lambda problem, backends: tuning.Timing(
+            {backend.name: float(backend.name != backend_of_rank[rank]) for backend in backends}
+        )
     callbacks = []
     if seed_of_rank:
         changed = {**args.topology_settings(), "seed": args.seed + seed_of_rank * rank}

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator
+import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,19 +36,36 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "BACKENDS", (backend("fast", "needs B >= 16"), backend("plain"), backend("slow")))
 
 
+class Stopwatch:
+    """What each backend takes, how the timing went, and how often the backends were timed."""
+
+    def __init__(self) -> None:
+        self.seconds = {"plain": 2.0, "slow": 1.0}
+        self.steady = self.calm = True
+        self.timed = 0
+
+    def time(self, problem: Problem, backends: list[Backend]) -> tuning.Timing:
+        self.timed += 1
+        return tuning.Timing(self.glance(problem, backends), self.steady, self.calm)
+
+    def glance(self, problem: Problem, backends: list[Backend]) -> dict[str, float]:
+        return {entry.name: self.seconds[entry.name] for entry in backends}
+
+
 @pytest.fixture
-def seconds(table: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, float]]:
-    """What each backend takes, and an empty disk; `timed` counts how often it was asked."""
-    times = {"plain": 2.0, "slow": 1.0, "timed": 0}
-
-    def time_backends(problem: Problem, backends: list[Backend]) -> dict[str, float]:
-        times["timed"] += 1
-        return {entry.name: times[entry.name] for entry in backends}
-
-    monkeypatch.setattr(tuning, "time_backends", time_backends)
+def stopwatch(table: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stopwatch:
+    """The times of the backends in the table, and an empty disk."""
+    stopwatch = Stopwatch()
+    monkeypatch.setattr(tuning, "time_backends", stopwatch.time)
+    monkeypatch.setattr(tuning, "glance", stopwatch.glance)
     monkeypatch.setattr(tuning, "cache_file", lambda: tmp_path / "cache" / "kernels.json")
     configure_kernels(tuning="once")
-    return times
+    return stopwatch
+
+
+def start_again(tuning: str = "once") -> None:
+    """As another process would."""
+    configure_kernels(tuning=tuning)
 
 
 def test_names_are_unique_and_the_reference_comes_last() -> None:
@@ -110,36 +128,127 @@ def test_an_unknown_name_is_an_error(table: None) -> None:
 
 
 def test_the_fastest_is_chosen_once_and_remembered_on_disk(
-    seconds: dict[str, float], caplog: pytest.LogCaptureFixture
+    stopwatch: Stopwatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="hf_dynsparse"):
         for _ in range(3):
             assert choose_backend(PROBLEM).name == "slow"
-    assert seconds["timed"] == 1
+    assert stopwatch.timed == 1
     (message,) = caplog.messages
     assert message.startswith("forward 8x16 nnzb=2 of 4x8 float32 tokens=128 cpu ")
     assert message.endswith("slow (timed: plain 2e+03 ms, slow 1e+03 ms).")
-    seconds["plain"] = 0.5
-    configure_kernels(tuning="once")  # another process
+    stopwatch.seconds["plain"] = 0.6  # not so far off that a glance would notice
+    start_again()
     assert choose_backend(PROBLEM).name == "slow"
-    assert seconds["timed"] == 1
+    assert stopwatch.timed == 1
     assert choose_backend(replace(PROBLEM, backward=True)).name == "plain"
-    configure_kernels(tuning="force")
+    start_again("force")
     assert choose_backend(PROBLEM).name == "plain"
-    assert json.loads(tuning.cache_file().read_text())[str(PROBLEM)] == {"plain": 0.5, "slow": 1.0}
+    kept = json.loads(tuning.cache_file().read_text())[f"{PROBLEM} by plain, slow"]
+    assert kept["seconds"] == {"plain": 0.6, "slow": 1.0}
+    assert time.time() - kept["when"] < 60
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"x": 1}', ""])
-def test_a_damaged_file_of_timings_is_measured_again(seconds: dict[str, float], content: str) -> None:
-    tuning.cache_file().parent.mkdir()
-    tuning.cache_file().write_text(content)
+def test_a_timing_that_a_glance_contradicts_is_made_again(
+    stopwatch: Stopwatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopwatch.seconds = {"plain": 50.0, "slow": 1.0}  # as if something had been in the way
     assert choose_backend(PROBLEM).name == "slow"
-    assert seconds["timed"] == 1
-    assert str(PROBLEM) in json.loads(tuning.cache_file().read_text())
+    stopwatch.seconds = {"plain": 0.4, "slow": 1.0}
+    start_again()
+    with caplog.at_level(logging.INFO, logger="hf_dynsparse"):
+        assert choose_backend(PROBLEM).name == "plain"
+    assert "is contradicted by" in caplog.text
+    assert stopwatch.timed == 2
+    start_again()
+    assert choose_backend(PROBLEM).name == "plain"
+    assert stopwatch.timed == 2
+
+
+def test_scattered_timings_leave_it_to_the_rule_and_are_not_kept(stopwatch: Stopwatch) -> None:
+    stopwatch.steady = False
+    assert choose_backend(PROBLEM).name == "plain"
+    (made,) = choice.choices_made().values()
+    assert made.why == "by rule: density 0.5 is at most 1; timings were scattered"
+    assert not tuning.cache_file().exists()
+
+
+def test_timings_of_a_busy_machine_are_used_but_not_kept(stopwatch: Stopwatch) -> None:
+    stopwatch.calm = False
+    assert choose_backend(PROBLEM).name == "slow"
+    (made,) = choice.choices_made().values()
+    assert made.why == "timed: plain 2e+03 ms, slow 1e+03 ms; not kept, the machine was busy"
+    assert not tuning.cache_file().exists()
+    start_again()
+    choose_backend(PROBLEM)
+    assert stopwatch.timed == 2
+
+
+@pytest.mark.parametrize(("seconds", "best"), [(1.09, "plain"), (1.11, "slow")])
+def test_the_rule_decides_a_tie(stopwatch: Stopwatch, seconds: float, best: str) -> None:
+    stopwatch.seconds["plain"] = seconds
+    assert choose_backend(PROBLEM).name == best
+
+
+def test_backends_that_were_not_there_are_timed(stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose_backend(PROBLEM)
+    monkeypatch.setattr(choice, "BACKENDS", (backend("fast"), backend("plain"), backend("slow")))
+    stopwatch.seconds["fast"] = 0.5
+    start_again()
+    assert choose_backend(PROBLEM).name == "fast"
+
+
+KEY = f"{PROBLEM} by plain, slow"
+DAMAGED_NUMBERS = (None, "0.1", [], {}, True, 1, 10**400, 0.0, -1.0, math.inf, math.nan)
+TIMES = {"plain": 0.1, "slow": 9.0}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[1]",
+        "null",
+        "1",
+        '"text"',
+        "\0\xff",
+        "[" * 100_000 + "]" * 100_000,
+        '{"x":' * 100_000 + "1" + "}" * 100_000,
+        json.dumps({KEY: {"seconds": TIMES, "when": 1.5}})[:-9],
+        *(
+            json.dumps({"x": 1, KEY: entry})
+            for entry in (
+                {},
+                None,
+                "text",
+                [1, 2],
+                3,
+                TIMES,
+                {"seconds": TIMES},
+                {"seconds": {}, "when": 1.5},
+                {"seconds": None, "when": 1.5},
+                {"seconds": [0.1, 9.0], "when": 1.5},
+                {"seconds": {"plain": 0.1}, "when": 1.5},
+                {"seconds": {**TIMES, "other": 0.1}, "when": 1.5},
+                *({"seconds": {**TIMES, "plain": bad}, "when": 1.5} for bad in DAMAGED_NUMBERS),
+                *({"seconds": TIMES, "when": bad} for bad in DAMAGED_NUMBERS),
+            )
+        ),
+    ],
+    ids=lambda content: content[:60],
+)
+@pytest.mark.usefixtures("stopwatch")
+def test_a_damaged_file_of_timings_is_measured_again(stopwatch: Stopwatch, content: str) -> None:
+    tuning.cache_file().parent.mkdir()
+    tuning.cache_file().write_text(content, encoding="latin-1")
+    assert choose_backend(PROBLEM).name == "slow"
+    assert stopwatch.timed == 1
+    assert json.loads(tuning.cache_file().read_text()).keys() == {KEY}
 
 
 def test_a_disk_that_cannot_be_written_is_no_error(
-    seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(tuning, "cache_file", lambda: tmp_path / "file" / "kernels.json")
@@ -147,20 +256,35 @@ def test_a_disk_that_cannot_be_written_is_no_error(
     assert "cannot be kept" in caplog.text
 
 
-def test_choices_that_are_kept_are_used_and_no_others_timed(seconds: dict[str, float]) -> None:
+def test_a_user_without_a_home_is_no_error(
+    table: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(tuning.Path, "home", homeless)
+    assert tuning.recall(PROBLEM, [backend("plain")]) is None
+    tuning.remember(PROBLEM, [backend("plain")], tuning.Timing({"plain": 1.0}))
+    assert caplog.text.count("Could not determine home directory") == 2
+
+
+def test_choices_that_are_kept_are_used_and_no_others_timed(stopwatch: Stopwatch) -> None:
     choose_backend(PROBLEM)
     kept = [choice.choice_to_json(*item) for item in choice.choices_made().items()]
     kept = json.loads(json.dumps(kept))
-    seconds["slow"] = 3.0
+    stopwatch.seconds["slow"] = 3.0
     configure_kernels(tuning="force")
-    choice.keep_choices(dict(map(choice.choice_from_json, kept)))
+    made = dict(map(choice.choice_from_json, kept))
+    choice.keep_choices(made)
     assert choose_backend(PROBLEM).name == "slow"
+    assert made[PROBLEM].timed is not None
     assert choose_backend(replace(PROBLEM, tokens=4096)).name == "slow"  # as for the nearest number of tokens
     assert choose_backend(replace(PROBLEM, backward=True)).name == "plain"  # nothing like it: by rule
-    assert seconds["timed"] == 1
+    assert stopwatch.timed == 1
     choice.allow_new_choices()
     assert choose_backend(replace(PROBLEM, tokens=1)).name == "plain"
-    assert seconds["timed"] == 2
+    assert stopwatch.timed == 2
 
 
 def test_the_workspace_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,24 +294,18 @@ def test_the_workspace_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None
     assert choose_backend(PROBLEM).name == "tiled"
 
 
-def test_real_backends_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    served = [entry for entry in BACKENDS if entry.why_not(PROBLEM.device, torch.float32, (16, 16)) is None]
-    for backward in (False, True):
-        problem = Problem.make(PROBLEM.device, torch.float32, (16, 16), (64, 64), 4, 100, backward)
-        with torch.inference_mode():
-            seconds = tuning.time_backends(problem, served)
-        assert list(seconds) == [entry.name for entry in served]
-        assert all(time > 0 for time in seconds.values())
-
-
-def test_the_summary_shows_what_was_chosen_and_why(seconds: dict[str, float]) -> None:
+def test_the_summary_shows_what_was_chosen_why_and_when(stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer((3, 5), 4, 6)
     (row,) = topology_summary(layer).layers
     assert (row.backend, row.why) == ("plain", "not used yet; by rule: density 0.4 is at most 1")
     layer(torch.zeros(3, 20)).sum().backward()
-    (row,) = topology_summary(layer).layers
-    assert row.backend == "slow"
-    assert row.why.startswith("forward timed: plain 2e+03 ms, slow 1e+03 ms; backward timed: ")
+    now = time.time()
+    for later, age in ((0, "0 s"), (-9, "0 s"), (100, "2 min"), (7300, "2 h"), (3 * 86400, "3 days")):
+        monkeypatch.setattr(time, "time", lambda later=later: now + later)
+        (row,) = topology_summary(layer).layers
+        assert row.backend == "slow"
+        times = f"timed {age} ago: plain 2e+03 ms, slow 1e+03 ms"
+        assert row.why == f"forward {times}; backward {times}"
     assert f"12x20 nnzb=6 by slow: {row.why}" in str(topology_summary(layer))
     with use_backend("plain"):
         (row,) = topology_summary(layer).layers

@@ -9,11 +9,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import copy
 from importlib.util import find_spec
 
 import pytest
 import torch
-from helpers import SLACK, generator
+from helpers import error_bound, generator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_dynsparse.ops import reference, triton
@@ -73,23 +74,30 @@ class Case:
             products.sdd(grad, input, block_index, self.shape, self.block_shape),
         )
 
+    def absolute(self) -> "Case":
+        other = copy(self)
+        other.operands = {name: operand.abs() for name, operand in self.operands.items()}
+        return other
+
     def ours(self) -> tuple[torch.Tensor, ...]:
         return self.results(triton, self.on_device, device=self.device)
 
     def check(self, label: object = "") -> None:
-        """Errors of at most twice those of the dense product in the same dtype, which rounds its sums."""
+        """Compare with the dense product in float64."""
         dtype = self.operands["values"].dtype
         exact = self.results(reference, self.block_index, dtype=torch.float64)
-        usual = self.results(reference, self.block_index)
+        sizes = self.absolute().results(reference, self.block_index, dtype=torch.float64)
         names = ("output", "input gradient", "values gradient")
-        for name, truth, dense, ours in zip(names, exact, usual, self.ours(), strict=True):
+        terms = self.shape[1] + 1, self.shape[0], self.operands["input"].shape[0]
+        for name, truth, size, count, ours in zip(names, exact, sizes, terms, self.ours(), strict=True):
             assert ours.dtype == dtype
             assert ours.shape == truth.shape
-            error, allowed = (ours.cpu().double() - truth).norm(), 2 * (dense.double() - truth).norm()
+            without_bias = truth - self.operands["bias"].double() if name == "output" else truth
+            error = float((ours.cpu().double() - truth).norm())
+            allowed = error_bound(dtype, count, size, truth, without_bias)
             if INTERPRETING and dtype == torch.bfloat16:
                 allowed *= 2  # the interpreter cuts sums to bfloat16 where a GPU rounds them
-            slack = SLACK[dtype] * truth.norm() / max(1, truth.numel()) ** 0.5
-            assert error <= allowed + slack, (name, label, float(error), float(allowed))
+            assert error <= allowed, (name, label, error, allowed)
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
 """
 Which backend serves a product: the fastest, timed once, or one that was asked for.
 
-The first product of a kind times the backends that can serve it and remembers the fastest, on disk as well. A run
+The first product of a kind times the backends that can serve it and remembers the fastest, on disk as well if the
+machine was calm. A fixed rule decides where timings do not: nothing is timed, samples disagree, or it is a tie. A run
 settles all its choices at its first step and keeps them, so that it repeats itself bit for bit.
 """
 
 import logging
+import math
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,13 +27,29 @@ TUNING_MODES = ("off", "once", "force")
 # Never chosen by itself.
 ONLY_ON_REQUEST = {"reference"}
 
+# The backend of the rule serves unless another is faster by more than this: near ties would change from run to run.
+TIE = 1.1
+
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend for one problem, and why."""
+    """The backend for one problem, why, and when it was timed, if it was (seconds since the epoch)."""
 
     backend: str
     why: str
+    timed: float | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why, with the age of a timing."""
+        if self.timed is None:
+            return self.why
+        age, unit = max(0.0, time.time() - self.timed), "s"
+        for length, longer in ((86400, "days"), (3600, "h"), (60, "min")):
+            if age >= length:
+                age, unit = age / length, longer
+                break
+        return self.why.replace("timed", f"timed {age:.0f} {unit} ago", 1)
 
 
 @dataclass
@@ -124,7 +143,7 @@ def choice_to_json(problem: Problem, choice: Choice) -> dict[str, Any]:
 def choice_from_json(saved: dict[str, Any]) -> tuple[Problem, Choice]:
     """What `choice_to_json` was given."""
     fields = {**saved, "device": torch.device(saved["device"]), "dtype": getattr(torch, saved["dtype"])}
-    choice = Choice(fields.pop("backend"), fields.pop("why"))
+    choice = Choice(fields.pop("backend"), fields.pop("why"), fields.pop("timed", None))
     return Problem(**{**fields, "block_shape": tuple(saved["block_shape"]), "shape": tuple(saved["shape"])}), choice
 
 
@@ -150,14 +169,14 @@ def describe_choice(problem: Problem) -> tuple[str, str]:
     ]
     if not known:
         choice = _by_rule(problem, _serving(problem, _allowed()))
-        return choice.backend, f"not used yet; {choice.why}"
+        return choice.backend, f"not used yet; {choice.reason}"
     names, reasons = [], []
     for backward in (False, True):
         met = [(other.tokens, choice) for other, choice in known if other.backward == backward]
         if met:
             _, choice = max(met, key=lambda item: item[0])
             names.append(choice.backend)
-            reasons.append(f"{'backward' if backward else 'forward'} {choice.why}")
+            reasons.append(f"{'backward' if backward else 'forward'} {choice.reason}")
     return "/".join(dict.fromkeys(names)), "; ".join(reasons)
 
 
@@ -183,8 +202,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _decide(problem: Problem) -> Choice:
     candidates = _serving(problem, _allowed())
+    ruled = _by_rule(problem, candidates)
     if _settings.tuning == "off":
-        return _by_rule(problem, candidates)
+        return ruled
     rivals = candidates
     missing = _missing(problem)
     if any(backend.name == "workspace" for backend in candidates):
@@ -192,13 +212,19 @@ def _decide(problem: Problem) -> Choice:
         rivals = [backend for backend in candidates if backend.name != "tiled"]
     if len(rivals) == 1:
         return Choice(rivals[0].name, f"no other can serve{missing}")
-    seconds = None if _settings.tuning == "force" else tuning.remembered(problem)
-    if seconds is None or not set(seconds) <= {backend.name for backend in rivals}:
-        seconds = tuning.time_backends(problem, rivals)
-        tuning.remember(problem, seconds)
-    best = min(seconds, key=seconds.__getitem__)
+    timing = None if _settings.tuning == "force" else tuning.recall(problem, rivals)
+    if timing is None:
+        timing = tuning.time_backends(problem, rivals)
+        if timing.steady and timing.calm:
+            tuning.remember(problem, rivals, timing)
+    if not timing.steady:
+        return Choice(ruled.backend, f"{ruled.why}; timings were scattered")
+    seconds, best = timing.seconds, timing.fastest
+    if seconds.get(ruled.backend, math.inf) <= TIE * seconds[best]:
+        best = ruled.backend
     times = ", ".join(f"{name} {1e3 * time:.3g} ms" for name, time in seconds.items())
-    return Choice(best, f"timed: {times}{missing}")
+    busy = "" if timing.calm else "; not kept, the machine was busy"
+    return Choice(best, f"timed: {times}{busy}{missing}", timing.when)
 
 
 def _by_rule(problem: Problem, candidates: list[Backend]) -> Choice:
