@@ -53,13 +53,22 @@ from hf_dynsparse import (
     sparsify_,
 )
 from hf_dynsparse.checkpoint import last_checkpoint
+from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions
 from hf_dynsparse.early_bird import TICKET_FILE, TICKET_SCORES, random_ticket
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.finetuning import load_teacher, prepare_finetuning_
 from hf_dynsparse.layout import as_block_shape, parse_block_size
 from hf_dynsparse.models.bert.configuration_dynsparse_bert import layer_sizes
 from hf_dynsparse.plots_slimming import plot_ticket
-from hf_dynsparse.scripts import find_checkpoint, holds_output_dir, parse_arguments, settle_process, stop
+from hf_dynsparse.scripts import (
+    TOKENIZER_FOLDER,
+    find_checkpoint,
+    holds_output_dir,
+    parse_arguments,
+    preparing,
+    settle_process,
+    stop,
+)
 from hf_dynsparse.summary import summarize_run
 
 
@@ -185,8 +194,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         stop(error)
     settle_process(args, "run_earlybert")
-    try:
+    with preparing(args):
         job = (prepare_mlm if args.mlm else prepare_task)(model_args, data_args, args)
+    try:
         ticket = find_ticket(job, args)
         if args.stage != "search":
             train(job, ticket, model_args, args, checkpoint)
@@ -383,7 +393,7 @@ def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:
     hub = {"revision": model_args.model_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
     trusted = {"trust_remote_code": model_args.trust_remote_code}
     raw = glue.load_examples(model_args, data_args)
-    columns, labels = glue.understand(raw, data_args)
+    columns, labels = glue.understand(raw, data_args, args)
     name = model_args.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **trusted, **hub)
     config = AutoConfig.from_pretrained(
@@ -392,11 +402,13 @@ def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:
         **trusted,
         **hub,
     )
-    with args.main_process_first(desc="tokenize"):
-        examples = glue.tokenize(raw, columns, tokenizer, data_args, config.max_position_embeddings)
+    glue.check_tokenizer_and_model(tokenizer, config, columns, data_args)
     teacher = None
     if args.teacher:
         teacher = load_teacher(AutoModelForSequenceClassification, args.teacher, **{**hub, "revision": "main"})
+        check_fit(tokenizer, teacher.config, data_args.max_seq_length, "The teacher", len(columns) == 2)
+    with args.main_process_first(desc="tokenize"):
+        examples = glue.tokenize(raw, columns, labels, tokenizer, data_args)
 
     def load() -> Any:
         set_seed(args.seed)  # the same new head every time
@@ -433,19 +445,21 @@ def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:
 
 def prepare_mlm(model_args: Any, data_args: Any, args: Any) -> Job:
     """Masked language modelling, from scratch or from a dense checkpoint."""
-    known = Path(args.output_dir, "tokenizer")
+    known = Path(args.output_dir, TOKENIZER_FOLDER)
+    config = mlm.build_config(model_args, args, None)
+    check_positions(config, data_args.max_seq_length)
     with args.main_process_first(desc="prepare the text"):
         raw = mlm.load_text(model_args, data_args)
         tokenizer = mlm.load_tokenizer(model_args, raw, args, str(known) if known.exists() else None)
+        mlm.settle_vocabulary(config, tokenizer, model_args, data_args)
         sequences = mlm.prepare_sequences(raw, tokenizer, data_args, args)
-    config = mlm.build_config(model_args, args, None)
     if args.learning_rate is None:
         args.learning_rate = mlm.LEARNING_RATES[model_args.preset]
     teacher = mlm.find_teacher(model_args, data_args, args)
 
     def load() -> Any:
         set_seed(args.seed)  # the same initial weights every time
-        return mlm.load_model(model_args, data_args, copy.deepcopy(config), tokenizer)
+        return mlm.load_model(model_args, data_args, copy.deepcopy(config))
 
     def trainer(model: Any, settings: Any, callbacks: list[TrainerCallback]) -> DynSparseTrainer:
         return DynSparseTrainer(

@@ -21,7 +21,6 @@ and predictions of the test set with --do_predict.
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,19 +28,24 @@ from typing import Any
 
 import datasets
 import numpy as np
-from datasets import DatasetDict, load_dataset
-from huggingface_hub.errors import StrictDataclassError
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     DataCollatorWithPadding,
     EvalPrediction,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
 from hf_dynsparse.data import GLUE_TASKS, glue_metrics, read_glue
+from hf_dynsparse.data.files import DataError, check_file, ending_of, read_file, reading
+from hf_dynsparse.data.glue import glue_files
+from hf_dynsparse.data.rows import check_not_blank, check_splits, check_text, label_names, label_reader
+from hf_dynsparse.data.tokenizer_checks import check_fit, check_special_tokens, check_tokenizer
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.finetuning import (
     FinetuningArguments,
@@ -62,6 +66,7 @@ from hf_dynsparse.scripts import (
     find_checkpoint,
     holds_output_dir,
     parse_arguments,
+    preparing,
     settle_process,
     stop,
 )
@@ -70,7 +75,7 @@ from hf_dynsparse.summary import summarize_finetuning
 
 logger = logging.getLogger("run_glue_dynsparse")
 
-FILE_FORMATS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+FILE_ENDINGS = ("csv", "tsv", "json", "jsonl", "parquet")
 
 
 @dataclass
@@ -117,7 +122,8 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
     train_file: str | None = field(
-        default=None, metadata={"help": "Local .csv, .tsv, .json, .jsonl or .parquet with a column `label`."}
+        default=None,
+        metadata={"help": "Local .csv, .tsv, .json, .jsonl or .parquet, plain or .gz, with a column `label`."},
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
     test_file: str | None = field(default=None, metadata={"help": "The same for prediction; labels not needed."})
@@ -168,9 +174,9 @@ def main() -> None:
     settle_process(args, "run_glue_dynsparse")
 
     hub = {"revision": model_args.model_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
-    try:
+    with preparing(args):
         raw = load_examples(model_args, data_args)
-        columns, labels = understand(raw, data_args)
+        columns, labels = understand(raw, data_args, args)
         tokenizer = AutoTokenizer.from_pretrained(
             model_args.tokenizer_name or model_args.model_name_or_path,
             trust_remote_code=model_args.trust_remote_code,
@@ -194,14 +200,16 @@ def main() -> None:
             **head,
             **hub,
         )
+        check_tokenizer_and_model(tokenizer, model.config, columns, data_args)
         teacher = None
         if args.teacher:
             teacher = load_teacher(AutoModelForSequenceClassification, args.teacher, **{**hub, "revision": "main"})
+            check_fit(tokenizer, teacher.config, data_args.max_seq_length, "The teacher", len(columns) == 2)
         prepare_finetuning_(model, args)
         if checkpoint is not None:
             check_model_to_resume(model, checkpoint)
         with args.main_process_first(desc="tokenize"):
-            examples = tokenize(raw, columns, tokenizer, data_args, model.config.max_position_embeddings)
+            examples = tokenize(raw, columns, labels, tokenizer, data_args)
         trainer = DynSparseTrainer(
             model,
             args,
@@ -212,8 +220,6 @@ def main() -> None:
             data_collator=None if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
         )
-    except (ValueError, OSError, StrictDataclassError) as error:
-        stop(error)
     if args.do_train:
         logger.info("%d training examples; %s", len(examples["train"]), topology_summary(model))
 
@@ -252,16 +258,16 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
             raise ValueError(f"`--task_name` must be one of {', '.join(GLUE_TASKS)}. Got {data_args.task_name!r}.")
     if data_args.glue_dir is not None and data_args.task_name is None:
         raise ValueError("`--glue_dir` needs a `--task_name`. Got none.")
+    if data_args.glue_dir is not None:
+        glue_files(data_args.glue_dir, data_args.task_name)
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
     if not any((data_args.task_name, data_args.dataset_name, *files.values())):
         raise ValueError("Give the data: `--task_name`, `--dataset_name`, or `--train_file` and `--validation_file`.")
     for split, file in files.items():
-        if file is not None and Path(file).suffix.lstrip(".") not in FILE_FORMATS:
-            raise ValueError(f"`--{split}_file` must end in one of .{', .'.join(FILE_FORMATS)}. Got {file}.")
-        if file is not None and not os.path.isfile(file):
-            raise FileNotFoundError(f"`--{split}_file` must name a file. Got {file}, which does not exist.")
+        if file is not None:
+            check_file(file, f"--{split}_file", FILE_ENDINGS)
     given = {split for split, file in files.items() if file}
-    if given and len({Path(file).suffix for file in files.values() if file}) > 1:
+    if given and len({ending_of(file) for file in files.values() if file}) > 1:
         raise ValueError(f"The files must have one format. Got {', '.join(file for file in files.values() if file)}.")
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     for split in [split for split in wanted if wanted[split] and given and split not in given]:
@@ -274,41 +280,90 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
 def load_examples(model_args: ModelArguments, data_args: DataArguments) -> DatasetDict:
     """The splits as they are: sentences and labels."""
     files = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    files = {split: file for split, file in files.items() if file}
-    if files:
-        suffix = Path(next(iter(files.values()))).suffix.lstrip(".")
-        options = {"delimiter": "\t", "quoting": 3} if suffix == "tsv" else {}
-        return load_dataset(FILE_FORMATS[suffix], data_files=files, cache_dir=model_args.cache_dir, **options)
+    if any(files.values()):
+        found = {split: read_file(file, split, model_args.cache_dir) for split, file in files.items() if file}
+        return DatasetDict(found)
     if data_args.glue_dir is not None:
         raw = read_glue(data_args.glue_dir, data_args.task_name)
     else:
         name = data_args.dataset_name or "nyu-mll/glue"
         part = data_args.dataset_config_name or (data_args.task_name if data_args.dataset_name is None else None)
-        raw = load_dataset(name, part, cache_dir=model_args.cache_dir, token=model_args.token)
+        with reading(name):
+            raw = load_dataset(name, part, cache_dir=model_args.cache_dir, token=model_args.token)
     for part in ("validation", "test"):
         if part not in raw and f"{part}_matched" in raw:
             raw[part] = raw.pop(f"{part}_matched")
     return raw
 
 
-def understand(raw: DatasetDict, data_args: DataArguments) -> tuple[list[str], list[str]]:
-    """The one or two columns of text, and the names of the labels: none for regression."""
+def understand(raw: DatasetDict, data_args: DataArguments, args: RunArguments) -> tuple[list[str], list[str]]:
+    """The one or two columns of text, and the names of the labels, none for regression; both known to be there."""
+    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    flags = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
+    check_splits(raw, {split: flags[split] for split in wanted if wanted[split]}, source_of("", data_args))
+    labelled = {split: rows for split, rows in raw.items() if is_labelled(split)}
+    for split, rows in labelled.items():
+        if "label" not in rows.column_names:
+            raise DataError(
+                f"The data must have a column `label`. Got {', '.join(rows.column_names)} in "
+                f"{source_of(split, data_args)}. Rename the column."
+            )
     first = next(iter(raw.values()))
-    if data_args.task_name is not None and set(GLUE_TASKS[data_args.task_name].sentences) <= set(first.column_names):
-        task = GLUE_TASKS[data_args.task_name]
-        return list(task.sentences), list(task.labels)
-    if "label" not in first.column_names:
-        raise ValueError(f"The data must have a column `label`. Got {', '.join(first.column_names)}.")
-    text = [name for name, kind in first.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
-    text = [name for name in text if name not in ("label", "idx", "id")]
-    columns = ["sentence1", "sentence2"] if {"sentence1", "sentence2"} <= set(text) else text[:2]
+    task = GLUE_TASKS[data_args.task_name] if data_args.task_name is not None else None
+    is_official = task is not None and set(task.sentences) <= set(first.column_names)
+    columns = list(task.sentences) if is_official else text_columns(first, data_args)
+    for split, rows in raw.items():
+        missing = [name for name in columns if name not in rows.column_names]
+        if missing:
+            raise DataError(
+                f"All data must have the columns {', '.join(columns)}. Got {', '.join(rows.column_names)} in "
+                f"{source_of(split, data_args)}. Name them alike."
+            )
+        for column in columns:
+            check_text(rows, column, source_of(split, data_args))
+    if task is not None:
+        return columns, list(task.labels)
+    if not labelled:
+        raise DataError("Labels must be known from a `--train_file` or `--validation_file`. Got none. Give one.")
+    return columns, label_names(labelled, source_of("", data_args))
+
+
+def is_labelled(split: str) -> bool:
+    """Whether a split is trained on or evaluated, and so must have labels."""
+    return split.split("_")[0] in ("train", "validation")
+
+
+def source_of(split: str, data_args: DataArguments) -> str:
+    """What the data of a split is called in an error."""
+    file = getattr(data_args, f"{split}_file", None)
+    name = file or data_args.dataset_name or data_args.glue_dir or data_args.task_name or "the files"
+    return name if file or not split else f"{split} of {name}"
+
+
+def text_columns(rows: Dataset, data_args: DataArguments) -> list[str]:
+    """The one or two columns of text in data of one's own."""
+    text = [name for name in rows.column_names if name not in ("label", "idx", "id")]
+    named = [name for name in ("sentence1", "sentence2", "text") if name in text]
+    strings = [name for name in text if getattr(rows.features[name], "dtype", "") in ("string", "large_string")]
+    if {"sentence1", "sentence2"} <= set(named):
+        return named[:2]
+    columns = strings[:2] or named[:1]
     if not columns:
-        raise ValueError(f"The data must have a column of text. Got {', '.join(first.column_names)}.")
-    if "float" in getattr(first.features["label"], "dtype", ""):
-        return columns, []
-    names = getattr(first.features["label"], "names", None)
-    known = sorted({label for split, rows in raw.items() if not split.startswith("test") for label in rows["label"]})
-    return columns, names or [str(label) for label in known]
+        raise DataError(
+            f"The data must have a column of text. Got {', '.join(rows.column_names)} in {source_of('', data_args)}, "
+            "none of strings. Write the text as strings."
+        )
+    return columns
+
+
+def check_tokenizer_and_model(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, columns: list[str], data_args: DataArguments
+) -> None:
+    """Refuse a tokenizer that lacks a token, or makes sequences that the model does not take."""
+    # Heads of BERT read the first token.
+    check_tokenizer(tokenizer, ("cls", "sep", "pad") if isinstance(config, BertConfig) else ("pad",))
+    check_special_tokens(tokenizer)
+    check_fit(tokenizer, config, data_args.max_seq_length, pairs=len(columns) == 2)
 
 
 def head_of(labels: list[str]) -> dict[str, Any]:
@@ -325,49 +380,49 @@ def head_of(labels: list[str]) -> dict[str, Any]:
 def tokenize(
     raw: DatasetDict,
     columns: list[str],
+    labels: list[str],
     tokenizer: PreTrainedTokenizerBase,
     data_args: DataArguments,
-    max_positions: int,
 ) -> DatasetDict:
-    """Token ids and labels, cut to the tokens asked for and the model's positions."""
-    length = min(data_args.max_seq_length, tokenizer.model_max_length, max_positions)
+    """Token ids, and ids of `labels` (or numbers) where they are trained on or evaluated."""
+    length = min(data_args.max_seq_length, tokenizer.model_max_length)
     if length < data_args.max_seq_length:
-        logger.warning("`--max_seq_length` %d is more than the model takes: %d.", data_args.max_seq_length, length)
+        logger.warning(
+            "`--max_seq_length` %d is more than the tokenizer is for: %d.", data_args.max_seq_length, length
+        )
     limits = {
         "train": data_args.max_train_samples,
         "validation": data_args.max_eval_samples,
         "test": data_args.max_predict_samples,
     }
-    # Strings, or numbers that are not ids, become ids; -1 of an unlabelled test set stays out.
-    label = next(iter(raw.values())).features.get("label")
-    ids = None
-    if not hasattr(label, "names") and "float" not in getattr(label, "dtype", ""):
-        ids = {name: number for number, name in enumerate(understand(raw, data_args)[1])}
-
-    def prepare(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        padding = "max_length" if data_args.pad_to_max_length else False
-        text = (batch[name] for name in columns)
-        prepared = dict(tokenizer(*text, max_length=length, truncation=True, padding=padding))
-        if "label" in batch:
-            # Not `label`: that column keeps the type that it had.
-            prepared["labels"] = batch["label"] if ids is None else [ids.get(str(name), -1) for name in batch["label"]]
-        return prepared
-
+    padding = "max_length" if data_args.pad_to_max_length else False
     prepared = {}
     for split, rows in raw.items():
         limit = limits.get(split.split("_")[0])
         if limit is not None:
             rows = rows.select(range(min(limit, len(rows))))
+        source = source_of(split, data_args)
+        read = label_reader(rows, labels, source) if is_labelled(split) else None
+
+        def prepare(
+            batch: dict[str, list[Any]], indices: list[int], read: Any = read, source: str = source
+        ) -> dict[str, list[Any]]:
+            text = [batch[name] for name in columns]
+            check_not_blank(text, indices, source)
+            prepared = dict(tokenizer(*text, max_length=length, truncation=True, padding=padding))
+            if read is not None:
+                # Not `label`: that column keeps the type that it had.
+                prepared["labels"] = [read(*each) for each in zip(batch["label"], indices, strict=True)]
+            return prepared
+
         prepared[split] = rows.map(
             prepare,
             batched=True,
+            with_indices=True,
             remove_columns=rows.column_names,
             load_from_cache_file=not data_args.overwrite_cache,
             desc=f"tokenize {split}",
         )
-    for split, flag in (("train", "--do_train"), ("validation", "--do_eval")):
-        if split not in prepared:
-            logger.warning("There is no %s split: %s needs one.", split, flag)
     return DatasetDict(prepared)
 
 

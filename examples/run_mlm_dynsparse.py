@@ -18,13 +18,12 @@ summary.json, training.png, block_map.png, topology_history/ (`hf-dynsparse anim
 which a run resumes bit for bit.
 """
 
-import gzip
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,9 @@ from hf_dynsparse.data import (
     split_sentences,
     train_wordpiece_tokenizer,
 )
+from hf_dynsparse.data.files import DataError, check_file, read_file, reading
+from hf_dynsparse.data.rows import check_text, looks_numeric
+from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions, check_tokenizer, vocabulary_size
 from hf_dynsparse.estimate import DENSE_LEARNING_RATES
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.finetuning import every_block, load_teacher, set_final_sparsity_
@@ -66,12 +68,14 @@ from hf_dynsparse.learning_rate import check_rewinding
 from hf_dynsparse.model_card import describe_data, describe_start
 from hf_dynsparse.plots import plot_block_map, plot_training
 from hf_dynsparse.scripts import (
+    TOKENIZER_FOLDER,
     ScriptArguments,
     check_model_to_resume,
     check_updates_to_resume,
     find_checkpoint,
     holds_output_dir,
     parse_arguments,
+    preparing,
     settle_process,
     stop,
 )
@@ -86,7 +90,6 @@ logger = logging.getLogger("run_mlm_dynsparse")
 
 # Tiny and large are not in the paper.
 LEARNING_RATES = {"tiny": 1e-3, **DENSE_LEARNING_RATES, "large": 1e-4}
-TEXT_FORMATS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 
 
 @dataclass
@@ -129,7 +132,7 @@ class ModelArguments:
     )
     config_name: str | None = field(
         default=None,
-        metadata={"help": "Configuration folder or Hub name instead of a preset, sparsity and block size."},
+        metadata={"help": "A dynsparse_bert's folder or Hub name: instead of a preset, sparsity and block size."},
     )
     config_overrides: str | None = field(
         default=None, metadata={"help": "Changes to the preset, e.g. num_hidden_layers=6,hidden_dropout_prob=0.1."}
@@ -157,7 +160,7 @@ class DataArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "Dataset on the Hub, or a local dataset folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
     train_file: str | None = field(
-        default=None, metadata={"help": "Local .txt, .csv, .json, .jsonl or .parquet file, plain or .gz."}
+        default=None, metadata={"help": "Local .txt, .csv, .tsv, .json, .jsonl or .parquet file, plain or .gz."}
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
     validation_split_percentage: int = field(
@@ -217,6 +220,7 @@ def main() -> None:
         checkpoint = find_checkpoint(args, model_args.token)
         check_data(model_args, data_args, args)
         config = build_config(model_args, args, checkpoint)
+        check_positions(config, data_args.max_seq_length)
         pattern = first_pattern(model_args)
         check_topology(args, checkpoint)
     except (ValueError, OSError, StrictDataclassError) as error:
@@ -224,29 +228,23 @@ def main() -> None:
 
     settle_process(args, "run_mlm_dynsparse")
 
-    try:
+    with preparing(args):
         with args.main_process_first(desc="prepare the text"):
             raw = load_text(model_args, data_args)
             tokenizer = load_tokenizer(model_args, raw, args, checkpoint)
+            settle_vocabulary(config, tokenizer, model_args, data_args)
             sequences = prepare_sequences(raw, tokenizer, data_args, args)
-    except (ValueError, OSError) as error:
-        if checkpoint is None and args.process_index == 0 and os.path.isdir(args.output_dir):
-            shutil.rmtree(os.path.join(args.output_dir, "tokenizer"), ignore_errors=True)
-            if not os.listdir(args.output_dir):
-                os.rmdir(args.output_dir)
-        stop(error)
-    if not data_args.streaming:
-        logger.info("%d training and %d evaluation sequences", len(sequences["train"]), len(sequences["validation"]))
+        if not data_args.streaming:
+            counts = len(sequences["train"]), len(sequences["validation"])
+            logger.info("%d training and %d evaluation sequences", *counts)
 
-    model = load_model(model_args, data_args, config, tokenizer)
-    if model_args.untrained_rest:
-        add_untrained_rest_(model, model.config.initializer_range, args.seed)
-    logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
-    if args.learning_rate is None:
-        args.learning_rate = sparse_learning_rate(LEARNING_RATES[model_args.preset], model.config.sparsity)
-        logger.info("learning rate %.3g, by the rule for sparsity %g", args.learning_rate, model.config.sparsity)
-
-    try:
+        model = load_model(model_args, data_args, config)
+        if model_args.untrained_rest:
+            add_untrained_rest_(model, model.config.initializer_range, args.seed)
+        logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
+        if args.learning_rate is None:
+            args.learning_rate = sparse_learning_rate(LEARNING_RATES[model_args.preset], model.config.sparsity)
+            logger.info("learning rate %.3g, by the rule for sparsity %g", args.learning_rate, model.config.sparsity)
         if checkpoint is not None:
             check_model_to_resume(model, checkpoint)
         trainer = DynSparseTrainer(
@@ -258,12 +256,13 @@ def main() -> None:
             eval_dataset=sequences["validation"],
             processing_class=tokenizer,
         )
-    except (ValueError, OSError) as error:
-        stop(error)
     if trainer.topology is not None:
         trainer.add_callback(TopologyHistory(trainer))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = trainer.evaluate()
+    except DataError as error:  # of a row that --streaming came upon
+        stop(error)
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -277,12 +276,9 @@ def main() -> None:
 
 
 def load_model(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    config: DynSparseBertConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    model_args: ModelArguments, data_args: DataArguments, config: DynSparseBertConfig
 ) -> DynSparseBertForMaskedLM | DynSparseBertForPreTraining:
-    """The model of `config`: of a checkpoint if there is one, else fresh, with the vocabulary of the tokenizer."""
+    """The model of `config`: of a checkpoint if there is one, else fresh."""
     architecture = DynSparseBertForPreTraining if data_args.nsp else DynSparseBertForMaskedLM
     if model_args.model_name_or_path:
         return architecture.from_pretrained(
@@ -292,14 +288,30 @@ def load_model(
             token=model_args.token,
             dtype=model_args.dtype,
         )
-    config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
     return architecture(config)
+
+
+def settle_vocabulary(
+    config: DynSparseBertConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+) -> None:
+    """Give a fresh model the tokenizer's vocabulary; refuse one that cannot mask, or that a model cannot take."""
+    check_tokenizer(tokenizer, ("cls", "sep", "mask", "pad"))
+    if not model_args.model_name_or_path:
+        config.vocab_size, config.pad_token_id = vocabulary_size(tokenizer), tokenizer.pad_token_id
+    check_fit(tokenizer, config, data_args.max_seq_length, pairs=data_args.nsp)
 
 
 def find_teacher(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> PreTrainedModel | None:
     """The model of `--teacher`, if there is one."""
+    if not args.teacher:
+        return None
     head = AutoModelForPreTraining if data_args.nsp else AutoModelForMaskedLM
-    return load_teacher(head, args.teacher, token=model_args.token) if args.teacher else None
+    teacher = load_teacher(head, args.teacher, token=model_args.token)
+    check_positions(teacher.config, data_args.max_seq_length, "The teacher")
+    return teacher
 
 
 def make_collator(
@@ -357,15 +369,8 @@ def check_data(model_args: ModelArguments, data_args: DataArguments, args: RunAr
         raise ValueError(f"`--mlm_probability` must lie in (0, 1). Got {data_args.mlm_probability}.")
     for flag in ("train_file", "validation_file"):
         path = getattr(data_args, flag)
-        if path is None:
-            continue
-        if file_format(path) is None:
-            raise ValueError(f"`--{flag}` must end in {', '.join(TEXT_FORMATS)}, plain or .gz. Got {path}.")
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"`--{flag}` must be an existing file. Got {path}.")
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as text:
-            if not any(line.strip() for line in text):
-                raise ValueError(f"`--{flag}` must hold text. Got {path}, which is empty.")
+        if path is not None:
+            check_file(path, f"--{flag}")
 
 
 def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str | None) -> DynSparseBertConfig:
@@ -373,7 +378,14 @@ def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str
     source = model_args.config_name or model_args.model_name_or_path
     if source:
         config = AutoConfig.from_pretrained(source, revision=model_args.model_revision, token=model_args.token)
-        return config_to_go_on(model_args, args, config) if model_args.model_name_or_path else config
+        if model_args.model_name_or_path:
+            return config_to_go_on(model_args, args, config)
+        if not isinstance(config, DynSparseBertConfig):
+            raise ValueError(
+                f"`--config_name` must name a configuration of dynsparse_bert. Got {source}, of {config.model_type}. "
+                "Give its sizes as --preset and --config_overrides, or its weights as --model_name_or_path."
+            )
+        return config
     if model_args.preset not in LEARNING_RATES:
         raise ValueError(f"`--preset` must be one of {', '.join(LEARNING_RATES)}. Got {model_args.preset!r}.")
     config = DynSparseBertConfig.preset(
@@ -459,44 +471,68 @@ def first_pattern(model_args: ModelArguments) -> str:
     return "that of the checkpoint" if is_sparse else "the blocks of largest L1 norm"
 
 
-def file_format(path: str) -> str | None:
-    """Name of the loader for a text file, by its ending; `None` if there is none."""
-    return TEXT_FORMATS.get(Path(path.removesuffix(".gz")).suffix.lstrip("."))
-
-
 def load_text(model_args: ModelArguments, data_args: DataArguments) -> DatasetDict:
     """Splits "train" and "validation" with one column, "text": a line, or a whole document with line breaks."""
+    source = data_args.dataset_name or data_args.train_file or "the built-in text"
+    raw = read_text(model_args, data_args)
+    if "train" not in raw:
+        raise DataError(f"`--dataset_name` must have a split train. Got {source} with only {', '.join(raw)}.")
+    with reading(source):
+        first = list(islice(raw["train"], 32))
+    if not first:
+        raise DataError(f"There must be text to train on. Got {source} without a row. Give another.")
+    text = "text" if "text" in first[0] else next(iter(first[0]))
+    if text != "text" and all(looks_numeric(row[text]) for row in first):
+        raise DataError(
+            f"The text must be words. Got {first[0][text]!r} in column `{text}` of {source}, the first of "
+            f"{', '.join(first[0])}. Give the column of text the name `text`."
+        )
+    for split in ("train", "validation"):
+        if split in raw:
+            name = data_args.dataset_name or getattr(data_args, f"{split}_file") or source
+            raw[split] = as_text(raw[split], text, name)
+    if "validation" not in raw:
+        raw = hold_out(raw["train"], data_args, source)
+    return DatasetDict({split: raw[split] for split in ("train", "validation")})
+
+
+def read_text(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
+    """The splits of a data set, the files, or the built-in text."""
     options = {"cache_dir": model_args.cache_dir, "streaming": data_args.streaming}
     if data_args.dataset_name:
-        raw = load_dataset(data_args.dataset_name, data_args.dataset_config_name, token=model_args.token, **options)
-    else:
-        if data_args.train_file is None:
-            corpus = embedded_corpus(model_args.cache_dir)
-            files = {"train": str(corpus.train_file), "validation": str(corpus.validation_file)}
-        else:
-            files = {"train": data_args.train_file}
-            if data_args.validation_file:
-                files["validation"] = data_args.validation_file
-        raw = load_dataset(file_format(files["train"]), data_files=files, **options)
-    if "validation" not in raw:
-        percent = data_args.validation_split_percentage
-        if data_args.streaming:
-            held_out = percent * 100
-            raw = {"validation": raw["train"].take(held_out), "train": raw["train"].skip(held_out)}
-        else:
-            cut = len(raw["train"]) * percent // 100
-            rows = raw["train"]
-            raw = DatasetDict(validation=rows.select(range(cut)), train=rows.select(range(cut, len(rows))))
-    columns = list(next(iter(raw["train"])))
-    text = "text" if "text" in columns else columns[0]
-    return DatasetDict(
-        {
-            split: raw[split].select_columns([text]).rename_column(text, "text")
-            if text != "text"
-            else raw[split].select_columns(["text"])
-            for split in ("train", "validation")
-        }
-    )
+        with reading(data_args.dataset_name):
+            name, part = data_args.dataset_name, data_args.dataset_config_name
+            return dict(load_dataset(name, part, token=model_args.token, **options))
+    files = {"train": data_args.train_file, "validation": data_args.validation_file}
+    if data_args.train_file is None:
+        corpus = embedded_corpus(model_args.cache_dir)
+        files = {"train": str(corpus.train_file), "validation": str(corpus.validation_file)}
+    return {split: read_file(file, split, **options) for split, file in files.items() if file}
+
+
+def as_text(rows: Dataset, column: str, source: str) -> Dataset:
+    """Rows with one column, "text", which is known to hold strings."""
+    names = next(iter(rows), {})
+    if column not in names:
+        raise DataError(f"All splits must have the column `{column}`. Got {source} with {', '.join(names) or 'none'}.")
+    rows = check_text(rows.select_columns([column]), column, source)
+    return rows if column == "text" else rows.rename_column(column, "text")
+
+
+def hold_out(rows: Dataset, data_args: DataArguments, source: str) -> dict[str, Dataset]:
+    """The first rows for validation, the others for training; of a stream, whose length is not known, a number."""
+    percent = data_args.validation_split_percentage
+    if not data_args.streaming:
+        cut = len(rows) * percent // 100
+        return {"validation": rows.select(range(cut)), "train": rows.select(range(cut, len(rows)))}
+    count = percent * 100
+    rest = rows.skip(count)
+    if next(iter(rest), None) is None:
+        raise DataError(
+            f"--streaming holds out the first {count} rows: 100 times --validation_split_percentage. Got {source}, "
+            "which has no more. Give a --validation_file, or leave out --streaming."
+        )
+    return {"validation": rows.take(count), "train": rest}
 
 
 def load_tokenizer(
@@ -505,7 +541,7 @@ def load_tokenizer(
     """The named tokenizer, that of the run to resume, or a WordPiece vocabulary trained on the text."""
     source = model_args.tokenizer_name or model_args.model_name_or_path or checkpoint or args.teacher
     if source is None:
-        source = os.path.join(args.output_dir, "tokenizer")
+        source = os.path.join(args.output_dir, TOKENIZER_FOLDER)
         if args.process_index == 0:
             logger.info("training a WordPiece vocabulary of %d entries", model_args.vocab_size)
             lines = (row["text"] for row in raw["train"])
@@ -528,7 +564,8 @@ def prepare_sequences(
         if data_args.streaming
         else {"num_proc": data_args.preprocessing_num_workers, "load_from_cache_file": not data_args.overwrite_cache}
     )
-    room = data_args.max_seq_length - tokenizer.num_special_tokens_to_add()
+    begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    room = data_args.max_seq_length - 2
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         lines = [line for text in batch["text"] for line in text.splitlines() if line.strip()]
@@ -540,7 +577,6 @@ def prepare_sequences(
         else:
             flat = [token for ids in batch["input_ids"] for token in ids]
             chunks = [flat[start : start + room] for start in range(0, len(flat) - room + 1, room)]
-        begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id
         return {"input_ids": [[begin, *chunk, end] for chunk in chunks]}
 
     sequences = {}
@@ -562,8 +598,8 @@ def prepare_sequences(
                 if data_args.streaming
                 else packed.select(range(min(limits[split], len(packed))))
             )
-        if not data_args.streaming and len(packed) == 0:
-            raise ValueError(
+        if next(iter(packed), None) is None:
+            raise DataError(
                 f"The {split} text must fill at least one sequence of {data_args.max_seq_length} tokens. Got none. "
                 "Give more text, a smaller --max_seq_length or --line_by_line."
             )

@@ -26,10 +26,8 @@ eval_predictions.json (id to answer) and eval_nbest_predictions.json; with --do_
 SQuAD 2.0 also *_null_odds.json, to choose --null_score_diff_threshold by.
 """
 
-import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,19 +35,17 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
+from hf_dynsparse.data.files import DataError, check_file, ending_of, read_file, reading
 from hf_dynsparse.data.question_answering import (
     SquadAnswers,
     longest_question,
@@ -57,7 +53,8 @@ from hf_dynsparse.data.question_answering import (
     squad_evaluation_features,
     squad_training_features,
 )
-from hf_dynsparse.data.squad import SQUAD_FEATURES, check_squad_rows, read_squad, squad_metrics, squad_v2_metrics
+from hf_dynsparse.data.squad import check_squad_rows, read_squad_file, squad_metrics, squad_v2_metrics
+from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions, check_special_tokens, check_tokenizer
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.finetuning import (
     FinetuningArguments,
@@ -78,6 +75,7 @@ from hf_dynsparse.scripts import (
     find_checkpoint,
     holds_output_dir,
     parse_arguments,
+    preparing,
     settle_process,
     stop,
 )
@@ -86,7 +84,7 @@ from hf_dynsparse.summary import summarize_finetuning
 
 logger = logging.getLogger("run_qa_dynsparse")
 
-FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+FILE_ENDINGS = ("json", "jsonl", "parquet")
 
 
 @dataclass
@@ -200,17 +198,20 @@ def main() -> None:
 
     hub = {"revision": model_args.model_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
     remote = hub | {"trust_remote_code": model_args.trust_remote_code}
-    try:
+    with preparing(args):
         config = AutoConfig.from_pretrained(model_args.config_name or model_args.model_name_or_path, **remote)
-        check_positions(config, data_args.max_seq_length, "The model")
+        check_positions(config, data_args.max_seq_length)
         config.num_labels = 2  # start and end
         name = model_args.tokenizer_name or model_args.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(name, **remote)
         longest_question(tokenizer, data_args.max_seq_length, data_args.doc_stride)
+        check_tokenizer(tokenizer, ("cls", "sep", "pad"))
+        check_special_tokens(tokenizer)
+        check_fit(tokenizer, config, data_args.max_seq_length, pairs=True)
         teacher = None
         if args.teacher:
             teacher = load_teacher(AutoModelForQuestionAnswering, args.teacher, **{**hub, "revision": "main"})
-            check_positions(teacher.config, data_args.max_seq_length, "The teacher")
+            check_fit(tokenizer, teacher.config, data_args.max_seq_length, "The teacher", pairs=True)
         with args.main_process_first(desc="prepare the questions"):
             rows = load_rows(model_args, data_args, args)
             features = {split: make_features(split, rows[split], tokenizer, data_args) for split in rows}
@@ -237,8 +238,6 @@ def main() -> None:
             data_collator=DataCollatorWithPadding(tokenizer, **(padding if data_args.pad_to_max_length else {})),
             processing_class=tokenizer,
         )
-    except (ValueError, OSError, StrictDataclassError) as error:
-        stop(error)
 
     results: dict[str, float] = {}
     facts: dict[str, Any] = {}
@@ -287,10 +286,8 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     if not data_args.dataset_name and not any(files.values()):
         raise ValueError("Give the data: `--dataset_name`, or `--train_file` and `--validation_file`. Got none.")
     for split, file in files.items():
-        if file is not None and not file.endswith(FILE_ENDINGS):
-            raise ValueError(f"`--{split}_file` must end in {', '.join(FILE_ENDINGS)}. Got {file}.")
-        if file is not None and not os.path.isfile(file):
-            raise FileNotFoundError(f"`--{split}_file` must name a file. Got {file}, which does not exist.")
+        if file is not None:
+            check_file(file, f"--{split}_file", FILE_ENDINGS)
     if not splits_needed(args):
         raise ValueError("There must be something to do: `--do_train`, `--do_eval` or `--do_predict`. Got none.")
     for split in splits_needed(args):
@@ -300,16 +297,6 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, args: 
     for flag in ("n_best_size", "max_answer_length"):
         if getattr(data_args, flag) < 1:
             raise ValueError(f"`--{flag}` must be positive. Got {getattr(data_args, flag)}.")
-
-
-def check_positions(config: PretrainedConfig, max_seq_length: int, who: str) -> None:
-    """Refuse windows longer than the model was made for."""
-    positions = getattr(config, "max_position_embeddings", max_seq_length)  # relative positions have no end
-    if max_seq_length > positions:
-        raise ValueError(
-            f"`--max_seq_length` must not exceed the positions of the model. Got {max_seq_length}. {who} has "
-            f"{positions}: give --max_seq_length {positions} --doc_stride {positions // 3}, or less."
-        )
 
 
 def load_rows(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> dict[str, Dataset]:
@@ -323,12 +310,13 @@ def load_rows(model_args: ModelArguments, data_args: DataArguments, args: RunArg
     found = None
     if data_args.dataset_name:
         name, part = data_args.dataset_name, data_args.dataset_config_name
-        found = load_dataset(name, part, cache_dir=model_args.cache_dir, token=model_args.token)
+        with reading(name):
+            found = load_dataset(name, part, cache_dir=model_args.cache_dir, token=model_args.token)
     rows = {}
     for split in splits_needed(args):
         if found is not None and split not in found:
-            raise ValueError(f"`--dataset_name` must have a split {split}. Got {', '.join(found)}.")
-        chosen = read_file(files[split], model_args.cache_dir) if found is None else found[split]
+            raise DataError(f"`--dataset_name` must have a split {split}. Got {', '.join(found)}.")
+        chosen = read_questions(files[split], model_args.cache_dir) if found is None else found[split]
         if limits[split] is not None:
             chosen = chosen.select(range(min(limits[split], len(chosen))))
         check_squad_rows(
@@ -338,17 +326,9 @@ def load_rows(model_args: ModelArguments, data_args: DataArguments, args: RunArg
     return rows
 
 
-def read_file(path: str, cache_dir: str | None) -> Dataset:
-    """The rows of a local file, kept on disk until its content changes."""
-    if path.endswith(".parquet"):
-        return load_dataset("parquet", data_files=path, split="train", cache_dir=cache_dir)
-    content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    try:
-        return Dataset.from_generator(
-            read_squad, SQUAD_FEATURES, cache_dir, gen_kwargs={"path": path}, fingerprint=content[:16]
-        )
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from None
+def read_questions(path: str, cache_dir: str | None) -> Dataset:
+    """The rows of a local file, kept on disk until the file changes."""
+    return read_file(path, "train", cache_dir) if ending_of(path) == "parquet" else read_squad_file(path, cache_dir)
 
 
 def make_features(split: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> Dataset:

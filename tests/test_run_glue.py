@@ -200,7 +200,7 @@ def test_resume(run, data):
         ("--task_name sst2 --glue_dir {data}/glue --finetune_mode locked --num_topology_updates 3", "dynamic"),
         ("--train_file {data}/own.csv", "`--do_eval` needs a `--validation_file`"),
         ("--train_file {data}/none.csv --do_eval false", "which does not exist"),
-        ("--train_file {data}/glue --do_eval false", "must end in one of"),
+        ("--train_file {data}/glue --do_eval false", "must end in .csv"),
         ("--train_file {data}/own.csv --validation_file {data}/own.json", "one format"),
         ("--train_file {data}/unlabelled.csv --do_eval false", "must have a column `label`. Got text, mark"),
         ("--task_name mrpc --glue_dir {data}/glue --teacher {data}/dense", "which lacks"),

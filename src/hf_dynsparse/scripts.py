@@ -3,15 +3,17 @@
 import functools
 import logging
 import os
+import shutil
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, PreTrainedModel, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -25,6 +27,8 @@ from .run_lock import run_lock
 
 
 _HELD = ExitStack()  # the lock of the output folder, from `find_checkpoint` to the end of the script
+
+TOKENIZER_FOLDER = "tokenizer"  # of the output folder: where a script keeps the one that it trains
 
 
 @dataclass
@@ -119,6 +123,26 @@ def settle_process(args: Any, logger_name: str) -> None:
         # `accelerate launch` leaves one thread to each process unless it is told otherwise.
         torch.set_num_threads(args.num_threads or max(1, (os.cpu_count() or 1) // args.world_size))
     set_seed(args.seed)
+
+
+@contextmanager
+def preparing(args: Any) -> Iterator[None]:
+    """
+    What comes before the first step: reading, checking and building. An error ends the run with one line, and the
+    output folder is as it was.
+    """
+    folder = Path(args.output_dir)
+    tokenizer = folder / TOKENIZER_FOLDER
+    had_folder, had_tokenizer = folder.exists(), tokenizer.exists()
+    try:
+        yield
+    except (ValueError, OSError, StrictDataclassError) as error:
+        if args.process_index == 0 and not had_tokenizer:
+            shutil.rmtree(tokenizer, ignore_errors=True)
+        if args.process_index == 0 and not had_folder:
+            with suppress(OSError):  # not there, or another run has written something
+                folder.rmdir()
+        stop(error)
 
 
 def stop(error: Exception) -> NoReturn:

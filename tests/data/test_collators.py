@@ -6,7 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from hf_dynsparse.data import DataCollatorForWholeWordMasking
 
@@ -54,6 +56,52 @@ def test_worked_example(tokenizer: BertTokenizer) -> None:
     kept = batch["labels"] == -100
     assert batch["input_ids"][kept].tolist() == [CLS, SEP, PAD, PAD, PAD, PAD, CLS, SEP, UNK, SEP, PAD, PAD]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (["w1", "##a", "##b", "w2", "##c", "w3"], [[0, 1, 2], [3, 4], [5]]),
+        (["\u2581w1", "a", "b", "\u2581w2", "c", "\u2581##"], [[0, 1, 2], [3, 4], [5]]),  # SentencePiece
+        (["a", "b", "\u0120w1", "c", "\u0120w2", "##"], [[0, 1], [2, 3], [4, 5]]),  # byte-level BPE, no space in front
+    ],
+)
+def test_pieces_of_a_word_are_selected_together(pieces: list[str], words: list[list[int]]) -> None:
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *pieces])}
+    tokenizer = BertTokenizer(vocab=vocabulary)
+    collator = DataCollatorForWholeWordMasking(tokenizer, mlm_probability=0.3)
+    row = {"input_ids": [CLS, *range(5, 5 + len(pieces)), SEP]}
+    found = set()
+    for epoch in range(60):
+        collator.set_epoch(epoch)
+        selected = np.flatnonzero(collator([row])["labels"][0, 1:-1] != -100).tolist()
+        whole = [word for word in words if word[0] in selected]
+        assert selected == [place for word in whole for place in word]
+        found.update(tuple(word) for word in whole)
+    assert found == {tuple(word) for word in words}
+
+
+def test_tokens_without_a_mark_are_words_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, "a</w>", "b"])}
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    for model, warns in ((BPE(vocabulary, []), True), (WordLevel(vocabulary, "[UNK]"), False)):
+        caplog.clear()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **special)
+        assert not DataCollatorForWholeWordMasking(tokenizer).continues_word.any()
+        assert ("No token tells where a word begins" in caplog.text) == warns
+        assert DataCollatorForWholeWordMasking(tokenizer, whole_word_mask=False)
+        assert caplog.text.count("No token") == warns
+
+
+def test_ids_with_gaps() -> None:
+    vocabulary = {token: i for i, token in enumerate(SPECIAL)} | {"a": 7, "b": 20, "##c": 40}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, "[UNK]")),
+        **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")},
+    )
+    collator = DataCollatorForWholeWordMasking(tokenizer, mlm_probability=1.0)
+    batch = collator([{"input_ids": [CLS, 7, 20, 40] * 200}])
+    assert set(batch["input_ids"].unique().tolist()) == {CLS, MASK, 7, 20, 40}  # no id that stands for nothing
 
 
 @pytest.mark.parametrize("whole_word_mask", [True, False])

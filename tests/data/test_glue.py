@@ -76,7 +76,9 @@ def test_both_halves_of_mnli(tmp_path):
     [
         ({"header": ["text", "label"]}, r"train.tsv must have the columns \['sentence', 'label'\]. Got \['text'"),
         ({"row": ["no tab here"]}, "at least 2 fields between tabs. Got 1 in line 2"),
-        ({"row": ["fine", "great"]}, "train.tsv must be among negative, positive. Got 'great'"),
+        ({"row": ["fine", "great"]}, "train.tsv must be among negative, positive. Got 'great' in line 2"),
+        ({"row": ["fine", ""]}, "train.tsv must be among negative, positive. Got '' in line 2"),
+        ({"rows": 0}, "at least one row. Got .*train.tsv"),
     ],
 )
 def test_damaged_files(tmp_path, changes, error):

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from hf_dynsparse.data.files import DataError
 from hf_dynsparse.data.squad import (
     check_squad_rows,
     exact_match,
     normalize_answer,
     read_squad,
+    read_squad_file,
     squad_metrics,
     squad_v2_metrics,
     token_f1,
@@ -105,6 +107,23 @@ def test_read_refuses(tmp_path: Path, text: str, problem: str) -> None:
         list(read_squad(tmp_path / "file.json"))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.json.gz", gzip.compress(b"{}" * 99)[:-12], "gzip that is cut"),
+        ("a.json", b'{"id": "\xff"}', "0xff in line 1, which is not UTF-8"),
+        ("a.json", json.dumps(OFFICIAL).encode("utf-16"), "UTF-16"),
+        ("a.json", b"[" * 100_000, "must hold JSON.*recursion"),
+        ("a.jsonl", json.dumps(ROWS[0] | {"answers": {"text": [["x"]], "answer_start": ["y"]}}).encode(), "a.jsonl"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=problem) as error:
+        read_squad_file(str(tmp_path / name), str(tmp_path / "cache"))
+    assert "\n" not in str(error.value)
+
+
 def row(text: str = "owl", start: int = 3, **changes: Any) -> dict[str, Any]:
     answers = {"text": [text], "answer_start": [start]}
     return {"id": "7", "context": "An owl.", "question": "What?", "answers": answers} | changes
@@ -127,6 +146,14 @@ def test_good_rows_pass() -> None:
         ([row(start=2)], ("'owl'", "'7'", "' ow'")),
         ([row(start=-4)], ("'owl'", "'7'")),
         ([row(text="", start=0)], ("''", "'7'")),
+        ([row(context="  ")], ("context", "'  '", "'7'")),
+        ([row(context=["An owl."])], ("context", "list", "'7'")),
+        ([row(question=3)], ("question", "int 3", "'7'")),
+        ([row(answers="owl")], ("two lists", "Got 'owl'", "'7'")),
+        ([row(answers=[{"text": "owl", "answer_start": 3}])], ("two lists", "'7'")),
+        ([row(answers={"text": ["owl"], "answer_start": []})], ("one length", "'7'")),
+        ([row(answers={"text": [None], "answer_start": [3]})], ("strings", "'7'")),
+        ([row(answers={"text": ["owl"], "answer_start": [None]})], ("whole numbers", "'7'")),
     ],
 )
 def test_bad_rows(rows: list[dict[str, Any]], words: tuple[str, ...]) -> None:

@@ -1,5 +1,6 @@
 """Whole-word masking that depends on nothing but the seed, the epoch and the example itself."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .tokenizer_checks import check_tokenizer, vocabulary_size
 
+
+logger = logging.getLogger(__name__)
+
+# How pieces tell where words begin: WordPiece marks those that go on, SentencePiece and byte-level BPE the first ones.
+CONTINUES, BEGINS = ("##",), ("\u2581", "\u0120")
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiples of it are distinct modulo 2^64
 IGNORED = -100
 # Features as long as `input_ids`, with what they are padded with.
@@ -25,7 +32,9 @@ class DataCollatorForWholeWordMasking:
 
     Args:
         tokenizer ([`PreTrainedTokenizerBase`]):
-            WordPiece tokenizer with a mask and a padding token; a piece that starts with `##` continues a word.
+            Has a mask and a padding token, and pieces that tell where words begin: WordPiece (`##` goes on),
+            SentencePiece (U+2581 begins) or byte-level BPE (U+0120 begins). Of another one each token is a word, and
+            the log says so.
         mlm_probability (`float`, *optional*, defaults to 0.15):
             Expected share of words that are selected.
         whole_word_mask (`bool`, *optional*, defaults to `True`):
@@ -53,11 +62,7 @@ class DataCollatorForWholeWordMasking:
             raise ValueError(
                 f"`pad_to_multiple_of` must be positive. Got {pad_to_multiple_of}. Leave it out or use 8."
             )
-        if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-            raise ValueError(
-                "`tokenizer` must have a mask and a padding token."
-                f" Got {tokenizer.mask_token!r} and {tokenizer.pad_token!r}. Set both."
-            )
+        check_tokenizer(tokenizer, ("mask", "pad"))
         self.tokenizer = tokenizer
         self.mlm_probability = mlm_probability
         self.whole_word_mask = whole_word_mask
@@ -65,11 +70,14 @@ class DataCollatorForWholeWordMasking:
         self.pad_to_multiple_of = pad_to_multiple_of
         # In shared memory: worker processes that persist over epochs see it change.
         self._epoch = torch.tensor(0).share_memory_()
-        pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.is_special = np.zeros(len(pieces), dtype=bool)
+        vocabulary = tokenizer.get_vocab()
+        self.is_special = np.zeros(vocabulary_size(tokenizer), dtype=bool)
         self.is_special[tokenizer.all_special_ids] = True
-        self.continues_word = np.array([piece.startswith("##") for piece in pieces])
-        self.regular_ids = np.flatnonzero(~self.is_special)
+        self.continues_word = continuing(vocabulary, len(self.is_special))
+        if whole_word_mask and not self.continues_word.any() and not is_word_piece(tokenizer):
+            logger.warning("No token tells where a word begins: each is masked as a word of its own.")
+        exists = np.isin(np.arange(len(self.is_special)), list(vocabulary.values()))  # ids may have gaps
+        self.regular_ids = np.flatnonzero(exists & ~self.is_special)
         if not len(self.regular_ids):
             raise ValueError("`tokenizer` must have tokens that are not special. Got none. Train it first.")
 
@@ -165,6 +173,33 @@ class DataCollatorForWholeWordMasking:
         masked = np.where(selected & (fate < 0.8), self.tokenizer.mask_token_id, ids)
         masked = np.where(selected & (fate >= 0.8) & (fate < 0.9), self.regular_ids[other], masked)
         return masked, np.where(selected, ids, IGNORED)
+
+
+def continuing(vocabulary: Mapping[str, int], size: int) -> np.ndarray:
+    """
+    Which tokens go on with the word before them, by the mark that most tokens of the vocabulary begin with.
+
+    Args:
+        vocabulary (`Mapping[str, int]`):
+            Tokens and their ids.
+        size (`int`):
+            The highest id and one.
+
+    Returns:
+        `np.ndarray` of shape `(size,)` and type bool.
+    """
+    counts = {mark: sum(token.startswith(mark) for token in vocabulary) for mark in CONTINUES + BEGINS}
+    mark = max(counts, key=lambda mark: counts[mark])
+    continues = np.zeros(size, dtype=bool)
+    if counts[mark]:
+        for token, number in vocabulary.items():
+            continues[number] = token.startswith(mark) == (mark in CONTINUES)
+    return continues
+
+
+def is_word_piece(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer tells words apart itself, so that tokens without a mark are whole words."""
+    return tokenizer.is_fast and type(tokenizer.backend_tokenizer.model).__name__ in ("WordPiece", "WordLevel")
 
 
 def scramble(values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The nine GLUE tasks: what their columns are, how their files are read, and what they are scored by."""
 
+import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +9,8 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
+
+from .files import DataError, reading
 
 
 @dataclass(frozen=True)
@@ -90,23 +94,38 @@ def read_glue(folder: str | Path, task: str) -> DatasetDict:
         FileNotFoundError: if there is no training or development file.
         ValueError: for a file without the task's columns, a row without its fields, or an unknown label.
     """
+    return DatasetDict(
+        {
+            split: _read_tsv(file, GLUE_TASKS[task], has_labels=not split.startswith("test"))
+            for split, file in glue_files(folder, task).items()
+        }
+    )
+
+
+def glue_files(folder: str | Path, task: str) -> dict[str, Path]:
+    """
+    The official files of one task by split.
+
+    Raises:
+        FileNotFoundError: if there is no training or development file.
+    """
     about = GLUE_TASKS[task]
     path = Path(folder) / about.folder
-    splits = {}
-    for file, split in (about.splits or _SPLITS).items():
-        if (path / f"{file}.tsv").is_file():
-            splits[split] = _read_tsv(path / f"{file}.tsv", about, has_labels=not split.startswith("test"))
-    if not splits.keys() - {"test"}:
+    files = {split: path / f"{file}.tsv" for file, split in (about.splits or _SPLITS).items()}
+    files = {split: file for split, file in files.items() if file.is_file()}
+    if not files.keys() - {"test"}:
         raise FileNotFoundError(
             f"`{task}` must have files such as train.tsv and dev.tsv in {path}. Got none. Give the folder that holds "
             f"{about.folder}/, as in the official download."
         )
-    return DatasetDict(splits)
+    return files
 
 
 def _read_tsv(file: Path, task: GlueTask, *, has_labels: bool) -> Dataset:
     # Nothing is quoted, and only `\n` ends a line: sentences hold single quotes and exotic line separators.
-    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+    with reading(str(file)):
+        text = file.read_text(encoding="utf-8-sig")
+    rows = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
     wanted = dict(zip(task.sentences, task.columns, strict=True)) | {"label": task.label}
     without_header = isinstance(task.label, int) and has_labels
     if without_header:
@@ -122,27 +141,39 @@ def _read_tsv(file: Path, task: GlueTask, *, has_labels: bool) -> Dataset:
             raise ValueError(f"{file} must have the columns {list(names.values())}. Got {header}: {missing} missing.")
         positions = {column: header.index(name) for column, name in names.items()}
     fields = max(positions.values()) + 1
-    for number, row in enumerate(rows, start=1 if without_header else 2):
+    first = 1 if without_header else 2
+    if not rows:
+        raise DataError(f"Data must hold at least one row. Got {file}, which holds none. Download it again.")
+    for number, row in enumerate(rows, start=first):
         if len(row) < fields:
             raise ValueError(
                 f"Each line of {file} must have at least {fields} fields between tabs. "
                 f"Got {len(row)} in line {number}."
             )
     columns: dict[str, list] = {name: [row[place].strip() for row in rows] for name, place in positions.items()}
-    columns["label"] = [_as_label(text, task, file) for text in columns["label"]] if has_labels else [-1] * len(rows)
+    columns["label"] = (
+        [_as_label(text, task, file, number) for number, text in enumerate(columns["label"], start=first)]
+        if has_labels
+        else [-1] * len(rows)
+    )
     columns["idx"] = list(range(len(rows)))
     kind = Value("float32") if task.is_regression else ClassLabel(names=list(task.labels))
     return Dataset.from_dict(columns).cast_column("label", kind)
 
 
-def _as_label(text: str, task: GlueTask, file: Path) -> float | int:
+def _as_label(text: str, task: GlueTask, file: Path, line: int) -> float | int:
     if task.is_regression:
-        return float(text)
+        with contextlib.suppress(ValueError):
+            if math.isfinite(float(text)):
+                return float(text)
+        raise DataError(f"Labels of {file} must be numbers. Got {text!r} in line {line}. Correct it.")
     if text in task.labels:
         return task.labels.index(text)
     if text.isdecimal() and int(text) < len(task.labels):
         return int(text)
-    raise ValueError(f"Labels of {file} must be among {', '.join(task.labels)}. Got {text!r}.")
+    raise DataError(
+        f"Labels of {file} must be among {', '.join(task.labels)}. Got {text!r} in line {line}. Correct it."
+    )
 
 
 def glue_metrics(task: str, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:

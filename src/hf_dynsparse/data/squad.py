@@ -1,6 +1,5 @@
 """SQuAD: its files into rows, checks of the rows, and the official scores (arXiv:1606.05250, arXiv:1806.03822)."""
 
-import gzip
 import json
 import re
 import string
@@ -9,7 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Features, List, Value
+from datasets import Dataset, Features, List, Value
+
+from .files import DataError, fingerprint_of, open_bytes, reading
+from .rows import shown
 
 
 SQUAD_FEATURES = Features(
@@ -38,25 +40,42 @@ def read_squad(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: if the file is no JSON, holds no question, or one that lacks a part.
     """
-    opener = gzip.open if str(path).endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            entries = _parse(file.read())
-    except ValueError as error:
-        raise ValueError(f"A file of questions must hold JSON. Got {path}: {error}.") from error
+    with reading(str(path)), open_bytes(str(path)) as file:
+        text = file.read().decode("utf-8-sig")
+        try:
+            entries = _parse(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"A file of questions must hold JSON. Got {path}: {error}. Is it cut?") from error
     empty = True
     for number, entry in enumerate(entries):
         try:
             rows = _rows(entry)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise DataError(
                 f"Every entry of {path} must have {COLUMNS}, or the official layout data[].paragraphs[].qas[]. Got "
                 f"entry {number} without ({type(error).__name__}: {error})."
             ) from error
         empty = empty and not rows
         yield from rows
     if empty:
-        raise ValueError(f"A file of questions must hold at least one. Got {path}, which holds none.")
+        raise DataError(f"A file of questions must hold at least one. Got {path}, which holds none.")
+
+
+def read_squad_file(path: str, cache_dir: str | None = None) -> Dataset:
+    """
+    The rows of [`read_squad`], kept in the cache until the file changes.
+
+    Raises:
+        ValueError: as there, or for parts of another type.
+    """
+    with reading(path):
+        return Dataset.from_generator(
+            read_squad,
+            SQUAD_FEATURES,
+            cache_dir,
+            gen_kwargs={"path": path},
+            fingerprint=fingerprint_of(path),
+        )
 
 
 def _parse(text: str) -> list[dict[str, Any]]:
@@ -117,33 +136,49 @@ def check_squad_rows(
     for row in rows:
         missing = [column for column in wanted if row.get(column) is None]
         if missing:
-            raise ValueError(
+            raise DataError(
                 f"The {name} rows must have the columns {COLUMNS}. Got row {len(seen)} without {', '.join(missing)}, "
                 f"with {', '.join(row)}. Rename the columns, or leave the row out."
             )
+        for column in ("context", "question"):
+            if not isinstance(row[column], str) or (column == "context" and not row[column].strip()):
+                raise DataError(
+                    f"The {column} of the {name} rows must be a string, and a context hold text. Got "
+                    f"{shown(row[column])} for {row['id']!r}. Correct it, or leave the row out."
+                )
         if row["id"] in seen:
-            raise ValueError(f"The {name} rows must have different ids. Got {row['id']!r} twice. Number them anew.")
+            raise DataError(f"The {name} rows must have different ids. Got {row['id']!r} twice. Number them anew.")
         seen.add(row["id"])
         if needs_answers:
             _check_answers(row, name, may_lack_answers)
     if not seen:
-        raise ValueError(f"The {name} rows must hold at least one question. Got none. Check the file, or its split.")
+        raise DataError(f"The {name} rows must hold at least one question. Got none. Check the file, or its split.")
 
 
 def _check_answers(row: Mapping[str, Any], name: str, may_lack_answers: bool) -> None:
-    texts, starts = row["answers"]["text"], row["answers"]["answer_start"]
+    answers = row["answers"] if isinstance(row["answers"], Mapping) else {}
+    texts, starts = (_list_of(kind, answers.get(key)) for key, kind in (("text", str), ("answer_start", int)))
+    if texts is None or starts is None or len(texts) != len(starts):
+        raise DataError(
+            f"`answers` of the {name} rows must be two lists of one length, `text` of strings and `answer_start` of "
+            f"whole numbers. Got {shown(row['answers'])} for {row['id']!r}. Correct it, or leave the row out."
+        )
     if not texts and not may_lack_answers:
-        raise ValueError(
+        raise DataError(
             f"Every question of the {name} rows must have an answer. Got none for {row['id']!r}. "
             "For questions that may have none (SQuAD 2.0) give --version_2_with_negative."
         )
     for text, start in zip(texts, starts, strict=True):
         found = row["context"][start : start + len(text)] if start >= 0 else ""
         if found != text or not text.strip():
-            raise ValueError(
+            raise DataError(
                 f"An answer of the {name} rows must stand in its context at `answer_start`, counted in characters. "
                 f"Got {text!r} for {row['id']!r}, but the context has {found!r} there. Correct it, or leave it out."
             )
+
+
+def _list_of(kind: type, values: Any) -> list[Any] | None:
+    return values if isinstance(values, list) and all(isinstance(value, kind) for value in values) else None
 
 
 def normalize_answer(text: str) -> str:
