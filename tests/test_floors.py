@@ -37,6 +37,7 @@ PLACES = {
     "optim.py": Place(1, {"torch"}),
     "block_adam.py": Place(1, {"torch"}),
     "shards.py": Place(1, {"torch"}),
+    "losses.py": Place(1, {"torch"}),
     "distillation.py": Place(1, {"torch"}),
     "topology/": Place(2, {"torch"}),
     "learning_rate.py": Place(2, set()),

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .losses import IGNORED, LABELS, at_least_one
+
 
 # What heads call their logits: classification, regression and masked language modelling; pre-training; spans.
 TOKEN_OR_SEQUENCE = ("logits", "prediction_logits", "seq_relationship_logits")
 SPAN = ("start_logits", "end_logits")
 # Where the logits of tokens are compared.
 DISTILLATION_POSITIONS = ("labelled", "all")
-LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
 
 def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
@@ -114,11 +115,12 @@ class Distillation:
                 compared = real_rows if of_tokens else labelled_rows
                 rows = distillation_loss(*compared(outputs[name], answers[name], inputs), self.temperature)
                 if num_items_in_batch is None:
-                    parts.append(rows.mean())
+                    parts.append(rows.sum() / at_least_one(len(rows)))
                 elif of_tokens:  # items are labels, of which most tokens have none
-                    parts.append(rows.mean() * (inputs["labels"] != -100).sum() / num_items_in_batch)
+                    share = (inputs["labels"] != IGNORED).sum() / at_least_one(num_items_in_batch)
+                    parts.append(rows.mean() * share)
                 else:
-                    parts.append(rows.sum() / num_items_in_batch)
+                    parts.append(rows.sum() / at_least_one(num_items_in_batch))
         padding = inputs["attention_mask"] == 0 if "attention_mask" in inputs else None
         for name in SPAN:
             if name in outputs:
@@ -159,7 +161,7 @@ def labelled_rows(
     """
     labels = inputs.get("labels")
     if labels is not None and labels.dim() == teacher.dim() - 1 > 1:
-        labelled = labels != -100
+        labelled = labels != IGNORED
         student = student if student.dim() < teacher.dim() else student[labelled]
         teacher = teacher[labelled]
     return student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])
