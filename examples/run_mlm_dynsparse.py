@@ -25,6 +25,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from hf_dynsparse.data import (
     DataCollatorForWholeWordMasking,
     build_next_sentence_pairs,
     embedded_corpus,
+    split_line,
     split_sentences,
     train_wordpiece_tokenizer,
 )
@@ -133,7 +135,11 @@ class ModelArguments:
         default=None, metadata={"help": "Changes to the preset, e.g. num_hidden_layers=6,hidden_dropout_prob=0.1."}
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer folder or Hub name. Default: a WordPiece vocabulary is trained."}
+        default=None,
+        metadata={
+            "help": "Tokenizer folder or Hub name. Default: a WordPiece vocabulary is trained, on words of at "
+            "most 100 letters: longer ones are [UNK]."
+        },
     )
     vocab_size: int = field(default=8192, metadata={"help": "Size of the vocabulary when one is trained."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and prepared data are kept."})
@@ -528,8 +534,10 @@ def prepare_sequences(
     room = data_args.max_seq_length - tokenizer.num_special_tokens_to_add()
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        lines = [line for text in batch["text"] for line in text.splitlines() if line.strip()]
-        return {"input_ids": tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"] if lines else []}
+        taken = 1 if data_args.line_by_line else None  # of a line
+        lines = (line for text in batch["text"] for line in text.splitlines())
+        pieces = [piece for line in lines for piece in islice(split_line(line), taken)]
+        return {"input_ids": tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] if pieces else []}
 
     def pack(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         if data_args.line_by_line:
@@ -589,7 +597,8 @@ def documents(rows: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase
             yield tokenized()
             sentences = []
         if not title:
-            sentences.extend(sentence for line in lines for sentence in split_sentences(line))
+            long = (sentence for line in lines for sentence in split_sentences(line))
+            sentences.extend(piece for sentence in long for piece in split_line(sentence))
     if sentences:
         yield tokenized()
 
