@@ -28,6 +28,7 @@ PLACES = {
     "layout.py": Place(0, {"torch"}),
     "spreading.py": Place(0, {"torch"}),
     "distributions.py": Place(0, {"torch"}),
+    "threads.py": Place(0, {"torch"}),
     "memory.py": Place(0, set()),
     "topology_frames.py": Place(0, {"numpy"}),
     "ops/": Place(0, {"torch"}),

@@ -18,6 +18,7 @@ from .checkpoint import check_same_model, find_run_to_resume
 from .hub import fetch_checkpoint
 from .hub.trainer import open_hub_repository
 from .resizing import check_final_sizes
+from .threads import default_threads
 
 
 @dataclass
@@ -25,7 +26,10 @@ class ScriptArguments:
     """What a script adds to training arguments, which its class inherits too: name this one first."""
 
     num_threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of each process. Default: the cores, shared among the processes."}
+        default=None,
+        metadata={
+            "help": "CPU threads of each process. Default: OMP_NUM_THREADS, or the cores shared among the processes."
+        },
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -95,8 +99,7 @@ def settle_process(args: Any, logger_name: str) -> None:
         logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
     datasets.utils.logging.set_verbosity_warning()
     if args.device.type == "cpu":
-        # `accelerate launch` leaves one thread to each process unless it is told otherwise.
-        torch.set_num_threads(args.num_threads or max(1, (os.cpu_count() or 1) // args.world_size))
+        torch.set_num_threads(args.num_threads or default_threads(args.world_size))
     set_seed(args.seed)
 
 
