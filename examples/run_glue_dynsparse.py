@@ -57,6 +57,7 @@ from hf_dynsparse.plots import plot_training
 from hf_dynsparse.scripts import (
     ScriptArguments,
     check_model_to_resume,
+    check_run_length,
     check_updates_to_resume,
     find_checkpoint,
     parse_arguments,
@@ -209,6 +210,7 @@ def main() -> None:
             data_collator=None if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
         )
+        check_run_length(trainer)
     except (ValueError, OSError, StrictDataclassError) as error:
         stop(error)
     if args.do_train:

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
@@ -69,6 +69,7 @@ from hf_dynsparse.plots import plot_block_map, plot_training
 from hf_dynsparse.scripts import (
     ScriptArguments,
     check_model_to_resume,
+    check_run_length,
     check_updates_to_resume,
     find_checkpoint,
     parse_arguments,
@@ -196,7 +197,13 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
             "help": "Peak rate, used as given. Default: the preset's dense optimum, times 6.40 at sparsity 0.9."
         },
     )
-    max_steps: int = field(default=500, metadata={"help": "Optimiser steps; -1 to count --num_train_epochs instead."})
+    max_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimiser steps. Default: 500, or what --num_train_epochs makes; goes before these."},
+    )
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the training text, instead of --max_steps."}
+    )
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of linear warm-up, or below 1 a share of the run."}
     )
@@ -209,6 +216,7 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     save_steps: float = field(default=0.2, metadata={"help": "Steps between checkpoints, or a share of the run."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     logging_steps: float = field(default=0.02, metadata={"help": "Steps between log entries, or a share of the run."})
+    default_steps: ClassVar[int | None] = 500
 
 
 def main() -> None:
@@ -261,6 +269,7 @@ def main() -> None:
             eval_dataset=sequences["validation"],
             processing_class=tokenizer,
         )
+        check_run_length(trainer)
     except (ValueError, OSError) as error:
         stop(error)
     if trainer.topology is not None:

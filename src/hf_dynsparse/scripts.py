@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import datasets
 import torch
@@ -17,8 +17,14 @@ from .callback import TopologyCallback
 from .checkpoint import check_same_model, find_run_to_resume
 from .hub import fetch_checkpoint
 from .hub.trainer import open_hub_repository
+from .learning_rate import rewinding
 from .resizing import check_final_sizes
 from .threads import default_threads
+from .topology import update_steps
+from .trainer import DynSparseTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,6 +44,23 @@ class ScriptArguments:
             "checkpoint pushed, as user/name or user/name@revision."
         },
     )
+
+    # Optimiser steps where neither these nor epochs are given; without it the epochs have a default.
+    default_steps: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        args: Any = self
+        if args.max_steps is None:
+            args.max_steps = -1 if args.num_train_epochs is not None else self.default_steps
+        elif args.max_steps > 0 and args.num_train_epochs is not None:
+            logger.warning(
+                "`max_steps` goes before `num_train_epochs`. Got %d and %g: the run has %d steps. Leave one out.",
+                *(args.max_steps, args.num_train_epochs, args.max_steps),
+            )
+        if args.num_train_epochs is None and self.default_steps is not None:
+            args.num_train_epochs = 3.0  # as in transformers
+        following: Any = super()
+        following.__post_init__()
 
 
 def parse_arguments(*kinds: Any, description: str | None = None) -> tuple[Any, ...]:
@@ -74,6 +97,27 @@ def check_updates_to_resume(args: DynSparseTrainingArguments, checkpoint: str) -
     saved = _topology_state(checkpoint)
     if saved:
         TopologyCallback(**args.topology_settings()).check_settings(saved)
+
+
+def check_run_length(trainer: DynSparseTrainer) -> None:
+    """
+    Refuse topology updates and rewinds of the learning rate that do not fit the run: of epochs the number of steps is
+    known only with the data.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    args, settings = trainer.args, trainer.args.topology_settings()
+    fixed = settings["num_updates"] is not None or settings["update_every"] is not None
+    if trainer.train_dataset is None or settings["num_updates"] == 0 or not (fixed or args.learning_rate_rewinding):
+        return
+    steps = args.max_steps
+    if steps <= 0:
+        *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    if fixed:
+        update_steps(steps, *(settings[name] for name in ("num_updates", "update_every", "first_step", "last_step")))
+    if args.learning_rate_rewinding:
+        rewinding(settings, steps, args.get_warmup_steps(steps))
 
 
 def check_model_to_resume(model: PreTrainedModel, checkpoint: str) -> None:
