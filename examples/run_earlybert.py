@@ -100,7 +100,7 @@ class TicketArguments:
         default="magnitude",
         metadata={
             "help": "What a unit is worth by its gate: |c|, or c as in the authors' code.",
-            "choices": list(TICKET_SCORES),
+            "choices": TICKET_SCORES,
         },
     )
     multiple_of: int = field(

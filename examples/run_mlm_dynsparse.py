@@ -60,6 +60,7 @@ from hf_dynsparse.data import (
     split_sentences,
     train_wordpiece_tokenizer,
 )
+from hf_dynsparse.distributions import DISTRIBUTIONS
 from hf_dynsparse.estimate import DENSE_LEARNING_RATES
 from hf_dynsparse.finetuning import every_block, load_teacher, set_final_sparsity_
 from hf_dynsparse.layout import block_shapes_of, parse_block_size
@@ -113,7 +114,7 @@ class ModelArguments:
         },
     )
     distribution: str = field(
-        default="uniform", metadata={"help": "Density over the layers.", "choices": ["uniform", "erk"]}
+        default="uniform", metadata={"help": "Density over the layers.", "choices": DISTRIBUTIONS}
     )
     dense_baseline: bool = field(
         default=False, metadata={"help": "Train the dense twin instead: same head, data, optimiser and seed."}

@@ -13,6 +13,8 @@ from .ops.choice import TUNING_MODES
 from .topology import ALLOCATIONS, METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, TopologySettings, method_settings
 
 
+# Choices are the tables themselves: what is added to one can be chosen.
+
 # A flag that may be left out, `--readmit`, or `--readmit false`: the parser knows two of these by itself.
 SWITCH: dict[str, Any] = {"nargs": "?", "const": True}
 
@@ -58,7 +60,7 @@ class DynSparseTrainingArguments(TrainingArguments):
         default="dynsparse",
         metadata={
             "help": "Method of sparse training: a preset of the topology arguments below. Those given explicitly win.",
-            "choices": list(METHODS),
+            "choices": METHODS,
         },
     )
     num_topology_updates: int | None = field(
@@ -93,7 +95,7 @@ class DynSparseTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "How the pruning ratio decays over the updates. DynSparse: cosine.",
-            "choices": list(SCHEDULES),
+            "choices": SCHEDULES,
         },
     )
     prune_score: str | None = field(
@@ -102,7 +104,7 @@ class DynSparseTrainingArguments(TrainingArguments):
             "help": "Active blocks with the lowest score are pruned: a norm of their values (DynSparse: l1), the same "
             "with the newest spared (l1_patient), |w g| (weight_gradient), |w| + 0.01 |g| (mest), the dense gradient, "
             "or any (random).",
-            "choices": list(PRUNE_SCORES),
+            "choices": PRUNE_SCORES,
         },
     )
     regrow_rule: str | None = field(
@@ -112,7 +114,7 @@ class DynSparseTrainingArguments(TrainingArguments):
             "and columns are emptiest (balanced), at the largest dense gradient (gradient: RigL), the same freed of "
             "the scale of inputs (gradient_normalised) and of outputs (correlation), or of four blocks three by "
             "gradient and one anywhere (gradient_random: MST).",
-            "choices": list(REGROW_RULES),
+            "choices": REGROW_RULES,
         },
     )
     readmit: bool | None = field(
