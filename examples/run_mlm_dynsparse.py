@@ -71,6 +71,7 @@ from hf_dynsparse.scripts import (
     ScriptArguments,
     check_model_to_resume,
     check_run_length,
+    check_updates_fit,
     check_updates_to_resume,
     find_checkpoint,
     parse_arguments,
@@ -79,7 +80,6 @@ from hf_dynsparse.scripts import (
 )
 from hf_dynsparse.study.untrained import add_untrained_rest_
 from hf_dynsparse.summary import format_summary, summarize_run
-from hf_dynsparse.topology import update_steps
 from hf_dynsparse.topology_frames import read_history
 from hf_dynsparse.topology_history import TopologyHistory
 
@@ -338,8 +338,7 @@ def check_topology(args: RunArguments, checkpoint: str | None) -> None:
     """Refuse updates that do not fit the run, or that differ from those of the run to resume."""
     settings = args.topology_settings()
     if args.max_steps > 0 and (settings["num_updates"] is not None or settings["update_every"] is not None):
-        names = ("num_updates", "update_every", "first_step", "last_step")
-        update_steps(args.max_steps, *(settings[name] for name in names))
+        check_updates_fit(args, args.max_steps)
     if args.learning_rate_rewinding:
         check_rewinding(settings)
     if checkpoint is not None:

@@ -1,5 +1,8 @@
 """What a run does with the topology and its kernels: `DynSparseTrainingArguments`."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +43,20 @@ METHOD_FLAGS = {
     "hidden_copy": "hidden_copy",
 }
 
+_RENAMED = {setting: flag for flag, setting in METHOD_FLAGS.items() if flag != setting}
+_SETTING = re.compile(rf"`({'|'.join(_RENAMED)})`|\b({'|'.join(_RENAMED)})(?==)")
+
 BLOCK_AGE_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.ADAMW_TORCH)
+
+
+@contextmanager
+def naming_arguments() -> Iterator[None]:
+    """Errors about topology settings call them what the arguments are called."""
+    try:
+        yield
+    except ValueError as error:
+        text = _SETTING.sub(lambda found: found[0].replace(name := found[1] or found[2], _RENAMED[name]), str(error))
+        raise ValueError(text) from None
 
 
 @dataclass
@@ -283,7 +299,8 @@ class DynSparseTrainingArguments(TrainingArguments):
             )
         if self.kernel_tuning not in TUNING_MODES:
             raise ValueError(f"`kernel_tuning` must be one of {', '.join(TUNING_MODES)}. Got {self.kernel_tuning!r}.")
-        check_distillation(self.distillation_temperature, self.distillation_weight, self.distillation_positions)
+        how = self.distillation_temperature, self.distillation_weight, self.distillation_positions
+        check_distillation(*how, prefix="distillation_")
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative. Got {self.group_lasso}.")
         super().__post_init__()
@@ -294,9 +311,10 @@ class DynSparseTrainingArguments(TrainingArguments):
         Raises:
             ValueError: for topology settings out of range, or that exclude each other.
         """
-        settings = self.topology_settings()
-        del settings["group_lasso"]
-        TopologySettings(**settings)
+        with naming_arguments():
+            settings = self.topology_settings()
+            del settings["group_lasso"]
+            TopologySettings(**settings)
 
     def _check_optimizer(self) -> None:
         if self.dense_learning_rate is not None and self.dense_learning_rate < 0:

@@ -59,7 +59,7 @@ class Distillation:
     def __init__(
         self, teacher: nn.Module, temperature: float = 2.0, weight: float = 0.5, positions: str = "labelled"
     ) -> None:
-        check_distillation(temperature, weight, positions)
+        check_distillation(temperature, weight, positions, "")
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature, self.weight, self.positions = temperature, weight, positions
         self._accepted = set(inspect.signature(teacher.forward).parameters) - set(LABELS)
@@ -137,19 +137,20 @@ class Distillation:
         return mean
 
 
-def check_distillation(temperature: float, weight: float, positions: str) -> None:
+def check_distillation(temperature: float, weight: float, positions: str, prefix: str) -> None:
     """
+    Args:
+        prefix (`str`): what the names of these arguments begin with, where they were given.
+
     Raises:
         ValueError: for a weight outside [0, 1], a temperature that is not positive, or unknown positions.
     """
     if positions not in DISTILLATION_POSITIONS:
-        raise ValueError(
-            f"`distillation_positions` must be one of {', '.join(DISTILLATION_POSITIONS)}. Got {positions!r}."
-        )
+        raise ValueError(f"`{prefix}positions` must be one of {', '.join(DISTILLATION_POSITIONS)}. Got {positions!r}.")
     if not 0.0 <= weight <= 1.0:
-        raise ValueError(f"`distillation_weight` must lie in [0, 1]. Got {weight}. Choose 0.5 for equal parts.")
+        raise ValueError(f"`{prefix}weight` must lie in [0, 1]. Got {weight}. Choose 0.5 for equal parts.")
     if not temperature > 0.0:
-        raise ValueError(f"`distillation_temperature` must be positive. Got {temperature}. Choose 2.")
+        raise ValueError(f"`{prefix}temperature` must be positive. Got {temperature}. Choose 2.")
 
 
 def labelled_rows(

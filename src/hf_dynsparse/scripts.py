@@ -12,7 +12,7 @@ import torch
 from transformers import HfArgumentParser, PreTrainedModel, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .arguments import DynSparseTrainingArguments
+from .arguments import DynSparseTrainingArguments, naming_arguments
 from .callback import TopologyCallback
 from .checkpoint import check_same_model, find_run_to_resume
 from .hub import fetch_checkpoint
@@ -99,6 +99,17 @@ def check_updates_to_resume(args: DynSparseTrainingArguments, checkpoint: str) -
         TopologyCallback(**args.topology_settings()).check_settings(saved)
 
 
+def check_updates_fit(args: DynSparseTrainingArguments, steps: int) -> None:
+    """
+    Raises:
+        ValueError: for topology updates that do not fit a run of so many steps.
+    """
+    names = ("num_updates", "update_every", "first_step", "last_step")
+    settings = args.topology_settings()
+    with naming_arguments():
+        update_steps(steps, *(settings[name] for name in names))
+
+
 def check_run_length(trainer: DynSparseTrainer) -> None:
     """
     Refuse topology updates and rewinds of the learning rate that do not fit the run: of epochs the number of steps is
@@ -115,7 +126,7 @@ def check_run_length(trainer: DynSparseTrainer) -> None:
     if steps <= 0:
         *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     if fixed:
-        update_steps(steps, *(settings[name] for name in ("num_updates", "update_every", "first_step", "last_step")))
+        check_updates_fit(args, steps)
     if args.learning_rate_rewinding:
         rewinding(settings, steps, args.get_warmup_steps(steps))
 
