@@ -40,11 +40,12 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.study.analysis import best_configurations
-from hf_dynsparse.study.jobs import FlagParser, Job, run_jobs, usable_cores
+from hf_dynsparse.study.jobs import FlagParser, Job, run_jobs
 from hf_dynsparse.study.pictures import draw_study
 from hf_dynsparse.study.plan import Run, plan_runs, read_plan
 from hf_dynsparse.study.report import format_table, write_report
 from hf_dynsparse.study.runs import read_run, read_step_seconds
+from hf_dynsparse.threads import default_threads, usable_cores
 
 
 SCRIPT = Path(mlm.__file__)
@@ -166,7 +167,7 @@ def timing_name(run: Run) -> str:
 
 def common_flags(flags: dict[str, Any], rest: list[str], args: argparse.Namespace) -> list[str]:
     """Flags of every run; later ones win."""
-    given = {**ONCE, "num_threads": max(1, len(usable_cores()) // args.jobs), **flags}
+    given = {**ONCE, "num_threads": default_threads(args.jobs), **flags}
     return [*(f"--{key}={value}" for key, value in given.items()), *rest]
 
 

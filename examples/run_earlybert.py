@@ -110,7 +110,7 @@ class TicketArguments:
         default="magnitude",
         metadata={
             "help": "What a unit is worth by its gate: |c|, or c as in the authors' code.",
-            "choices": list(TICKET_SCORES),
+            "choices": TICKET_SCORES,
         },
     )
     multiple_of: int = field(
@@ -133,6 +133,19 @@ class TicketArguments:
         default=None,
         metadata={"help": "Its epochs. Default: --num_train_epochs, for a task two thirds. --max_steps goes before."},
     )
+
+    def __post_init__(self) -> None:
+        args: Any = self
+        has_steps = args.max_steps is not None and args.max_steps > 0
+        following: Any = super()
+        following.__post_init__()
+        if self.train_epochs is not None and has_steps:
+            logger.warning(
+                "`max_steps` goes before `train_epochs`. Got %d and %g. Leave one of them out.",
+                *(args.max_steps, self.train_epochs),
+            )
+        # Those of the training; the search has its own schedule.
+        self.train_steps = args.max_steps if has_steps or self.train_epochs is None else -1
 
     def search(self) -> EarlyBirdCallback:
         """The search that the arguments ask for."""
@@ -158,7 +171,14 @@ class TaskArguments(TicketArguments, glue.RunArguments):
 
     output_dir: str = field(default="earlybert-glue", metadata={"help": "Where everything of the run is written."})
     learning_rate: float = field(default=2e-5, metadata={"help": "Peak rate of the search, and of --ticket none."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs of the search's schedule, and of that."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Epochs of the search's schedule, and of that. Default: 3."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0
 
 
 @dataclass
@@ -344,6 +364,7 @@ def train(job: Job, ticket: Ticket | None, model_args: Any, args: Any, checkpoin
         model = sparsify_(model, parse_block_size(model_args.block_size or "16"), model_args.sparsity)
     settings = copy.copy(args)
     settings.learning_rate, settings.num_train_epochs = recipe(args, ticket is not None)
+    settings.max_steps = args.train_steps
     if not args.mlm:
         prepare_finetuning_(model, settings)
     trainer = job.trainer(model, settings, [])

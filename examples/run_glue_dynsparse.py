@@ -62,6 +62,7 @@ from hf_dynsparse.plots import plot_training
 from hf_dynsparse.scripts import (
     ScriptArguments,
     check_model_to_resume,
+    check_run_length,
     check_updates_to_resume,
     find_checkpoint,
     holds_output_dir,
@@ -220,6 +221,7 @@ def main() -> None:
             data_collator=None if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
         )
+        check_run_length(trainer)
     if args.do_train:
         logger.info("%d training examples; %s", len(examples["train"]), topology_summary(model))
 

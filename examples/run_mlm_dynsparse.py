@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
@@ -54,12 +54,14 @@ from hf_dynsparse.data import (
     DataCollatorForWholeWordMasking,
     build_next_sentence_pairs,
     embedded_corpus,
+    split_line,
     split_sentences,
     train_wordpiece_tokenizer,
 )
 from hf_dynsparse.data.files import DataError, check_file, read_file, reading
 from hf_dynsparse.data.rows import check_text, looks_numeric
 from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions, check_tokenizer, vocabulary_size
+from hf_dynsparse.distributions import DISTRIBUTIONS
 from hf_dynsparse.estimate import DENSE_LEARNING_RATES
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.finetuning import every_block, load_teacher, set_final_sparsity_
@@ -71,6 +73,8 @@ from hf_dynsparse.scripts import (
     TOKENIZER_FOLDER,
     ScriptArguments,
     check_model_to_resume,
+    check_run_length,
+    check_updates_fit,
     check_updates_to_resume,
     find_checkpoint,
     holds_output_dir,
@@ -81,7 +85,6 @@ from hf_dynsparse.scripts import (
 )
 from hf_dynsparse.study.untrained import add_untrained_rest_
 from hf_dynsparse.summary import format_summary, summarize_run
-from hf_dynsparse.topology import update_steps
 from hf_dynsparse.topology_frames import read_history
 from hf_dynsparse.topology_history import TopologyHistory
 
@@ -115,7 +118,7 @@ class ModelArguments:
         },
     )
     distribution: str = field(
-        default="uniform", metadata={"help": "Density over the layers.", "choices": ["uniform", "erk"]}
+        default="uniform", metadata={"help": "Density over the layers.", "choices": DISTRIBUTIONS}
     )
     dense_baseline: bool = field(
         default=False, metadata={"help": "Train the dense twin instead: same head, data, optimiser and seed."}
@@ -138,7 +141,11 @@ class ModelArguments:
         default=None, metadata={"help": "Changes to the preset, e.g. num_hidden_layers=6,hidden_dropout_prob=0.1."}
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer folder or Hub name. Default: a WordPiece vocabulary is trained."}
+        default=None,
+        metadata={
+            "help": "Tokenizer folder or Hub name. Default: a WordPiece vocabulary is trained, on words of at "
+            "most 100 letters: longer ones are [UNK]."
+        },
     )
     vocab_size: int = field(default=8192, metadata={"help": "Size of the vocabulary when one is trained."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and prepared data are kept."})
@@ -195,7 +202,13 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
             "help": "Peak rate, used as given. Default: the preset's dense optimum, times 6.40 at sparsity 0.9."
         },
     )
-    max_steps: int = field(default=500, metadata={"help": "Optimiser steps; -1 to count --num_train_epochs instead."})
+    max_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimiser steps. Default: 500, or what --num_train_epochs makes; goes before these."},
+    )
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the training text, instead of --max_steps."}
+    )
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of linear warm-up, or below 1 a share of the run."}
     )
@@ -208,6 +221,7 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     save_steps: float = field(default=0.2, metadata={"help": "Steps between checkpoints, or a share of the run."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     logging_steps: float = field(default=0.02, metadata={"help": "Steps between log entries, or a share of the run."})
+    default_steps: ClassVar[int | None] = 500
 
 
 @holds_output_dir
@@ -256,6 +270,7 @@ def main() -> None:
             eval_dataset=sequences["validation"],
             processing_class=tokenizer,
         )
+        check_run_length(trainer)
     if trainer.topology is not None:
         trainer.add_callback(TopologyHistory(trainer))
     try:
@@ -337,8 +352,7 @@ def check_topology(args: RunArguments, checkpoint: str | None) -> None:
     """Refuse updates that do not fit the run, or that differ from those of the run to resume."""
     settings = args.topology_settings()
     if args.max_steps > 0 and (settings["num_updates"] is not None or settings["update_every"] is not None):
-        names = ("num_updates", "update_every", "first_step", "last_step")
-        update_steps(args.max_steps, *(settings[name] for name in names))
+        check_updates_fit(args, args.max_steps)
     if args.learning_rate_rewinding:
         check_rewinding(settings)
     if checkpoint is not None:
@@ -568,8 +582,10 @@ def prepare_sequences(
     room = data_args.max_seq_length - 2
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        lines = [line for text in batch["text"] for line in text.splitlines() if line.strip()]
-        return {"input_ids": tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"] if lines else []}
+        taken = 1 if data_args.line_by_line else None  # of a line
+        lines = (line for text in batch["text"] for line in text.splitlines())
+        pieces = [piece for line in lines for piece in islice(split_line(line), taken)]
+        return {"input_ids": tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] if pieces else []}
 
     def pack(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         if data_args.line_by_line:
@@ -628,7 +644,8 @@ def documents(rows: Iterable[dict[str, str]], tokenizer: PreTrainedTokenizerBase
             yield tokenized()
             sentences = []
         if not title:
-            sentences.extend(sentence for line in lines for sentence in split_sentences(line))
+            long = (sentence for line in lines for sentence in split_sentences(line))
+            sentences.extend(piece for sentence in long for piece in split_line(sentence))
     if sentences:
         yield tokenized()
 

@@ -50,9 +50,10 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.layout import check_sparsity, parse_block_size
-from hf_dynsparse.study.jobs import FlagParser, Job, logged_command, run_jobs, usable_cores
+from hf_dynsparse.study.jobs import FlagParser, Job, logged_command, run_jobs
 from hf_dynsparse.study.prune_ofa import GLUE, MLM, QA, STAGES, StageRun, plan_prune_ofa, read_prune_ofa_plan
 from hf_dynsparse.study.prune_ofa_report import collect_results, format_results, plot_results
+from hf_dynsparse.threads import default_threads
 
 
 SCRIPTS: dict[str, ModuleType] = {MLM: mlm, GLUE: glue, QA: qa}
@@ -69,7 +70,7 @@ def main() -> None:
     output = Path(args.output_dir)
     try:
         plan = read_prune_ofa_plan(args.plan, args.model_name_or_path)
-        threads = args.threads or max(1, len(usable_cores()) // args.jobs)
+        threads = args.threads or default_threads(args.jobs)
         plan["defaults"] = {"num_threads": threads, **plan["defaults"]}
         runs = plan_prune_ofa(plan, output, find_data(args))
         check_runs(runs, output)

@@ -71,6 +71,7 @@ from hf_dynsparse.plots import plot_training
 from hf_dynsparse.scripts import (
     ScriptArguments,
     check_model_to_resume,
+    check_run_length,
     check_updates_to_resume,
     find_checkpoint,
     holds_output_dir,
@@ -238,6 +239,7 @@ def main() -> None:
             data_collator=DataCollatorWithPadding(tokenizer, **(padding if data_args.pad_to_max_length else {})),
             processing_class=tokenizer,
         )
+        check_run_length(trainer)
 
     results: dict[str, float] = {}
     facts: dict[str, Any] = {}

@@ -4,6 +4,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_dynsparse import DynSparseTrainingArguments, TopologyCallback
+from hf_dynsparse.scripts import check_updates_fit
 from hf_dynsparse.topology import METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, TopologySettings
 
 
@@ -13,7 +14,7 @@ from hf_dynsparse.topology import METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES
         ({"prune_score": "l3"}, "`prune_score` must be one of l1, l1_patient, l2, linf.* Got 'l3'"),
         ({"prune_score": "unfired"}, "`prune_score` must be one of .* Got 'unfired'"),
         ({"regrow_rule": "l1"}, "`regrow_rule` must be one of random, gradient, unfired, .* Got 'l1'"),
-        ({"pruning_schedule": "sine"}, "`schedule` must be one of cosine, constant, linear, step. Got 'sine'"),
+        ({"pruning_schedule": "sine"}, "`pruning_schedule` must be one of cosine, constant, linear, step. Got 'sine'"),
         ({"method": "rig"}, "`method` must be one of static, dynsparse, set, rigl, .* Got 'rig'"),
         ({"pruning_ratio": 1.01}, r"`pruning_ratio` .*\[0, 1\]. Got 1.01. The paper's optimum is 0.5"),
         ({"pruning_ratio": -0.1}, r"`pruning_ratio` .*\[0, 1\]. Got -0.1"),
@@ -104,3 +105,23 @@ def test_what_is_given_wins_over_the_method(tmp_path):
 def test_every_method_sets_what_the_callback_takes(tmp_path, method):
     settings = DynSparseTrainingArguments(output_dir=str(tmp_path), method=method).topology_settings()
     assert TopologyCallback(**settings).state()["args"] == settings
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"pruning_schedule": "x"}, "^`pruning_schedule` must be one of cosine"),
+        ({"regrow_rule": "x"}, "^`regrow_rule` must be one of random"),
+        ({"density_schedule": "x"}, "^`density_schedule` must be one of"),
+        ({"hidden_copy": True}, "Got density_schedule='constant', pruning_ratio=0.5"),
+    ],
+)
+def test_errors_name_arguments_that_exist(tmp_path, given, error):
+    with pytest.raises(ValueError, match=error):
+        DynSparseTrainingArguments(output_dir=str(tmp_path), **given)
+
+
+def test_errors_about_steps_name_arguments_that_exist(tmp_path):
+    args = DynSparseTrainingArguments(output_dir=str(tmp_path), topology_update_every=1, topology_first_step=40)
+    with pytest.raises(ValueError, match=r"1 <= first_step .* Got topology_first_step=40, topology_last_step=None"):
+        check_updates_fit(args, 30)

@@ -122,9 +122,10 @@ def test_sequences(logits):
     ],
 )
 def test_bad_arguments(arguments, error, tmp_path):
-    with pytest.raises(ValueError, match=error):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"^`{name}` {error}"):
         Distillation(torch.nn.Linear(2, 2), **arguments)
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=f"^`distillation_{name}` {error}"):
         toy_arguments(tmp_path, **{f"distillation_{name}": value for name, value in arguments.items()})
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -26,6 +27,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoToke
 import hf_dynsparse
 from hf_dynsparse import DynSparseTrainingArguments, densify_, sparse_layers
 from hf_dynsparse.topology_frames import read_history
+from tests.toy import toy_tokenizer
 
 
 SCRIPT = EXAMPLES / "run_mlm_dynsparse.py"
@@ -342,6 +344,24 @@ def clean_environment(folder: Path) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def test_long_lines_are_tokenized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    script, tokenizer, lengths = runpy.run_path(str(SCRIPT)), toy_tokenizer(), []
+    tokenize = type(tokenizer).__call__
+
+    def watched(self: Any, lines: list[str], **arguments: Any) -> Any:
+        lengths.extend(map(len, lines))
+        return tokenize(self, lines, **arguments)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", watched)
+    rows = datasets.Dataset.from_dict({"text": ["w1 w2 , w3 w4 " * 2000, "", "w5"]})
+    raw, args = datasets.DatasetDict(train=rows, validation=rows), argparse.Namespace(seed=0)
+    for flags, count in (({}, 10_001 // 28), ({"line_by_line": True}, 2), ({"nsp": True}, None)):
+        data = script["DataArguments"](max_seq_length=30, overwrite_cache=True, **flags)
+        sequences = script["prepare_sequences"](raw, tokenizer, data, args)["train"]
+        assert count in (None, len(sequences)), flags
+    assert max(lengths) <= 10_000
 
 
 @pytest.mark.slow

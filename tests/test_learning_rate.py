@@ -86,7 +86,7 @@ def test_rewinds_fall_on_updates() -> None:
     settings = {**method_settings("prune_ofa", {"density_begin": 0.22, "density_end": 0.6}), "update_every": 7}
     multiplier = rewinding(settings, 100, 5)
     rises = [step for step in range(6, 101) if multiplier(step) > multiplier(step - 1)]
-    updates = update_steps(100, every=7)
+    updates = update_steps(100, update_every=7)
     assert rises == [step for step in updates if 22 <= step < 60] + [60]  # at its end the window is left as it began
     assert multiplier(60) == multiplier(21) == pytest.approx(40 / 56)
 

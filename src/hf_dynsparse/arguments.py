@@ -1,5 +1,8 @@
 """What a run does with the topology and its kernels: `DynSparseTrainingArguments`."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +15,8 @@ from .learning_rate import check_rewinding, rewinding
 from .ops.choice import TUNING_MODES
 from .topology import ALLOCATIONS, METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, TopologySettings, method_settings
 
+
+# Choices are the tables themselves: what is added to one can be chosen.
 
 # A flag that may be left out, `--readmit`, or `--readmit false`: the parser knows two of these by itself.
 SWITCH: dict[str, Any] = {"nargs": "?", "const": True}
@@ -38,7 +43,20 @@ METHOD_FLAGS = {
     "hidden_copy": "hidden_copy",
 }
 
+_RENAMED = {setting: flag for flag, setting in METHOD_FLAGS.items() if flag != setting}
+_SETTING = re.compile(rf"`({'|'.join(_RENAMED)})`|\b({'|'.join(_RENAMED)})(?==)")
+
 BLOCK_AGE_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.ADAMW_TORCH)
+
+
+@contextmanager
+def naming_arguments() -> Iterator[None]:
+    """Errors about topology settings call them what the arguments are called."""
+    try:
+        yield
+    except ValueError as error:
+        text = _SETTING.sub(lambda found: found[0].replace(name := found[1] or found[2], _RENAMED[name]), str(error))
+        raise ValueError(text) from None
 
 
 @dataclass
@@ -58,7 +76,7 @@ class DynSparseTrainingArguments(TrainingArguments):
         default="dynsparse",
         metadata={
             "help": "Method of sparse training: a preset of the topology arguments below. Those given explicitly win.",
-            "choices": list(METHODS),
+            "choices": METHODS,
         },
     )
     num_topology_updates: int | None = field(
@@ -93,7 +111,7 @@ class DynSparseTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "How the pruning ratio decays over the updates. DynSparse: cosine.",
-            "choices": list(SCHEDULES),
+            "choices": SCHEDULES,
         },
     )
     prune_score: str | None = field(
@@ -102,7 +120,7 @@ class DynSparseTrainingArguments(TrainingArguments):
             "help": "Active blocks with the lowest score are pruned: a norm of their values (DynSparse: l1), the same "
             "with the newest spared (l1_patient), |w g| (weight_gradient), |w| + 0.01 |g| (mest), the dense gradient, "
             "or any (random).",
-            "choices": list(PRUNE_SCORES),
+            "choices": PRUNE_SCORES,
         },
     )
     regrow_rule: str | None = field(
@@ -112,7 +130,7 @@ class DynSparseTrainingArguments(TrainingArguments):
             "and columns are emptiest (balanced), at the largest dense gradient (gradient: RigL), the same freed of "
             "the scale of inputs (gradient_normalised) and of outputs (correlation), or of four blocks three by "
             "gradient and one anywhere (gradient_random: MST).",
-            "choices": list(REGROW_RULES),
+            "choices": REGROW_RULES,
         },
     )
     readmit: bool | None = field(
@@ -281,7 +299,8 @@ class DynSparseTrainingArguments(TrainingArguments):
             )
         if self.kernel_tuning not in TUNING_MODES:
             raise ValueError(f"`kernel_tuning` must be one of {', '.join(TUNING_MODES)}. Got {self.kernel_tuning!r}.")
-        check_distillation(self.distillation_temperature, self.distillation_weight, self.distillation_positions)
+        how = self.distillation_temperature, self.distillation_weight, self.distillation_positions
+        check_distillation(*how, prefix="distillation_")
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative. Got {self.group_lasso}.")
         super().__post_init__()
@@ -292,9 +311,10 @@ class DynSparseTrainingArguments(TrainingArguments):
         Raises:
             ValueError: for topology settings out of range, or that exclude each other.
         """
-        settings = self.topology_settings()
-        del settings["group_lasso"]
-        TopologySettings(**settings)
+        with naming_arguments():
+            settings = self.topology_settings()
+            del settings["group_lasso"]
+            TopologySettings(**settings)
 
     def _check_optimizer(self) -> None:
         if self.dense_learning_rate is not None and self.dense_learning_rate < 0:

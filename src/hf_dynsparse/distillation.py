@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .losses import IGNORED, LABELS, at_least_one
+
 
 # What heads call their logits: classification, regression and masked language modelling; pre-training; spans.
 TOKEN_OR_SEQUENCE = ("logits", "prediction_logits", "seq_relationship_logits")
 SPAN = ("start_logits", "end_logits")
 # Where the logits of tokens are compared.
 DISTILLATION_POSITIONS = ("labelled", "all")
-LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
 
 def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
@@ -58,7 +59,7 @@ class Distillation:
     def __init__(
         self, teacher: nn.Module, temperature: float = 2.0, weight: float = 0.5, positions: str = "labelled"
     ) -> None:
-        check_distillation(temperature, weight, positions)
+        check_distillation(temperature, weight, positions, "")
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature, self.weight, self.positions = temperature, weight, positions
         self._accepted = set(inspect.signature(teacher.forward).parameters) - set(LABELS)
@@ -114,11 +115,12 @@ class Distillation:
                 compared = real_rows if of_tokens else labelled_rows
                 rows = distillation_loss(*compared(outputs[name], answers[name], inputs), self.temperature)
                 if num_items_in_batch is None:
-                    parts.append(rows.mean())
+                    parts.append(rows.sum() / at_least_one(len(rows)))
                 elif of_tokens:  # items are labels, of which most tokens have none
-                    parts.append(rows.mean() * (inputs["labels"] != -100).sum() / num_items_in_batch)
+                    share = (inputs["labels"] != IGNORED).sum() / at_least_one(num_items_in_batch)
+                    parts.append(rows.mean() * share)
                 else:
-                    parts.append(rows.sum() / num_items_in_batch)
+                    parts.append(rows.sum() / at_least_one(num_items_in_batch))
         padding = inputs["attention_mask"] == 0 if "attention_mask" in inputs else None
         for name in SPAN:
             if name in outputs:
@@ -135,19 +137,20 @@ class Distillation:
         return mean
 
 
-def check_distillation(temperature: float, weight: float, positions: str) -> None:
+def check_distillation(temperature: float, weight: float, positions: str, prefix: str) -> None:
     """
+    Args:
+        prefix (`str`): what the names of these arguments begin with, where they were given.
+
     Raises:
         ValueError: for a weight outside [0, 1], a temperature that is not positive, or unknown positions.
     """
     if positions not in DISTILLATION_POSITIONS:
-        raise ValueError(
-            f"`distillation_positions` must be one of {', '.join(DISTILLATION_POSITIONS)}. Got {positions!r}."
-        )
+        raise ValueError(f"`{prefix}positions` must be one of {', '.join(DISTILLATION_POSITIONS)}. Got {positions!r}.")
     if not 0.0 <= weight <= 1.0:
-        raise ValueError(f"`distillation_weight` must lie in [0, 1]. Got {weight}. Choose 0.5 for equal parts.")
+        raise ValueError(f"`{prefix}weight` must lie in [0, 1]. Got {weight}. Choose 0.5 for equal parts.")
     if not temperature > 0.0:
-        raise ValueError(f"`distillation_temperature` must be positive. Got {temperature}. Choose 2.")
+        raise ValueError(f"`{prefix}temperature` must be positive. Got {temperature}. Choose 2.")
 
 
 def labelled_rows(
@@ -159,7 +162,7 @@ def labelled_rows(
     """
     labels = inputs.get("labels")
     if labels is not None and labels.dim() == teacher.dim() - 1 > 1:
-        labelled = labels != -100
+        labelled = labels != IGNORED
         student = student if student.dim() < teacher.dim() else student[labelled]
         teacher = teacher[labelled]
     return student.reshape(-1, student.shape[-1]), teacher.reshape(-1, teacher.shape[-1])

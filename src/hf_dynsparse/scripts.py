@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import datasets
 import torch
@@ -17,14 +17,20 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, PreTrainedModel, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .arguments import DynSparseTrainingArguments
+from .arguments import DynSparseTrainingArguments, naming_arguments
 from .callback import TopologyCallback
 from .checkpoint import check_same_model, find_run_to_resume
 from .hub import fetch_checkpoint
 from .hub.trainer import open_hub_repository
+from .learning_rate import rewinding
 from .resizing import check_final_sizes, sizes_of
 from .run_lock import run_lock
+from .threads import default_threads
+from .topology import update_steps
+from .trainer import DynSparseTrainer
 
+
+logger = logging.getLogger(__name__)
 
 _HELD = ExitStack()  # the lock of the output folder, from `find_checkpoint` to the end of the script
 
@@ -36,7 +42,10 @@ class ScriptArguments:
     """What a script adds to training arguments, which its class inherits too: name this one first."""
 
     num_threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of each process. Default: the cores, shared among the processes."}
+        default=None,
+        metadata={
+            "help": "CPU threads of each process. Default: OMP_NUM_THREADS, or the cores shared among the processes."
+        },
     )
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -45,6 +54,23 @@ class ScriptArguments:
             "checkpoint pushed, as user/name or user/name@revision."
         },
     )
+
+    # Optimiser steps where neither these nor epochs are given; without it the epochs have a default.
+    default_steps: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        args: Any = self
+        if args.max_steps is None:
+            args.max_steps = -1 if args.num_train_epochs is not None else self.default_steps
+        elif args.max_steps > 0 and args.num_train_epochs is not None:
+            logger.warning(
+                "`max_steps` goes before `num_train_epochs`. Got %d and %g: the run has %d steps. Leave one out.",
+                *(args.max_steps, args.num_train_epochs, args.max_steps),
+            )
+        if args.num_train_epochs is None and self.default_steps is not None:
+            args.num_train_epochs = 3.0  # as in transformers
+        following: Any = super()
+        following.__post_init__()
 
 
 def parse_arguments(*kinds: Any, description: str | None = None) -> tuple[Any, ...]:
@@ -97,6 +123,38 @@ def check_updates_to_resume(args: DynSparseTrainingArguments, checkpoint: str) -
     TopologyCallback(**args.topology_settings()).check_run(state, args.max_steps)
 
 
+def check_updates_fit(args: DynSparseTrainingArguments, steps: int) -> None:
+    """
+    Raises:
+        ValueError: for topology updates that do not fit a run of so many steps.
+    """
+    names = ("num_updates", "update_every", "first_step", "last_step")
+    settings = args.topology_settings()
+    with naming_arguments():
+        update_steps(steps, *(settings[name] for name in names))
+
+
+def check_run_length(trainer: DynSparseTrainer) -> None:
+    """
+    Refuse topology updates and rewinds of the learning rate that do not fit the run: of epochs the number of steps is
+    known only with the data.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    args, settings = trainer.args, trainer.args.topology_settings()
+    fixed = settings["num_updates"] is not None or settings["update_every"] is not None
+    if trainer.train_dataset is None or settings["num_updates"] == 0 or not (fixed or args.learning_rate_rewinding):
+        return
+    steps = args.max_steps
+    if steps <= 0:
+        *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    if fixed:
+        check_updates_fit(args, steps)
+    if args.learning_rate_rewinding:
+        rewinding(settings, steps, args.get_warmup_steps(steps))
+
+
 def check_model_to_resume(model: PreTrainedModel, checkpoint: str) -> None:
     """
     Raises:
@@ -120,8 +178,7 @@ def settle_process(args: Any, logger_name: str) -> None:
         logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
     datasets.utils.logging.set_verbosity_warning()
     if args.device.type == "cpu":
-        # `accelerate launch` leaves one thread to each process unless it is told otherwise.
-        torch.set_num_threads(args.num_threads or max(1, (os.cpu_count() or 1) // args.world_size))
+        torch.set_num_threads(args.num_threads or default_threads(args.world_size))
     set_seed(args.seed)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -41,6 +42,7 @@ from .fsdp import ShardedTrainer
 from .hub.trainer import HubTrainer
 from .kernel_callback import KernelCallback
 from .learning_rate import rewinding
+from .losses import IGNORED, class_labels, zero_if_unlabelled
 from .memory import keep_freed_memory
 from .model_card import trainer_facts, write_model_card
 from .nn import sparse_layers
@@ -325,12 +327,21 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """As in transformers; while training with a teacher, its part is mixed in."""
-        if self.distillation is None or not model.training:
+        """
+        As in transformers, but 0 for a batch without a label that counts; while training with a teacher, its part is
+        mixed in.
+        """
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing takes the labels out of `inputs`
-        with self.distillation.asking(self.accelerator.unwrap_model(model)):
+        student = self.accelerator.unwrap_model(model)
+        with nullcontext() if self.distillation is None else self.distillation.asking(student):
             task_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # Of stock heads and label smoothing the mean over no label is NaN.
+        if (labels := class_labels(given)) is not None:
+            task_loss = zero_if_unlabelled(task_loss, labels)
+        if self.distillation is None:
+            return (task_loss, outputs) if return_outputs else task_loss
         items = num_items_in_batch if self.model_accepts_loss_kwargs else None
         distilled = self.distillation.loss(given, outputs, items)
         if items is not None and self.args.average_tokens_across_devices:
@@ -338,6 +349,14 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         weight = self.distillation.weight
         loss = (1.0 - weight) * task_loss + weight * distilled
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a batch without a label that counts has loss NaN, which the mean of a set leaves out."""
+        labels = class_labels(inputs)
+        loss, logits, answers = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None and labels is not None:
+            loss = loss.where((labels != IGNORED).any().to(loss.device), math.nan)
+        return loss, logits, answers
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """

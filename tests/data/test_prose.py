@@ -1,5 +1,9 @@
 """Cleaning of docstrings: what is prose stays, what is not goes."""
 
+import time
+
+import pytest
+
 from hf_dynsparse.data.prose import clean_text, is_prose
 
 
@@ -89,3 +93,11 @@ def test_is_prose_refuses_code_tables_and_names() -> None:
     assert not is_prose("float16 bfloat16 float32 float64 int8 int16 int32 int64 uint8 complex64 complex128")
     assert not is_prose(r"The sum is \sum_{i=1}^n of all the terms that are in the series.")
     assert not is_prose("Dieser Satz ist lang genug, aber er besteht nicht aus Worten der Sprache.")
+
+
+@pytest.mark.parametrize("filler", [" ", ":a", "**a ", "<!--"])
+def test_long_texts_take_time_by_their_length(filler: str) -> None:
+    text = "It is said of the long text that it " + filler * 50_000 + "is not read."
+    started = time.process_time()
+    list(clean_text(text))
+    assert time.process_time() - started < 2.0  # else more than a minute

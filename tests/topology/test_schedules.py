@@ -50,23 +50,23 @@ def test_bad_ratios_and_schedules_are_errors() -> None:
         ({"num_updates": 2}, (10, 20)),
         ({"num_updates": 3}, (8, 15, 23)),
         ({"num_updates": 29}, tuple(range(1, 30))),
-        ({"num_updates": 1, "first": 4}, (4,)),
-        ({"num_updates": 2, "first": 10}, (10, 20)),
-        ({"num_updates": 2, "last": 20}, (10, 20)),
-        ({"num_updates": 1, "last": 20}, (20,)),
-        ({"num_updates": 3, "first": 5, "last": 25}, (5, 15, 25)),
-        ({"num_updates": 1, "first": 7, "last": 7}, (7,)),
-        ({"num_updates": 0, "first": 7}, ()),
-        ({"every": 10}, (10, 20)),
-        ({"every": 10, "first": 11}, (20,)),
-        ({"every": 10, "last": 19}, (10,)),
-        ({"every": 7, "first": 7, "last": 28}, (7, 14, 21, 28)),
-        ({"every": 30}, ()),
-        ({"every": 1}, tuple(range(1, 30))),
-        ({"every": 0.34}, (10, 20)),
-        ({"every": 0.01}, tuple(range(1, 30))),
-        ({"every": 5.0, "first": 0.3, "last": 0.75}, (10, 15, 20)),
-        ({"num_updates": 2, "last": 0.7}, (11, 21)),
+        ({"num_updates": 1, "first_step": 4}, (4,)),
+        ({"num_updates": 2, "first_step": 10}, (10, 20)),
+        ({"num_updates": 2, "last_step": 20}, (10, 20)),
+        ({"num_updates": 1, "last_step": 20}, (20,)),
+        ({"num_updates": 3, "first_step": 5, "last_step": 25}, (5, 15, 25)),
+        ({"num_updates": 1, "first_step": 7, "last_step": 7}, (7,)),
+        ({"num_updates": 0, "first_step": 7}, ()),
+        ({"update_every": 10}, (10, 20)),
+        ({"update_every": 10, "first_step": 11}, (20,)),
+        ({"update_every": 10, "last_step": 19}, (10,)),
+        ({"update_every": 7, "first_step": 7, "last_step": 28}, (7, 14, 21, 28)),
+        ({"update_every": 30}, ()),
+        ({"update_every": 1}, tuple(range(1, 30))),
+        ({"update_every": 0.34}, (10, 20)),
+        ({"update_every": 0.01}, tuple(range(1, 30))),
+        ({"update_every": 5.0, "first_step": 0.3, "last_step": 0.75}, (10, 15, 20)),
+        ({"num_updates": 2, "last_step": 0.7}, (11, 21)),
     ],
     ids=str,
 )
@@ -87,25 +87,28 @@ def test_update_steps_are_distinct_and_even() -> None:
 def test_the_shortest_runs() -> None:
     for total in (0, 1):
         assert update_steps(total, num_updates=0) == ()
-        assert update_steps(total, every=1) == ()
+        assert update_steps(total, update_every=1) == ()
     assert update_steps(2, num_updates=1) == (1,)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of `num_updates` and `every`. Got num_updates=None and every=None"),
-        ({"num_updates": 1, "every": 1}, "Got num_updates=1 and every=1"),
+        ({}, "exactly one of `num_updates` and `update_every`. Got num_updates=None and update_every=None"),
+        ({"num_updates": 1, "update_every": 1}, "Got num_updates=1 and update_every=1"),
         (
             {"num_updates": 30},
             r"must lie in \[0, 29\] for 30 steps with updates from step 1 to 29. Got 30. Train longer",
         ),
         ({"num_updates": -1}, r"must lie in \[0, 29\].* Got -1"),
-        ({"num_updates": 6, "first": 10, "last": 14}, r"must lie in \[0, 5\].* Got 6"),
-        ({"num_updates": 1, "first": 0}, "1 <= first <= last < total_steps = 30. Got first=0, last=None. Move them"),
-        ({"num_updates": 1, "last": 30}, "Got first=None, last=30"),
-        ({"every": 5, "first": 20, "last": 10}, "Got first=20, last=10"),
-        ({"every": 0}, "`every` must be a positive number of steps. Got 0"),
+        ({"num_updates": 6, "first_step": 10, "last_step": 14}, r"must lie in \[0, 5\].* Got 6"),
+        (
+            {"num_updates": 1, "first_step": 0},
+            "1 <= first_step <= last_step < total_steps = 30. Got first_step=0, last_step=None. Move them",
+        ),
+        ({"num_updates": 1, "last_step": 30}, "Got first_step=None, last_step=30"),
+        ({"update_every": 5, "first_step": 20, "last_step": 10}, "Got first_step=20, last_step=10"),
+        ({"update_every": 0}, "`update_every` must be a positive number of steps. Got 0"),
     ],
     ids=str,
 )

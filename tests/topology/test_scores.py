@@ -143,9 +143,9 @@ def test_every_score_declares_what_it_looks_at() -> None:
 
 
 def test_names() -> None:
-    assert PRUNE_SCORES == ("l1", "l1_patient", "l2", "linf", "random", "gradient", "weight_gradient", "mest")
+    assert tuple(PRUNE_SCORES) == ("l1", "l1_patient", "l2", "linf", "random", "gradient", "weight_gradient", "mest")
     by_gradient = "gradient_normalised", "correlation", "gradient_random", "momentum"
-    assert ("random", "gradient", "unfired", "balanced", *by_gradient) == REGROW_RULES
+    assert ("random", "gradient", "unfired", "balanced", *by_gradient) == tuple(REGROW_RULES)
     with pytest.raises(ValueError, match="`regrow_rule` must be one of random, gradient, unfired, .* Got 'l1'"):
         resolve_score("l1", "regrow_rule", REGROW_RULES)
 

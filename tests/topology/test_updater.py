@@ -397,7 +397,7 @@ def test_no_updates_is_static() -> None:
         ({"num_updates": 1, "regrow_rule": "l1"}, "`regrow_rule` must be one of"),
         ({"num_updates": 10}, r"`num_updates` must lie in \[0, 9\]"),
         ({}, "exactly one of"),
-        ({"num_updates": 1, "first_step": 0}, "Got first=0"),
+        ({"num_updates": 1, "first_step": 0}, "Got first_step=0"),
     ],
 )
 def test_bad_arguments_are_errors(arguments: dict, message: str) -> None:

@@ -4,6 +4,7 @@ from .collators import DataCollatorForWholeWordMasking
 from .corpus import EmbeddedCorpus, embedded_corpus
 from .glue import GLUE_TASKS, GlueTask, glue_metrics, read_glue
 from .next_sentence import build_next_sentence_pairs
+from .pieces import split_line
 from .sentences import split_sentences
 from .tokenizer import train_wordpiece_tokenizer
 
@@ -17,6 +18,7 @@ __all__ = [
     "embedded_corpus",
     "glue_metrics",
     "read_glue",
+    "split_line",
     "split_sentences",
     "train_wordpiece_tokenizer",
 ]

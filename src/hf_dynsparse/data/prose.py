@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterator
 
 
-FENCES = re.compile(r"^[ \t]*(```|~~~).*?(^[ \t]*\1[ \t]*$|\Z)|\$\$.*?\$\$|<!--.*?-->", re.DOTALL | re.MULTILINE)
+FENCES = re.compile(
+    r"^[ \t]*(```|~~~).*?(^[ \t]*\1[ \t]*$|\Z)|\$\$.*?\$\$|<!--(?:(?!<!--).)*?-->", re.DOTALL | re.MULTILINE
+)
 # The indented content of these directives is prose; that of every other one (code, formulas, lists of names) is not.
 PROSE_DIRECTIVES = re.compile(r"^(note|warning|tip|seealso|important|deprecated|versionadded|versionchanged|caution)$")
 DIRECTIVE = re.compile(r"^\.\.(?:\s+([\w:-]+?)::\s*(.*)|\s.*|)$")
@@ -35,6 +37,7 @@ MARKUP: tuple[tuple[re.Pattern[str], str], ...] = (
 WORD = re.compile(r"^[(\"']*[A-Za-z]+(?:['-][A-Za-z]+)*[)\"']*[.,;:!?]?[)\"']*$")
 PLAIN_START = re.compile(r"[a-z]+[,;]?\s")
 MIN_LENGTH = 50
+MAX_LENGTH = 10_000  # of a paragraph: a longer one is data, on which patterns take long
 FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -59,8 +62,8 @@ def clean_text(text: str) -> Iterator[str]:
         `str`: One paragraph; code, doctests, tables, headings, signatures and formulas are left out.
     """
     for lines in split_paragraphs(FENCES.sub("", inspect.cleandoc(text))):
-        paragraph = " ".join(lines)
-        if len(paragraph) < MIN_LENGTH:
+        paragraph = " ".join(" ".join(lines).split())
+        if not MIN_LENGTH <= len(paragraph) <= MAX_LENGTH:
             continue
         for pattern, replacement in MARKUP:
             paragraph = pattern.sub(replacement, paragraph)

@@ -1,12 +1,16 @@
 """A lower-case WordPiece tokenizer of one's own, without a download."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.trainers import WordPieceTrainer
 from transformers import BertTokenizer
+
+from .pieces import split_line
 
 
 MAX_ALPHABET = 1000
@@ -18,11 +22,11 @@ def train_wordpiece_tokenizer(
 ) -> BertTokenizer:
     """
     Train the tokenizer of BERT (lower case, accents stripped, WordPiece) on texts. The same texts give the same
-    vocabulary.
+    vocabulary. Words over 100 letters are left out: such a word is `[UNK]` to the tokenizer, whatever it has learned.
 
     Args:
         texts (`Iterable[str]`):
-            Training texts, such as paragraphs; read once and held in memory.
+            Training texts, such as paragraphs, of any length; read once and held in memory.
         vocab_size (`int`, *optional*, defaults to 8192):
             Size of the vocabulary, the five special tokens included. A multiple of the block size keeps the
             embeddings aligned. Few texts give a smaller one.
@@ -44,7 +48,7 @@ def train_wordpiece_tokenizer(
             f"`vocab_size` must be larger than the {num_special} special tokens. Got {vocab_size}. Choose 1,000 or"
             " more for real text."
         )
-    texts = list(texts)
+    texts = learnable_pieces(texts, blank)
     alphabet = count_alphabet(texts, blank, min(MAX_ALPHABET, max(MIN_ALPHABET, vocab_size // 4)))
     if not alphabet:
         raise ValueError("`texts` must hold at least one word. Got nothing to learn from: is the iterator used up?")
@@ -55,6 +59,30 @@ def train_wordpiece_tokenizer(
     special += sorted(piece for piece in pieces if piece.startswith("##"))
     vocab = train_vocabulary(texts, blank, special, alphabet, vocab_size, min_frequency)
     return BertTokenizer(vocab=vocab, do_lower_case=True, model_max_length=model_max_length)
+
+
+def learnable_pieces(texts: Iterable[str], blank: BertTokenizer) -> list[str]:
+    """
+    Lines of texts, long ones in pieces, without the words that are too long for WordPiece: learning takes time that
+    grows with the square of the length of a word.
+
+    Args:
+        texts (`Iterable[str]`):
+            Training texts.
+        blank ([`BertTokenizer`]):
+            Tokenizer that says what a word is, and how long one may be.
+    """
+    backend: Any = blank.backend_tokenizer
+    longest = backend.model.max_input_chars_per_word
+
+    def drop_long_words(run: re.Match[str]) -> str:
+        words = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(run.group()))
+        return " ".join(word for word, _ in words if len(word) <= longest)
+
+    # Cheap to find, and only seldom more than one word.
+    suspect = re.compile(rf"\S{{{longest + 1},}}")
+    pieces = (piece for text in texts for line in text.splitlines() for piece in split_line(line))
+    return [suspect.sub(drop_long_words, piece) for piece in pieces]
 
 
 def count_alphabet(texts: Iterable[str], blank: BertTokenizer, limit: int) -> list[str]:

@@ -14,6 +14,8 @@ from typing import NamedTuple, NoReturn
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from ..threads import usable_cores
+
 
 class Job(NamedTuple):
     """
@@ -114,8 +116,3 @@ def logged_command(folder: Path) -> list[str] | None:
     with contextlib.suppress(OSError):
         return shlex.split(Path(f"{folder}.log").read_text(errors="replace").partition("\n")[0].removeprefix("$ "))
     return None
-
-
-def usable_cores() -> list[int]:
-    """Numbers of the cores that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

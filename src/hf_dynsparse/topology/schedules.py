@@ -90,48 +90,49 @@ def density_share(progress: float, schedule: str, begin: float = 0.0, end: float
 def update_steps(
     total_steps: int,
     num_updates: int | None = None,
-    every: float | None = None,
-    first: float | None = None,
-    last: float | None = None,
+    update_every: float | None = None,
+    first_step: float | None = None,
+    last_step: float | None = None,
 ) -> tuple[int, ...]:
     """
     Optimiser steps (counted from 1) after which the topology is updated: either `num_updates` of them, evenly spaced
-    and with an equal stretch of training before the first and after the last, or one `every` so many steps.
+    and with an equal stretch of training before the first and after the last, or one every so many steps.
 
     Args:
         total_steps (`int`): optimiser steps of the whole run.
-        every (`float`, *optional*): a number of steps, or below 1 a share of the run.
-        first, last (`float`, *optional*): no update before `first` or after `last`, given like `every`. The last step
-            of a run never updates: the new blocks would stay zero.
+        update_every (`float`, *optional*): a number of steps, or below 1 a share of the run.
+        first_step, last_step (`float`, *optional*): no update before or after, given like `update_every`. The last
+            step of a run never updates: the new blocks would stay zero.
 
     Example:
         ```python
         >>> update_steps(30, num_updates=2)
         (10, 20)
-        >>> update_steps(30, every=10)
+        >>> update_steps(30, update_every=10)
         (10, 20)
         ```
 
     Raises:
-        ValueError: if both or neither of `num_updates` and `every` are given, or the updates do not fit.
+        ValueError: if both or neither of `num_updates` and `update_every` are given, or the updates do not fit.
     """
-    if (num_updates is None) == (every is None):
+    if (num_updates is None) == (update_every is None):
         raise ValueError(
-            f"Give exactly one of `num_updates` and `every`. Got num_updates={num_updates} and every={every}."
+            f"Give exactly one of `num_updates` and `update_every`. Got num_updates={num_updates} and "
+            f"update_every={update_every}."
         )
     if num_updates == 0:
         return ()
-    every, first, last = (in_steps(value, total_steps) for value in (every, first, last))
+    every, first, last = (in_steps(value, total_steps) for value in (update_every, first_step, last_step))
     begin, end = 1 if first is None else first, total_steps - 1 if last is None else last
     bounded = first is not None or last is not None
     if begin < 1 or end >= max(total_steps, 1) or (bounded and begin > end):
         raise ValueError(
-            f"The first and last topology update must satisfy 1 <= first <= last < total_steps = {total_steps}. "
-            f"Got first={first}, last={last}. Move them inside the run, or leave them out."
+            f"The first and last topology update must satisfy 1 <= first_step <= last_step < total_steps = "
+            f"{total_steps}. Got first_step={first}, last_step={last}. Move them inside the run, or leave them out."
         )
     if every is not None:
         if every < 1:
-            raise ValueError(f"`every` must be a positive number of steps. Got {every}.")
+            raise ValueError(f"`update_every` must be a positive number of steps. Got {every}.")
         return tuple(step for step in range(every, end + 1, every) if step >= begin)
     if num_updates is None or num_updates < 0 or num_updates > end - begin + 1:
         raise ValueError(

@@ -1,8 +1,9 @@
 """Scores of blocks: the lowest are pruned, the highest are regrown. One small function each, in one table."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -194,9 +195,26 @@ SCORES: dict[str, Score] = {
 # What only training can tell; the other fields are read off the layer.
 OBSERVED = frozenset({"gradient", "momentum", "input_scale", "output_scale"})
 
+
+class _Names(Sequence[str]):
+    """Keys of `SCORES` that serve one purpose, those added later included."""
+
+    def __init__(self, serves: Callable[[Score], bool]) -> None:
+        self._serves = serves
+
+    def _now(self) -> tuple[str, ...]:
+        return tuple(name for name, score in SCORES.items() if self._serves(score))
+
+    def __len__(self) -> int:
+        return len(self._now())
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._now()[number]
+
+
 # An inactive block has no values to look at; a pruned one was active, so its history says nothing.
-PRUNE_SCORES = tuple(name for name, score in SCORES.items() if score.needs <= {"values", "gradient", "newborn"})
-REGROW_RULES = tuple(name for name, score in SCORES.items() if "values" not in score.needs)
+PRUNE_SCORES = _Names(lambda score: score.needs <= {"values", "gradient", "newborn"})
+REGROW_RULES = _Names(lambda score: "values" not in score.needs)
 
 
 def check_regrow_std(regrow_std: float) -> None:
@@ -211,7 +229,7 @@ def check_regrow_std(regrow_std: float) -> None:
         )
 
 
-def resolve_score(name: str, argument: str, allowed: tuple[str, ...]) -> Score:
+def resolve_score(name: str, argument: str, allowed: Sequence[str]) -> Score:
     """
     Turn the value of `argument` ("prune_score" or "regrow_rule") into a score.
 

@@ -1,6 +1,9 @@
 """BERT with a block-sparse encoder: the stock forward passes over an encoder that is never allocated dense."""
 
+import inspect
 import logging
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, Self
 
 import torch
@@ -18,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers.modeling_outputs import MaskedLMOutput, QuestionAnsweringModelOutput
 from transformers.models.bert.modeling_bert import (
     BertEmbeddings,
     BertEncoder,
@@ -27,9 +30,11 @@ from transformers.models.bert.modeling_bert import (
     BertPooler,
     BertPreTrainingHeads,
 )
+from transformers.utils.generic import can_return_tuple
 
 from ...integrity import ChecksumWriter, order_metadata
 from ...layout import BlockLayout, BlockSize
+from ...losses import IGNORED, span_loss, token_loss, zero_if_unlabelled
 from ...nn import (
     INITIAL_TOPOLOGIES,
     SEARCH_GATES,
@@ -296,7 +301,7 @@ class DynSparseBertForMaskedLM(DynSparseBertPreTrainedModel, BertForMaskedLM):
             hidden_states, labels = _masked_positions(hidden_states, labels)
         logits = self.cls(hidden_states)
         output = MaskedLMOutput(
-            loss=None if labels is None else _token_loss(logits, labels, num_items_in_batch),
+            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -334,33 +339,41 @@ class DynSparseBertForPreTraining(DynSparseBertPreTrainedModel, BertForPreTraini
         `labels` of shape `(batch_size, sequence_length)` as in masked language modelling, `next_sentence_label` of
         shape `(batch_size,)`: 0 if the second segment continues the first, 1 if it is a random one.
         """
-        if labels is None or next_sentence_label is None or not (self.training and self.config.sparse_prediction):
-            return super().forward(
-                input_ids,
-                attention_mask,
-                token_type_ids,
-                position_ids,
-                inputs_embeds,
-                labels,
-                next_sentence_label,
-                return_dict=return_dict,
-                **kwargs,
-            )
         outputs = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
-        hidden_states, labels = _masked_positions(outputs.last_hidden_state, labels)
+        hidden_states, loss = outputs.last_hidden_state, None
+        if next_sentence_label is None:
+            labels = None  # the loss is that of both heads, or none
+        if labels is not None and self.training and self.config.sparse_prediction:
+            hidden_states, labels = _masked_positions(hidden_states, labels)
         prediction_logits, relationship_logits = self.cls(hidden_states, outputs.pooler_output)
-        masked_loss = nn.functional.cross_entropy(prediction_logits, labels)
-        sentence_loss = nn.functional.cross_entropy(relationship_logits, next_sentence_label.view(-1))
+        if labels is not None and next_sentence_label is not None:
+            loss = token_loss(prediction_logits, labels) + token_loss(relationship_logits, next_sentence_label)
         output = BertForPreTrainingOutput(
-            loss=masked_loss + sentence_loss,
+            loss=loss,
             prediction_logits=prediction_logits,
             seq_relationship_logits=relationship_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
         return output.to_tuple() if return_dict is False else output
+
+
+def _zero_without_labels(forward: Callable[..., Any]) -> Any:
+    """`forward` of a stock head; its loss is 0 where no label of the batch counts, as in `hf_dynsparse.losses`."""
+    names = list(inspect.signature(forward).parameters)
+
+    @wraps(forward)  # the Trainer reads the names of the arguments
+    @can_return_tuple
+    def settled(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **{**kwargs, "return_dict": True})
+        labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
+        if labels is not None and not labels.is_floating_point():
+            output.loss = zero_if_unlabelled(output.loss, labels)
+        return output
+
+    return settled
 
 
 class DynSparseBertForSequenceClassification(DynSparseBertPreTrainedModel, BertForSequenceClassification):
@@ -374,6 +387,8 @@ class DynSparseBertForSequenceClassification(DynSparseBertPreTrainedModel, BertF
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
+    forward = _zero_without_labels(BertForSequenceClassification.forward)
+
 
 class DynSparseBertForTokenClassification(DynSparseBertPreTrainedModel, BertForTokenClassification):
     """Classification of each token; see [`~transformers.BertForTokenClassification`]."""
@@ -386,6 +401,8 @@ class DynSparseBertForTokenClassification(DynSparseBertPreTrainedModel, BertForT
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
+    forward = _zero_without_labels(BertForTokenClassification.forward)
+
 
 class DynSparseBertForQuestionAnswering(DynSparseBertPreTrainedModel, BertForQuestionAnswering):
     """Extractive question answering; see [`~transformers.BertForQuestionAnswering`]."""
@@ -397,6 +414,30 @@ class DynSparseBertForQuestionAnswering(DynSparseBertPreTrainedModel, BertForQue
         self.qa_outputs = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """
+        `start_positions` and `end_positions` of shape `(batch_size,)`: tokens where answers begin and end; those
+        outside of the sequence do not count.
+        """
+        output = super().forward(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **{**kwargs, "return_dict": True}
+        )
+        if start_positions is None or end_positions is None:
+            return output
+        loss = span_loss(output.start_logits, start_positions) + span_loss(output.end_logits, end_positions)
+        return QuestionAnsweringModelOutput(loss=loss / 2, **output)
+
 
 class DynSparseBertForMultipleChoice(DynSparseBertPreTrainedModel, BertForMultipleChoice):
     """Choice among several continuations; see [`~transformers.BertForMultipleChoice`]."""
@@ -407,6 +448,8 @@ class DynSparseBertForMultipleChoice(DynSparseBertPreTrainedModel, BertForMultip
         self.dropout = nn.Dropout(_classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, 1)
         self.post_init()
+
+    forward = _zero_without_labels(BertForMultipleChoice.forward)
 
 
 def _build_encoder(config: DynSparseBertConfig) -> BertEncoder:
@@ -449,15 +492,5 @@ def _classifier_dropout(config: DynSparseBertConfig) -> float:
 def _masked_positions(hidden_states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states `(masked, hidden_size)` and labels `(masked,)` at the positions to predict, in reading order."""
     labels = labels.reshape(-1)
-    masked = (labels != -100).nonzero().squeeze(1)
+    masked = (labels != IGNORED).nonzero().squeeze(1)
     return hidden_states.reshape(-1, hidden_states.shape[-1])[masked], labels[masked]
-
-
-def _token_loss(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor:
-    """Cross-entropy over the positions whose label is not -100: mean, or sum divided by `num_items_in_batch`."""
-    logits, labels = logits.view(-1, logits.shape[-1]), labels.view(-1)
-    if num_items_in_batch is None:
-        return nn.functional.cross_entropy(logits, labels)
-    return nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
