@@ -20,12 +20,12 @@ from hf_dynsparse.scripts import check_updates_to_resume
 
 EVERY_OTHER = {"num_topology_updates": None, "topology_update_every": 2}
 METHODS: dict[str, dict[str, Any]] = {
-    "gmp": {},
+    "gmp": {"density_end": 0.75},
     "granet": {},
     "ac_dc": {"density_schedule": "0:1,0.3:0,0.5:1,0.7:0", **EVERY_OTHER},
     "mst": {"density_schedule": "0:1,0.2:0.5,0.4:0,0.8:1", **EVERY_OTHER},
     "snfs": {},
-    "prune_ofa": EVERY_OTHER,
+    "prune_ofa": {"density_end": 0.75, **EVERY_OTHER},
     "dynsparse": {},
     "rigl": {},
 }
@@ -130,12 +130,13 @@ def test_what_is_loaded_anew_or_sized_by_hand_is_respected(tmp_path: Path) -> No
     assert {layer.nnzb for layer in sparse_layers(loaded).values()} == {5}
 
 
-@pytest.mark.parametrize("arguments", [{"method": "gmp"}, {"method": "gmp", "final_sparsity": 0.9}], ids=["", "final"])
+@pytest.mark.parametrize("arguments", [{}, {"final_sparsity": 0.9}], ids=["to", "from"])
 def test_a_checkpoint_is_resumed_where_a_run_was_interrupted(tmp_path: Path, arguments: dict[str, Any]) -> None:
     """In the same process, by the same trainer, whose model has other sizes by now; the same as undisturbed."""
     models = []
     for folder in (tmp_path / "whole", tmp_path / "stopped"):
-        trainer = toy_trainer(folder, toy_model(num_hidden_layers=1), **arguments, save_strategy="steps", save_steps=4)
+        arguments |= {"method": "gmp", "density_end": 1.0, "save_strategy": "steps", "save_steps": 4}
+        trainer = toy_trainer(folder, toy_model(num_hidden_layers=1), **arguments)
         models.append(trainer.model.state_dict())
         if folder.name == "stopped":
             trainer.add_callback(StopOnce(KeyboardInterrupt()))
@@ -225,7 +226,8 @@ def test_the_stock_trainer_refuses_what_it_cannot_load(tmp_path: Path) -> None:
     def stock(model: Any, **arguments: Any) -> Trainer:
         args = toy_arguments(tmp_path / "stock", method="gmp", **arguments)
         callbacks = [TopologyCallback(**args.topology_settings())]
-        return Trainer(model, args, train_dataset=ours.train_dataset, callbacks=callbacks)
+        data = {"train_dataset": ours.train_dataset, "eval_dataset": ours.eval_dataset}
+        return Trainer(model, args, data_collator=ours.data_collator, callbacks=callbacks, **data)
 
     trainer = stock(toy_model(num_hidden_layers=1))
     with pytest.raises(ValueError, match=r"Got `bert\..*values` with \d+ for 16: .* use `DynSparseTrainer`"):

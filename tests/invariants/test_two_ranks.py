@@ -68,10 +68,15 @@ TOGETHER = {
 }
 # The highest loss counts as the best, so that it is not the last.
 TOGETHER["best model"] |= {**SAVED, "metric_for_best_model": "loss", "greater_is_better": True}
-MUTANTS = {
-    "another seed": {"seed_of_rank": 1},
+ANOTHER_TOPOLOGY = "All ranks must have the same topology. Got another one on rank(s) [1]"
+OTHER_SETTINGS = "All ranks must update the topology alike. Got something else on rank(s) [1] than on rank 0; here "
+MUTANTS: dict[str, dict[str, Any]] = {
+    "other draws": {"other_draws": True},
     # Without updates only the check at the beginning can notice.
     "another first topology": {"topology_of_rank": 1, "num_topology_updates": 0},
+    "another seed": {"settings_of_rank": {"seed": 8}},
+    # Nothing that the ranks do at an update would meet.
+    "another number of updates": {"settings_of_rank": {"num_updates": UPDATES + 1}},
 }
 
 # Largest absolute difference allowed at the end, for values of order 0.02 to 1 (the loss: 5.5).
@@ -267,4 +272,5 @@ def test_a_rank_without_rows_repeats_others(
 def test_ranks_that_disagree_stop(ranks: Callable[[str], list[Outcome]], name: str) -> None:
     for outcome in ranks(name):
         error = outcome.get("error", "trained to the end")
-        assert error.startswith("RuntimeError: All ranks must have the same topology. Got another one on rank(s) [1]")
+        expected = OTHER_SETTINGS if "settings_of_rank" in MUTANTS[name] else ANOTHER_TOPOLOGY
+        assert error.startswith(f"RuntimeError: {expected}")

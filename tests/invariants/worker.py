@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from transformers import BertTokenizer, Trainer, set_seed
+from transformers import BertTokenizer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dynsparse import (
@@ -51,7 +51,8 @@ def train(
     sharded: bool = False,
     resume: bool | str = False,
     die: str | None = None,
-    seed_of_rank: int = 0,
+    settings_of_rank: dict[str, Any] | None = None,
+    other_draws: bool = False,
     topology_of_rank: int = 0,
     backend_of_rank: Sequence[str] = (),
     **arguments: Any,
@@ -64,7 +65,9 @@ def train(
         sharded: by FSDP2 instead of DDP.
         resume: go on from the last checkpoint, if there is one; or from this one in `folder`.
         die: a moment of `MOMENTS` at which the process kills itself.
-        seed_of_rank, topology_of_rank: added once a rank to the seed of the updates, and of the first topology.
+        settings_of_rank: of the topology, on all ranks but the first.
+        other_draws: whether these ranks regrow other blocks than the seed says.
+        topology_of_rank: added once a rank to the seed of the first topology.
         backend_of_rank: what each rank finds fastest when it times the backends.
     """
     torch.set_num_threads(1)
@@ -91,9 +94,8 @@ def train(
             {backend.name: float(backend.name != backend_of_rank[rank]) for backend in backends}
         )
     callbacks = []
-    if seed_of_rank:
-        changed = {**args.topology_settings(), "seed": args.seed + seed_of_rank * rank}
-        callbacks = [TopologyCallback(**changed)]
+    if settings_of_rank and rank:
+        callbacks = [TopologyCallback(**{**args.topology_settings(), **settings_of_rank})]
     if die is not None:
         MOMENTS[die](die_after_calls=3)
     tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(SPECIAL + PIECES)}, model_max_length=32)
@@ -105,6 +107,8 @@ def train(
         eval_dataset=toy_rows(24),
         callbacks=callbacks,
     )
+    if other_draws and rank:
+        trainer.add_callback(OtherDraws(trainer))
     if isinstance(resume, str):
         trainer.train(resume_from_checkpoint=os.path.join(folder, resume))
     else:
@@ -145,6 +149,16 @@ def describe(trainer: DynSparseTrainer) -> dict[str, Any]:
         "masked": trainer.data_collator.masked,
         "backends": {str(problem): chosen.backend for problem, chosen in choice.choices_made().items()},
     }
+
+
+class OtherDraws(TrainerCallback):
+    """Makes the updates draw at random whatever their seed."""
+
+    def __init__(self, trainer: DynSparseTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.topology._updater._generator = lambda *what: torch.Generator().manual_seed(99)
 
 
 def shard_on_processors(args: DynSparseTrainingArguments) -> None:
