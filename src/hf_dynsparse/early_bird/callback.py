@@ -114,12 +114,12 @@ class EarlyBirdCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        check_alone(self, state)
         if args.fp16 and not args.max_grad_norm:
             raise ValueError(
                 "The L1 penalty is added to gradients in their true scale. Got fp16 without clipping, where they are "
                 "still scaled. Give `max_grad_norm`, for example 1, or bf16."
             )
+        check_alone(self, state)
         self._forget()
         self._gates = gates_of(kwargs["model"])
         self._every, self._last = schedule(args, state, kwargs["train_dataloader"], self.draw_every, self.fallback)
