@@ -108,5 +108,4 @@ def block_size(text: str) -> BlockSize:
 
 def label(size: BlockSize) -> int | str:
     """A block size as the command line takes it."""
-    rows, columns = (size, size) if isinstance(size, int) else size
-    return rows if rows == columns else f"{rows}x{columns}"
+    return size if isinstance(size, int) else f"{size[0]}x{size[1]}"

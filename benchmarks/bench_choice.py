@@ -55,7 +55,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
                 "dtype": args.dtype,
                 "out": problem.shape[0],
                 "in": problem.shape[1],
-                "block_size": label(problem.block_shape),
+                "block_size": label(
+                    problem.block_shape if len(set(problem.block_shape)) > 1 else problem.block_shape[0]
+                ),
                 "sparsity": 1 - problem.density,
                 "tokens": problem.tokens,
                 "backward": problem.backward,

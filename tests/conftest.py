@@ -22,13 +22,22 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(autouse=True)
-def kernels_by_rule(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test depends on timings unless it asks for them, and none leaves any behind."""
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_timed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """
+    Whatever its settings say, nothing depends on timings unless it asks for them, the fixtures of a module included:
+    scattered samples leave the choice to the rule. Nothing is read from the user's disk or kept there.
+    """
     timings = tmp_path_factory.getbasetemp() / "kernels.json"
-    monkeypatch.setattr(tuning, "cache_file", lambda: timings)
-    # Nor does a run whose settings say otherwise: scattered timings leave it to the rule.
-    monkeypatch.setattr(tuning, "time_backends", lambda *_: tuning.Timing({}, steady=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "cache_file", lambda: timings)
+        patch.setattr(tuning, "time_backends", lambda *_: tuning.Timing({}, steady=False))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def kernels_by_rule() -> Iterator[None]:
+    """No choice of a test is left to the next."""
     configure_kernels(tuning="off", dense_workspace=True)
     yield
     configure_kernels(tuning="off", dense_workspace=True)

@@ -13,6 +13,7 @@ from helpers import make_layer
 
 from hf_dynsparse import configure_kernels, topology_summary, use_backend
 from hf_dynsparse.ops import BACKENDS, Backend, Problem, choice, choose_backend, reference, tuning
+from hf_dynsparse.ops.tuning import cache_file  # before a fixture replaces it
 
 
 PROBLEM = Problem.make(torch.device("cpu"), torch.float32, (4, 8), (8, 16), 2, 100, False)
@@ -262,7 +263,7 @@ def test_a_user_without_a_home_is_no_error(
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.undo()
+    monkeypatch.setattr(tuning, "cache_file", cache_file)
     monkeypatch.setattr(tuning.Path, "home", homeless)
     assert tuning.recall(PROBLEM, [backend("plain")]) is None
     tuning.remember(PROBLEM, [backend("plain")], tuning.Timing({"plain": 1.0}))
