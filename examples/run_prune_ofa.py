@@ -75,6 +75,7 @@ def main() -> None:
         runs = plan_prune_ofa(plan, output, find_data(args))
         check_runs(runs, output)
         chosen = choose_runs(runs, plan, args, output)
+        check_tasks(chosen, output)
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"{Path(__file__).name}: error: {error}")
 
@@ -136,9 +137,8 @@ def check_runs(runs: Sequence[StageRun], output: Path) -> None:
     """
     for run in runs:
         script = SCRIPTS[run.script]
-        parser = FlagParser((script.ModelArguments, script.DataArguments, script.RunArguments))
         try:
-            model_args, data_args, args = parser.parse_args_into_dataclasses(run.arguments(output))
+            model_args, data_args, args = parse_run(run, output)
             if model_args.sparsity is not None:
                 check_sparsity(model_args.sparsity)
             if model_args.block_size is not None:
@@ -153,6 +153,35 @@ def check_runs(runs: Sequence[StageRun], output: Path) -> None:
                 script.check_arguments(model_args, data_args, args)
         except (ValueError, OSError, StrictDataclassError) as error:
             raise ValueError(f"{run.name}: {str(error).strip().splitlines()[-1].strip()}") from error
+
+
+def parse_run(run: StageRun, output: Path) -> tuple[Any, Any, Any]:
+    """The arguments that its script will see."""
+    script = SCRIPTS[run.script]
+    parser = FlagParser((script.ModelArguments, script.DataArguments, script.RunArguments))
+    return parser.parse_args_into_dataclasses(run.arguments(output))
+
+
+def check_tasks(runs: Sequence[StageRun], output: Path) -> None:
+    """
+    Read the local files of the tasks, each once: pre-training takes long, and they are read after it.
+
+    Raises:
+        ValueError: naming the run.
+    """
+    read = set()
+    for run in runs:
+        if run.script == MLM or run.task in read:
+            continue
+        model_args, data_args, args = parse_run(run, output)
+        try:
+            if run.script == GLUE and data_args.glue_dir:
+                glue.understand(glue.load_examples(model_args, data_args), data_args, args)
+            elif run.script == QA and data_args.train_file:
+                qa.load_rows(model_args, data_args, args)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{run.name}: {error}") from error
+        read.add(run.task)
 
 
 def choose_runs(

@@ -22,10 +22,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from scripts import EXAMPLES, assert_same_weights, run_script
+from toy import without_post_processor
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
 
 import hf_dynsparse
 from hf_dynsparse import DynSparseTrainingArguments, densify_, sparse_layers
+from hf_dynsparse.data import train_wordpiece_tokenizer
 from hf_dynsparse.topology_frames import read_history
 from tests.toy import toy_tokenizer
 
@@ -69,6 +71,25 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with gzip.open(folder / "blank.txt.gz", "wt") as file:
         file.write(" \n\n \t\n")
     (folder / "train.doc").write_text("\n".join(lines))
+    # What cannot be read, or is no text.
+    (folder / "latin1.txt").write_bytes(b"a rather long line of words to get on\n" * 2999 + b"caf\xe9\n")
+    (folder / "cut.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(9000).hex().encode())[:-400])
+    (folder / "ragged.csv").write_text("id,text\n1,one\n2,two, and more\n")
+    (folder / "null.jsonl").write_text('{"text": "one"}\n{"text": null}\n' + '{"text": "more"}\n' * 60)
+    (folder / "lists.jsonl").write_text('{"text": ["one", "two"]}\n')
+    (folder / "numbers.csv").write_text("id,sentence\n1,one\n2,two\n")
+    # Tokenizers and configurations that do not fit.
+    tokenizer = train_wordpiece_tokenizer(lines, vocab_size=400)
+    tokenizer.save_pretrained(folder / "large")
+    for name in ("mask", "cls"):
+        lacks = AutoTokenizer.from_pretrained(folder / "large")
+        setattr(lacks, f"{name}_token", None)
+        lacks.save_pretrained(folder / f"{name}less")
+    transformers.BertConfig().save_pretrained(folder / "stock")
+    odd = without_post_processor(tokenizer, gap=990)
+    odd.save_pretrained(folder / "odd")
+    rows = [json.dumps({"text": f"{words[number % 120]} {words[number % 7]}"}) for number in range(9000)]
+    (folder / "late.jsonl").write_text("\n".join([*rows, '{"text": 3}']))
     return folder
 
 
@@ -102,9 +123,7 @@ def test_a_teacher(run: Callable[..., Path], finished: Path, tmp_path: Path) -> 
 
 
 def test_a_teacher_of_another_vocabulary(run: Callable[..., Path], finished: Path, text: Path, tmp_path: Path) -> None:
-    tokenizer = hf_dynsparse.data.train_wordpiece_tokenizer(
-        (text / "train.txt").read_text().splitlines(), vocab_size=99
-    )
+    tokenizer = train_wordpiece_tokenizer((text / "train.txt").read_text().splitlines(), vocab_size=99)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(SystemExit, match="must have the same `vocab_size`. Got 300 and"):
         run(tmp_path / "out", f"--teacher {finished} --tokenizer_name {tmp_path / 'tokenizer'}")
@@ -208,6 +227,12 @@ CASES = {
         {},
     ),
     "streaming, split": ("train.txt", "--streaming --validation_split_percentage 1", {}),
+    "a tokenizer that adds no special tokens and has a gap in its ids": (
+        "train.txt",
+        "--tokenizer_name {text}/odd"
+        " --config_overrides hidden_size=32,intermediate_size=64,max_position_embeddings=32",
+        {},
+    ),
     "lines": ("train.txt", "--line_by_line --pad_to_max_length --validation_file {text}/valid.txt", {}),
     "dense": ("train.txt", "--dense_baseline", {"sparsity": 0.0, "coverage": 1.0, "topology_updates": 0}),
     "static": ("train.txt", "--static", {"sparsity": 0.5, "coverage": 0.5, "topology_updates": 0}),
@@ -225,6 +250,12 @@ def test_cases(run: Callable[..., Path], text: Path, tmp_path: Path, case: str) 
     _, info = load.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert (tmp_path / "out" / "training.png").exists()
+
+
+def test_a_stream_that_goes_wrong_ends_in_one_line(run: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    flags = f"--streaming --validation_file {text}/valid.txt"
+    with pytest.raises(SystemExit, match=r"^run_mlm_dynsparse.py: error: .*late.jsonl. Got int 3 in row 9001\. .*$"):
+        run(tmp_path / "out", flags, "late.jsonl")
 
 
 @pytest.mark.parametrize("flags", ["--group_lasso 5", "--no_whole_word_mask", "--regrow_rule gradient"])
@@ -476,6 +507,32 @@ BAD = {
         ("512",),
     ),
     "unknown flag": ("--sparsness 0.5", ("--sparsness",)),
+    "invalid UTF-8": ("--train_file {text}/latin1.txt", ("latin1.txt", "0xe9 in line 3000", "UTF-8")),
+    "cut gz": ("--train_file {text}/cut.txt.gz", ("cut.txt.gz", "gzip that is cut")),
+    "ragged": ("--train_file {text}/ragged.csv", ("ragged.csv", "2 fields", "line 3")),
+    "no text": ("--train_file {text}/null.jsonl", ("null.jsonl", "Got None in row 2")),
+    "numbers for text": ("--train_file {text}/numbers.csv", ("numbers.csv", "Got 1 in column `id`", "id, sentence")),
+    "lists for text, for validation": ("--validation_file {text}/lists.jsonl", ("lists.jsonl", "Got list", "row 1")),
+    "too few rows to stream": ("--train_file {text}/valid.txt --streaming", ("valid.txt", "first 500 rows")),
+    "too few tokens to stream": (
+        "--train_file {text}/null.jsonl --validation_file {text}/valid.txt --streaming",
+        ("null.jsonl", "Got None in row 2"),
+    ),
+    "more positions than the model's": (
+        "--config_overrides hidden_size=32,intermediate_size=64,max_position_embeddings=16",
+        ("--max_seq_length", "32", "The model has 16"),
+    ),
+    "another vocabulary": (
+        "--model_name_or_path {finished} --tokenizer_name {text}/large",
+        ("the vocabulary of the model", "{text}/large", "300"),
+    ),
+    "no token to mask with": ("--tokenizer_name {text}/maskless", ("mask_token", "{text}/maskless")),
+    "no token to begin with": ("--tokenizer_name {text}/clsless", ("cls_token", "{text}/clsless")),
+    "the configuration of a stock BERT": ("--config_name {text}/stock", ("--config_name", "dynsparse_bert", "bert")),
+    "types of tokens": (
+        "--nsp --config_overrides hidden_size=32,intermediate_size=64,type_vocab_size=1",
+        ("type_vocab_size", "1"),
+    ),
 }
 
 

@@ -167,11 +167,26 @@ def test_a_wrong_plan_is_refused_before_any_work(run_study, tmp_path, plan, mess
         ("--stage transfer", f"{S9}/transfer/mrpc builds on {S9}/prune, which is not finished"),
         ("--stage quantize --task squad", "transfer/squad, which is not finished in .*Run that stage too, or first"),
         ("--train_file nowhere.txt", "teacher: `--train_file` must be an existing file"),
+        ("--train_file {data}/latin1.txt", "teacher: .*latin1.txt: byte 0xe9 in line 1, which is not UTF-8"),
+        ("--glue_dir nowhere", "task_teacher/mrpc: `mrpc` must have files such as train.tsv"),
+        ("--glue_dir {data}", "task_teacher/mrpc: Labels of .*train.tsv must be among .* Got 'maybe' in line 2"),
+        (
+            "--glue_dir {data}/ok --squad_train_file {data}/a.json --squad_validation_file {data}/a.json",
+            "squad: .*JSON",
+        ),
     ],
 )
 def test_wrong_flags_are_refused_before_any_work(run_study, tmp_path, flags, message):
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "a.json").write_text('[{"id"')
+    for folder, label in (("MRPC", "maybe"), ("ok/MRPC", "1")):
+        (tmp_path / folder).mkdir(parents=True)
+        for file in ("train", "dev"):
+            (tmp_path / folder / f"{file}.tsv").write_text(
+                f"Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n{label}\t1\t2\tOne.\tTwo.\n"
+            )
     with pytest.raises(SystemExit, match=message):
-        run_study(PLAN, flags)
+        run_study(PLAN, flags.format(data=tmp_path))
     assert not (tmp_path / "out").exists()
 
 

@@ -40,6 +40,8 @@ def data(tmp_path_factory):
         return " ".join(draw.choice(WORDS[:44]) for _ in range(draw.randint(3, 12)))
 
     (folder / "own.csv").write_text("text,label\n" + "".join(f"{sentence()},{i % 2}\n" for i in range(16)))
+    (folder / "nolabel.csv").write_text("text,label\nw1 w2,1\nw3,\n")
+    (folder / "latin1.csv").write_bytes(b"text,label\ncaf\xe9,b\n")
     (folder / "text.txt").write_text("".join(f"{sentence()}\n" for _ in range(400)))
     return folder
 
@@ -179,6 +181,16 @@ def test_masked_language_modelling(data, tmp_path):
     assert [neurons for _, neurons in layer_sizes(model.config)] == summary["earlybert"]["neurons"]
 
 
+def test_text_that_is_refused_leaves_nothing(tmp_path):
+    (tmp_path / "short.txt").write_text("too short to fill a sequence, but a tokenizer can be trained on it\n")
+    flags = f"--mlm --train_file {tmp_path / 'short.txt'} --vocab_size 100 --max_seq_length 512"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        with pytest.raises(SystemExit, match="must fill at least one sequence"):
+            run_script(EXAMPLES / "run_earlybert.py", f"{TOY} {flags} --output_dir {tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -194,11 +206,14 @@ def test_masked_language_modelling(data, tmp_path):
         ("--ticket no.json", "no.json"),
         ("--stage train", "`--stage train` needs a ticket"),
         ("--mlm false --do_train false", "This script searches, slims and trains"),
+        ("--train_file {data}/nolabel.csv", "nolabel.csv must have a `label`, .* Got no label in row 2"),
+        ("--train_file {data}/latin1.csv", "latin1.csv: byte 0xe9 in line 2, which is not UTF-8"),
+        ("--max_seq_length 1000", "`--max_seq_length` must not exceed the positions of the model. Got 1000"),
     ],
 )
-def test_refused(run, tmp_path, flags, message):
+def test_refused(run, data, tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message):
-        run(tmp_path / "out", flags)
+        run(tmp_path / "out", flags.format(data=data))
     assert not (tmp_path / "out").exists()  # before any work
 
 

@@ -17,7 +17,7 @@ from hf_dynsparse import sparse_layers
 from hf_dynsparse.data import GLUE_TASKS, glue_metrics
 from tests.data.test_glue import OFFICIAL
 from tests.scripts import EXAMPLES, run_script
-from tests.toy import WORDS, toy_model, toy_tokenizer
+from tests.toy import WORDS, toy_model, toy_tokenizer, without_post_processor
 
 
 TOY = (
@@ -60,6 +60,17 @@ def data(tmp_path_factory):
     numbers = "".join(f"{row['text']},{draw.random():.3f}\n" for row in own)
     (folder / "numbers.csv").write_text(f"text,label\n{numbers}")
     (folder / "unlabelled.csv").write_text("text,mark\na,b\n")
+    (folder / "ragged.csv").write_text("text,label\na,b\nc,d,e\n")
+    (folder / "latin1.csv").write_bytes(b"text,label\ncaf\xe9,b\n")
+    (folder / "header.csv").write_text("text,label\n")
+    (folder / "nolabel.csv").write_text("text,label\nw1 w2,good\nw3,\n")
+    (folder / "figures.csv").write_text("figure,label\n1,good\n2,bad\n")
+    (folder / "blank.jsonl").write_text('{"text": "w1", "label": "a"}\n{"text": "  ", "label": "b"}\n')
+    (folder / "null.jsonl").write_text('{"text": "w1", "label": "a"}\n{"text": null, "label": "b"}\n')
+    (folder / "hub").mkdir()
+    (folder / "hub" / "train.csv").write_text("sentence,label\nw1,1\n")
+    toy_tokenizer(more=("w44", "w45")).save_pretrained(folder / "large")
+    without_post_processor(toy_tokenizer()).save_pretrained(folder / "bare")
     return folder
 
 
@@ -175,6 +186,18 @@ def test_numbers_of_ones_own(run, data):
     assert json.loads((output / "summary.json").read_text())["metrics"]["mse"] > 0
 
 
+def test_words_that_others_take_for_nothing(run, data):
+    (data / "null.csv").write_text("text,label\n" + "null,NA\nw1 w2,none\nnan,NA\n" * 3)
+    output = run(f"--train_file {data / 'null.csv'} --validation_file {data / 'null.csv'}")
+    assert list(json.loads((output / "config.json").read_text())["id2label"].values()) == ["NA", "none"]
+
+
+def test_numbers_for_a_task_that_others_take_for_classes(run, data):
+    (data / "whole.csv").write_text("sentence1,sentence2,label\n" + "w1,w2,0\nw1,w1,5\nw3,w4,2\n" * 3)
+    output = run(f"--task_name stsb --train_file {data / 'whole.csv'} --validation_file {data / 'whole.csv'}")
+    assert 1 < json.loads((output / "all_results.json").read_text())["eval_loss"] < 30  # of numbers up to 5
+
+
 def test_resume(run, data):
     flags = f"--task_name sst2 --glue_dir {data / 'glue'} --max_steps 4 --save_strategy steps --save_steps 2"
     whole = run(f"{flags} --save_total_limit 5", output="whole")
@@ -204,6 +227,27 @@ def test_resume(run, data):
         ("--train_file {data}/own.csv --validation_file {data}/own.json", "one format"),
         ("--train_file {data}/unlabelled.csv --do_eval false", "must have a column `label`. Got text, mark"),
         ("--task_name mrpc --glue_dir {data}/glue --teacher {data}/dense", "which lacks"),
+        ("--train_file {data}/ragged.csv --do_eval false", "2 fields, as its header. Got 3 in line 3"),
+        ("--train_file {data}/latin1.csv --do_eval false", "latin1.csv: byte 0xe9 in line 2"),
+        ("--train_file {data}/header.csv --do_eval false", "at least one row. Got {data}/header.csv"),
+        (
+            "--train_file {data}/nolabel.csv --do_eval false",
+            "nolabel.csv must have a `label`, one of good. Got no",
+        ),
+        ("--train_file {data}/numbers.csv --do_eval false --task_name sst2", "one of negative, positive. Got float"),
+        ("--train_file {data}/blank.jsonl --do_eval false", "must hold text. Got '  ' in row 2"),
+        ("--train_file {data}/null.jsonl --do_eval false", "Text must be strings: column `text` of {data}/null.jsonl"),
+        ("--train_file {data}/figures.csv --do_eval false", "must have a column of text. Got figure, label"),
+        ("--task_name sst2 --dataset_name {data}/hub", "needs rows of validation in {data}/hub. Got only train"),
+        ("--task_name sst2 --glue_dir {data}/glue --max_seq_length 40", "The model has 32: give --max_seq_length"),
+        (
+            "--task_name sst2 --glue_dir {data}/glue --tokenizer_name {data}/large",
+            "Got 65 as the highest of",
+        ),
+        (
+            "--task_name sst2 --glue_dir {data}/glue --tokenizer_name {data}/bare",
+            "{data}/bare, which leaves out [CLS]",
+        ),
     ],
 )
 def test_errors_come_before_any_work(run, data, tmp_path, flags, error):
@@ -211,9 +255,9 @@ def test_errors_come_before_any_work(run, data, tmp_path, flags, error):
         run(flags.format(data=data))
     message = str(stopped.value)
     assert message.startswith("run_glue_dynsparse.py: error: ")
-    assert error in message
+    assert error.format(data=data) in message
     assert "\n" not in message
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_run_is_not_written_over(run, data):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from scripts import EXAMPLES, assert_same_weights, run_script
-from toy import TOY_SIZES, toy_model
+from toy import TOY_SIZES, toy_model, without_post_processor
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, BertConfig, BertForMaskedLM, ByT5Tokenizer
 
 from hf_dynsparse import DynSparseBertForMaskedLM, sparse_layers
@@ -132,6 +132,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "empty.json").write_text('{"data": []}')
     (folder / "broken.json").write_text('{"data": [')
+    (folder / "cut.json.gz").write_bytes(gzip.compress(random.Random(0).randbytes(99).hex().encode())[:-20])
+    (folder / "latin1.json").write_bytes(b'{"id": "caf\xe9"}')
+    (folder / "figures.jsonl").write_text('{"id": "1", "context": "a", "question": 7}')
     (folder / "train.csv").write_text("id,context,question,answers\n")
     datasets.Dataset.from_list([{"id": "1", "text": "no question"}]).to_parquet(folder / "columns.parquet")
 
@@ -146,6 +149,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in (("sparse", sparse), ("dense", dense)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    large = train_wordpiece_tokenizer([row["context"] + row["question"] for row in flat(train)], vocab_size=260)
+    large.add_tokens([f"more{i}" for i in range(200)])
+    large.save_pretrained(folder / "large")
+    without_post_processor(tokenizer).save_pretrained(folder / "bare")
     ByT5Tokenizer().save_pretrained(folder / "slow")
     for name in ("squad", "squad_v2"):
         (folder / name).mkdir()
@@ -419,6 +426,11 @@ BAD = {
         ("checkpoint-2", "query.values", "same sparsity"),
     ),
     "teacher without a head": ("--teacher {data}/dense", ("teacher", "qa_outputs")),
+    "cut gz": ("--train_file {data}/cut.json.gz", ("cut.json.gz", "gzip that is cut")),
+    "invalid UTF-8": ("--train_file {data}/latin1.json", ("latin1.json", "0xe9 in line 1", "UTF-8")),
+    "numbers for text": ("--train_file {data}/figures.jsonl", ("entry 0", "question", "int 7")),
+    "no post-processor": ("--tokenizer_name {data}/bare", ("bare", "[CLS]", "post-processor")),
+    "another vocabulary": ("--tokenizer_name {data}/large", ("large", "vocabulary of the model")),
     "no such metric": ("--metric_path {data}/hub", ("hub",)),
 }
 

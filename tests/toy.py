@@ -1,11 +1,14 @@
 """A toy model, its tokenizer and its data, for every test that trains: a step takes milliseconds."""
 
+import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertTokenizer
+from tokenizers import Tokenizer
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from hf_dynsparse import DynSparseBertConfig, DynSparseBertForMaskedLM, DynSparseTrainer, DynSparseTrainingArguments
 from hf_dynsparse.data import DataCollatorForWholeWordMasking
@@ -38,8 +41,19 @@ def toy_model(seed: int = 0, cls: type = DynSparseBertForMaskedLM, **overrides: 
         return cls(toy_config(**overrides))
 
 
-def toy_tokenizer() -> BertTokenizer:
-    return BertTokenizer(vocab={token: i for i, token in enumerate(SPECIAL + WORDS)}, model_max_length=32)
+def toy_tokenizer(more: Sequence[str] = ()) -> BertTokenizer:
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, *more])}
+    return BertTokenizer(vocab=vocabulary, model_max_length=32)
+
+
+def without_post_processor(tokenizer: BertTokenizer, gap: int | None = None) -> PreTrainedTokenizerFast:
+    """The same, but it adds no special tokens to a text; with one more token, of id `gap`, if that is given."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None}
+    if gap is not None:
+        content["model"]["vocab"]["##gap"] = gap
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    backend = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=tokenizer.model_max_length, **special)
 
 
 def toy_collator(**arguments: Any) -> DataCollatorForWholeWordMasking:

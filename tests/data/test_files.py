@@ -19,6 +19,7 @@ BIG = b"x" * (1 << 17) + b"\n"  # what follows is beyond the first block
 # Name, content, and words of the error.
 DAMAGED = {
     "invalid UTF-8": ("a.txt", b"fine\nline \xff bad\n", ("0xff in line 2", "UTF-8")),
+    "invalid UTF-8 at the end": ("a.txt", b"caf\xc3", ("0xc3 in line 1",)),
     "late invalid UTF-8": ("a.txt", BIG + b"\xff\n", ("0xff in line 2",)),
     "late invalid UTF-8 in CSV": ("a.csv", b"text\n" + BIG + b"\xff\n", ("0xff in line 3",)),
     "late invalid UTF-8 in JSON": ("a.jsonl", b'{"text": "' + BIG[:-1] + b'"}\n{"text": "\xff"}\n', ("line 2",)),

@@ -78,6 +78,8 @@ def test_what_looks_like_a_number() -> None:
         ([rows_of(9), rows_of("x")], ["9", "x"]),
         ([rows_of(-1, 1)], ["-1", "1"]),
         ([rows_of(0.5)], []),
+        ([rows_of(True, False)], ["False", "True"]),
+        ([rows_of(None)], []),
         ([rows_of(1), rows_of(0.5)], []),
         ([rows_of(1, 0, kind=ClassLabel(names=["no", "yes"]))], ["no", "yes"]),
     ],
@@ -87,7 +89,7 @@ def test_names_of_classes(splits: list[Dataset], names: list[str]) -> None:
 
 
 def test_labels_that_are_lists_are_refused() -> None:
-    with pytest.raises(DataError, match=r"Got list \[1\] in row 1 of train of here"):
+    with pytest.raises(DataError, match=r"Got list \[1\] in train of here"):
         label_names({"train": rows_of([1])}, "here")
 
 

@@ -97,6 +97,8 @@ def test_read_a_single_row(tmp_path: Path) -> None:
         ('{"data": [{"paragraphs": [{"context": "c"}]}]}', "qas"),
         ("[1, 2]", "entry 0"),
         ("7", "must hold JSON.*list of entries"),
+        ('[{"id": "1", "question": "?", "context": null}]', "entry 0 .*context must be a string, not None"),
+        ('[{"id": "1", "question": 7, "context": "c"}]', "entry 0 .*question must be a string, not int 7"),
         ('{"data": []}', "at least one. Got .*file.json"),
         ('{"data": [{"title": "x", "paragraphs": []}]}', "at least one"),
     ],

@@ -238,7 +238,7 @@ def _damage_of_head(path: str) -> tuple[str, str] | None:
             head = file.read(HEAD)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) * 4 > len(head):
             return "UTF-16 or something else with many zero bytes", "Save it as UTF-8."
-        decoder.decode(head)
+        decoder.decode(head, final=len(head) < HEAD)
     except UnicodeDecodeError as error:
         number = head.count(b"\n", 0, error.start) + 1
         return f"byte {head[error.start]:#x} in line {number}, which is not UTF-8", "Save it as UTF-8."

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 
 from .files import DataError
 
@@ -85,13 +85,11 @@ def label_names(splits: Mapping[str, Dataset], source: str) -> list[str]:
         return []
     known = {}
     for split, rows in splits.items():
-        for number, label in enumerate(rows["label"], start=1):
-            if not isinstance(label, str | int | float | None):
-                raise DataError(
-                    f"A label must be a word or a number. Got {shown(label)} in row {number} of {split} of {source}."
-                )
-            if not _is_missing(label):
-                known[str(label)] = label
+        if not isinstance(rows.features["label"], Value):
+            raise DataError(
+                f"Labels must be words or numbers. Got {shown(rows[0]['label'])} in {split} of {source}. Correct them."
+            )
+        known |= {str(label): label for label in rows.unique("label") if not _is_missing(label)}
     # Files may differ in what their columns are taken for: numbers here, strings there.
     return sorted(known, key=lambda name: (isinstance(known[name], str), known[name]))
 

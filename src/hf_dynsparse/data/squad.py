@@ -53,7 +53,7 @@ def read_squad(path: str | Path) -> Iterator[dict[str, Any]]:
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"Every entry of {path} must have {COLUMNS}, or the official layout data[].paragraphs[].qas[]. Got "
-                f"entry {number} without ({type(error).__name__}: {error})."
+                f"entry {number} without ({type(error).__name__}: {error}). Correct it, or leave it out."
             ) from error
         empty = empty and not rows
         yield from rows
@@ -107,13 +107,20 @@ def _row(article: Mapping[str, Any], passage: Mapping[str, Any], question: Mappi
     return {
         "id": str(question["id"]),
         "title": article.get("title") or "",
-        "context": passage["context"],
-        "question": question["question"],
+        "context": _string(passage, "context"),
+        "question": _string(question, "question"),
         "answers": {
             name: list(answers[name]) if isinstance(answers, Mapping) else [answer[name] for answer in answers]
             for name in fields
         },
     }
+
+
+def _string(part: Mapping[str, Any], name: str) -> str:
+    """A part that `datasets` would take for a string whatever it is."""
+    if not isinstance(part[name], str):
+        raise TypeError(f"{name} must be a string, not {shown(part[name])}")
+    return part[name]
 
 
 def check_squad_rows(
