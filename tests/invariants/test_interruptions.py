@@ -105,6 +105,28 @@ def test_an_interrupted_run_ends_as_configured(tmp_path: Path, interruption: str
         assert trainer.model.config.to_dict() == config
 
 
+class StopEarly(TrainerCallback):
+    """Ends the first run at step 2, as early stopping does."""
+
+    stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == 2 and not self.stopped
+        self.stopped |= state.global_step == 2
+
+
+@pytest.mark.parametrize("method", ["gmp", "granet"])
+def test_a_run_that_a_callback_ended_leads_on_to_the_configured_density(tmp_path: Path, method: str) -> None:
+    trainer = toy_trainer(tmp_path, toy_model(num_hidden_layers=1), method=method, logging_steps=12)
+    given = active_entries(trainer.model)
+    trainer.add_callback(StopEarly())
+    trainer.train()
+    assert active_entries(trainer.model) > given
+    trainer.train()
+    assert active_entries(trainer.model) == given
+    assert trainer.model.config.sparsity == pytest.approx(0.75)
+
+
 def test_what_is_loaded_anew_or_sized_by_hand_is_respected(tmp_path: Path) -> None:
     """Remembered is the size that a run has changed, by the layers themselves."""
     trainer = toy_trainer(tmp_path, toy_model(num_hidden_layers=1), method="gmp", logging_steps=12)
