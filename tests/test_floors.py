@@ -75,6 +75,7 @@ PLACES = {
     "summary.py": Place(4, TRAINER),
     "topology_history.py": Place(4, TRAINER),
     "model_card.py": Place(4, TRAINER),
+    "readme.py": Place(3, MODELS),
     "saved_model.py": Place(3, MODELS),
     "estimate.py": Place(4, TRAINER),
     "export.py": Place(4, TRAINER),

@@ -134,7 +134,7 @@ def test_from_a_folder(folder: Path, tmp_path: Path) -> None:
     save_with_code(plain, tmp_path / "copy")
     names = {path.name for path in folder.iterdir()}
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {*names, "README.md"}
-    for name in names:
+    for name in names - {"README.md"}:
         assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes(), name
     save_with_code(plain, plain)  # in place
     assert {path.name for path in plain.iterdir()} == {*names, "README.md", "optimizer.pt"}

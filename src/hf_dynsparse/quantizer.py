@@ -29,6 +29,7 @@ from .layout import as_block_shape, block_grid, check_sparsity
 from .models.bert.configuration_dynsparse_bert import encoder_shapes
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from .nn import DENSE_PARTS, TRAINING_BUFFERS, BlockSparseLinear, sparse_layers
+from .readme import write_readmes_
 
 
 METHOD = "dynsparse"
@@ -224,6 +225,7 @@ class DynSparseQuantizer(HfQuantizer):
         self._dense_conversions = model.__dict__.get("_weight_conversions")
         model._weight_conversions = []
         model.register_load_state_dict_pre_hook(_drop_markers)
+        write_readmes_(model)
 
     def attach_(self, model: Any) -> None:
         """Make a dense model in memory sparse, as if `from_pretrained` had done it."""
@@ -262,7 +264,7 @@ class DynSparseQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: Any) -> None:
         """Make `model` forget that it was sparse."""
         super().remove_quantization_config(model)
-        del model._weight_conversions
+        del model._weight_conversions, model.save_pretrained
         if self._dense_conversions is not None:
             model._weight_conversions = self._dense_conversions
 

@@ -47,6 +47,7 @@ from .memory import keep_freed_memory
 from .model_card import trainer_facts, write_model_card
 from .nn import sparse_layers
 from .optim import parameter_groups
+from .readme import CARD, SHORT, is_ours
 from .resizing import check_final_sizes, rebuild_reducer_, resize_to_checkpoint_
 from .run_callbacks import (
     Callback,
@@ -389,6 +390,7 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
         Write README.md, and trainer_state.json, into the output folder: [`write_model_card`] with what this run knows.
+        A README.md that this package did not write stays.
         Arguments as in transformers; an adapter gets transformers' own card.
         """
         if not self.is_world_process_zero():
@@ -398,8 +400,14 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
             super().create_model_card(*args, **kwargs)
             return
         self.save_state()
+        folder = str(self.args.output_dir)
+        if not is_ours(folder, SHORT, CARD):
+            logger.warning(
+                "README.md in %s is not of this package and stays. `hf-dynsparse card` replaces it.", folder
+            )
+            return
         facts = describe_training(self) | trainer_facts(*args, **kwargs)
-        write_model_card(str(self.args.output_dir), model=model, **facts)
+        write_model_card(folder, model=model, **facts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # A second call of `train` finds a model whose recording ended with the first.

@@ -19,6 +19,7 @@ from huggingface_hub import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..model_card import create_model_card, read_facts
+from ..readme import SHORT, is_ours
 from ..saved_model import split_revision
 from .errors import HubError, explained
 from .files import LAST_CHECKPOINT, PENDING, Files, check_model, checkpoint_files, model_files
@@ -75,7 +76,7 @@ def push_folder(
     folder = Path(folder)
     model = check_model(folder)
     files = model_files(folder, with_code)
-    if "README.md" not in files:
+    if "README.md" not in files or is_ours(folder, SHORT):
         files["README.md"] = str(create_model_card(model, **read_facts(folder))).encode()
     repo_id = open_repository(repo_id, private=private, revision=revision, token=token)
     api = HfApi(token=token)

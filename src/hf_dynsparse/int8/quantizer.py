@@ -18,6 +18,7 @@ from ..integrity import verify_weights, warn_of_nonfinite, with_checksums
 from ..models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..nn import BlockSparseLinear
 from ..quantizer import check_loaded, is_loaded, present_layers
+from ..readme import write_readmes_
 from .embedding import Int8Embedding
 from .index_coding import CODE_BITS
 from .layers import Int8BlockSparseLinear, Int8Linear
@@ -113,6 +114,8 @@ class DynSparseInt8Quantizer(HfQuantizer):
         model.is_quantized = False  # else transformers would refuse to evaluate it with a Trainer
         model._weight_conversions = []  # between old and new names of an architecture: they know dense weights only
         model.requires_grad_(False).eval()
+        if not isinstance(model, DynSparseBertPreTrainedModel):
+            write_readmes_(model)
 
     def _check_loaded(self, model: PreTrainedModel, source: str) -> None:
         modules = int8_modules(model)
@@ -162,6 +165,7 @@ class DynSparseInt8Quantizer(HfQuantizer):
         """Make `model` forget that it was int8."""
         super().remove_quantization_config(model)
         vars(model).pop("_weight_conversions", None)
+        vars(model).pop("save_pretrained", None)
 
 
 def to_int8_(model: Any) -> Any:

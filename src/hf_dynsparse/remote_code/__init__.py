@@ -32,7 +32,7 @@ AUTO_MAP = {
 }
 
 # Stands in for a part of the package beside a checkpoint: the kernels stay at home.
-STAND_INS = {"ops": "remote_code.plain_ops"}
+STAND_INS = {"ops": "remote_code.plain_ops", "readme": "remote_code.no_readme"}
 
 _HEADER = """\
 # A copy of hf_dynsparse/{file}, for those who do not have that package:

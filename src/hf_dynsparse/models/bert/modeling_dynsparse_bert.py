@@ -43,6 +43,7 @@ from ...nn import (
     BlockSparseLinear,
     sparse_layers,
 )
+from ...readme import write_readme
 from ..loading import check_readable, count_nonzero_blocks, load_whole, refuse_pickles
 from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes, layer_sizes
 
@@ -189,8 +190,8 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         """
-        As in transformers: values and block indices travel as they are, with their checksums. A densified model says
-        so in its config.
+        As in transformers: values and block indices travel as they are, with their checksums, and a short README.md,
+        unless there is one, says what to install. A densified model says so in its config.
         """
         if not sparse_layers(self):
             self.config.sparsity, self.config.nnzb = 0.0, None
@@ -204,6 +205,8 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
             if is_main_process:
                 order_metadata(save_directory)
+                if not self._hf_peft_config_loaded:
+                    write_readme(self, save_directory)
         finally:
             if writes_checksums:
                 del self.hf_quantizer
