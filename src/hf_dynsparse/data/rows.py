@@ -83,7 +83,7 @@ def label_names(splits: Mapping[str, Dataset], source: str) -> list[str]:
             return list(feature.names)
     if any("float" in getattr(feature, "dtype", "") for feature in features):
         return []
-    known = {}
+    known: dict[str, Any] = {}
     for split, rows in splits.items():
         if not isinstance(rows.features["label"], Value):
             raise DataError(
