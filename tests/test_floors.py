@@ -44,6 +44,7 @@ PLACES = {
     "flops.py": Place(3, {"torch", "transformers"}),
     "layer_tables.py": Place(3, {"torch", "transformers"}),
     "integrity.py": Place(3, MODELS),
+    "completeness.py": Place(3, {"torch", "transformers"}),
     "peft.py": Place(3, {"torch", "transformers", "peft"}),
     "quantizer.py": Place(3, {"torch", "transformers"}, never={"topology/"}),
     "seeded_dropout.py": Place(3, {"torch", "transformers"}),

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from . import models
 from .int8.quantizer import int8_modules
+from .integrity import once_each
 from .layout import BlockSize
 from .models import DynSparseBertConfig
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
@@ -181,12 +182,10 @@ def export_bsr(source: Source, file: str | Path) -> None:
     with written_aside(file) as aside:
         model = _loaded(source)
         layers = sparse_layers(model)
-        # A tied tensor stands there once.
         tensors = {
             key: tensor.contiguous()
-            for key, tensor in model.state_dict().items()
-            if key not in model.all_tied_weights_keys
-            and (key.rpartition(".")[0] not in layers or key.endswith(".bias"))
+            for key, tensor in once_each(model, model.state_dict()).items()
+            if key.rpartition(".")[0] not in layers or key.endswith(".bias")
         }
         shapes = {f"{name}.weight": layer.shape for name, layer in layers.items()}
         for name, layer in layers.items():

@@ -14,10 +14,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..integrity import verify_weights, warn_of_nonfinite, with_checksums
+from ..completeness import GIVEN, check_loaded, check_places, is_loaded
+from ..integrity import separate_, verify_weights, warn_of_nonfinite, with_checksums
 from ..models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..nn import BlockSparseLinear
-from ..quantizer import check_loaded, is_loaded, present_layers
+from ..quantizer import present_layers
 from .embedding import Int8Embedding
 from .index_coding import CODE_BITS
 from .layers import Int8BlockSparseLinear, Int8Linear
@@ -97,9 +98,10 @@ class DynSparseInt8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        self._source = str(model.name_or_path) if checkpoint_files else "the given `state_dict`"
+        self._files = list(checkpoint_files or ())
+        self._source = str(model.name_or_path) if self._files else GIVEN
         if not isinstance(model, DynSparseBertPreTrainedModel):  # which looks by itself
-            verify_weights(checkpoint_files or ())
+            verify_weights(self._files)
         put_int8_layers_(model, self.quantization_config)
         prefix = f"{model.base_model_prefix}."
         markers = "|".join(re.escape(name.removeprefix(prefix)) for name in int8_modules(model))
@@ -128,7 +130,8 @@ class DynSparseInt8Quantizer(HfQuantizer):
                 _validate(name, module, source)
         warn_of_nonfinite(model, source)
         config = self.quantization_config
-        check_loaded(model, source, {*config.layers, *config.embeddings} - modules.keys())
+        check_places(model, [*config.layers, *config.embeddings], source)
+        check_loaded(model, source, self._files)
 
     def settle(self, model: PreTrainedModel) -> None:
         """Write the int8 layers of `model` as they are into the configuration."""
@@ -161,6 +164,7 @@ class DynSparseInt8Quantizer(HfQuantizer):
     def remove_quantization_config(self, model: Any) -> None:
         """Make `model` forget that it was int8."""
         super().remove_quantization_config(model)
+        separate_(model)
         vars(model).pop("_weight_conversions", None)
 
 
