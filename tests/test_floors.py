@@ -29,6 +29,7 @@ PLACES = {
     "spreading.py": Place(0, {"torch"}),
     "distributions.py": Place(0, {"torch"}),
     "memory.py": Place(0, set()),
+    "json_files.py": Place(0, set()),
     "topology_frames.py": Place(0, {"numpy"}),
     "ops/": Place(0, {"torch"}),
     "ops/triton.py": Place(0, {"torch", "triton"}),

@@ -20,7 +20,7 @@ from .models import DynSparseBertConfig
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from .nn import sparse_layers
 from .quantizer import DynSparseQuantizationConfig, densify_
-from .saved_model import copy_companions, load_config, load_model, model_class, split_revision, written_aside
+from .saved_model import copy_companions, load_config, load_model, model_class, pinned, written_aside
 
 
 Source = str | Path | PreTrainedModel
@@ -50,6 +50,7 @@ def sparsify_checkpoint(
         FileExistsError: if `target` exists and is more than an empty folder.
         ValueError: if `source` is sparse already, or a block does not divide a matrix.
     """
+    source = pinned(source)
     config = load_config(source)
     sparse = config.nnzb_per_layer() if isinstance(config, DynSparseBertConfig) else {}
     if sparse or getattr(config, "quantization_config", None):
@@ -60,8 +61,7 @@ def sparsify_checkpoint(
         if ours is None:
             model = load_model(source, quantization_config=DynSparseQuantizationConfig(**settings))
         else:
-            name, revision = split_revision(source)
-            model = ours.from_pretrained(name, revision=revision, **settings)
+            model = load_model(source, ours, **settings)
         model.save_pretrained(folder)
         copy_companions(source, folder)
 
@@ -84,6 +84,7 @@ def export_dense(source: Source, target: str | Path) -> None:
         >>> model = BertForMaskedLM.from_pretrained("medium-dense")
         ```
     """
+    source = source if isinstance(source, PreTrainedModel) else pinned(source)
     with written_aside(target) as folder:
         _dense_copy(_loaded(source)).save_pretrained(folder)
         if not isinstance(source, PreTrainedModel):

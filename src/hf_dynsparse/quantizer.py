@@ -26,6 +26,7 @@ from .body import body_modules
 from .completeness import GIVEN, check_loaded, check_places, is_loaded
 from .distributions import DISTRIBUTIONS, active_blocks
 from .integrity import separate_, verify_weights, warn_of_nonfinite, with_checksums
+from .json_files import Kinds, check_object
 from .layout import as_block_shape, block_grid, check_sparsity
 from .models.bert.configuration_dynsparse_bert import encoder_shapes
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
@@ -33,6 +34,15 @@ from .nn import DENSE_PARTS, TRAINING_BUFFERS, BlockSparseLinear, sparse_layers
 
 
 METHOD = "dynsparse"
+# What JSON must hold of a `DynSparseQuantizationConfig`.
+KINDS: Kinds = {
+    "block_size": int | list[int],
+    "sparsity": float,
+    "distribution": str,
+    "targets": list[str],
+    "ignore": list[str],
+    "nnzb": dict[str, int],
+}
 
 About = TypeVar("About")  # what is known of a layer
 
@@ -138,6 +148,7 @@ class DynSparseQuantizationConfig(QuantizationConfigMixin):
         Raises:
             ValueError: for a name or type that is none of ours too.
         """
+        check_object(config_dict, "`quantization_config`", KINDS)
         try:
             return super().from_dict(config_dict, *args, **kwargs)
         except TypeError as error:

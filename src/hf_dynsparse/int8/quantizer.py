@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..completeness import GIVEN, check_loaded, check_places, is_loaded
 from ..integrity import separate_, verify_weights, warn_of_nonfinite, with_checksums
+from ..json_files import Kinds, check_object
 from ..models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..nn import BlockSparseLinear
 from ..quantizer import present_layers
@@ -28,6 +29,10 @@ from .qat import QatEmbedding, QatLinear, QuantizationAware
 logger = logging.getLogger(__name__)
 
 METHOD = "dynsparse_int8"
+# What JSON must hold of a `DynSparseInt8Config`, and of a sparse layer in it.
+KINDS: Kinds = {"layers": dict[str, dict[str, Any] | None], "embeddings": list[str]}
+LAYER_KINDS: Kinds = {"block": list[int], "nnzb": int, "bits": int, "bytes": int}
+
 INT8_TYPES = (Int8Linear, Int8BlockSparseLinear, Int8Embedding)
 
 Int8Module = Int8Linear | Int8BlockSparseLinear | Int8Embedding
@@ -64,6 +69,24 @@ class DynSparseInt8Config(QuantizationConfigMixin):
                     "`layers` must give block, nnzb, bits and bytes of a sparse layer, bits one of "
                     f"{', '.join(map(str, CODE_BITS))}. Got {about} for `{name}`. Load an intact checkpoint."
                 )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        As in transformers, from the entry of a `config.json`.
+
+        Raises:
+            ValueError: for a name or type that is none of ours too.
+        """
+        place = "`quantization_config`"
+        layers = check_object(config_dict, place, KINDS).get("layers") or {}
+        for name, about in layers.items():
+            if about is not None:
+                check_object(about, f"`{name}` in {place}", LAYER_KINDS)
+        try:
+            return super().from_dict(config_dict, *args, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"{place} must be what {cls.__name__} takes. Got {error}.") from error
 
     def get(self, name: str, default: Any = None) -> Any:
         """As of a dictionary: transformers reads the configuration of a model in memory like one from a file."""
@@ -239,6 +262,11 @@ def put_int8_layers_(model: PreTrainedModel, config: DynSparseInt8Config) -> Non
                     "Load it with the head that it was saved with."
                 )
             made: nn.Module = Int8Embedding(module.num_embeddings, module.embedding_dim, "meta")
+        elif not isinstance(module, nn.Linear | BlockSparseLinear):
+            raise ValueError(
+                f"`layers` must name linear layers. Got `{name}`, which is a {type(module).__name__}. Load an intact "
+                "checkpoint."
+            )
         else:
             made = _empty_layer(module, about, f"`{name}` in {model.name_or_path}")
         model.set_submodule(name, made)
