@@ -232,6 +232,22 @@ def interruptions() -> Any:
 
 
 @step
+def busy_moments() -> Any:
+    from hf_dynsparse.hub import errors
+
+    waits: list[float] = []
+    patient, errors.time.sleep = errors.time.sleep, waits.append  # type: ignore[assignment]
+    model, folder = toy_model(seed=4), FOLDER / "busy"
+    model.save_pretrained(folder)
+    for method, path in (("POST", "/repos/create"), ("GET", "/tree/"), ("POST", "/commit/"), ("POST", "/tag/")):
+        fault(method=method, path=path, status=429)
+    push_folder(folder, "busy", tag="v1")
+    errors.time.sleep = patient
+    tags = [tag.name for tag in API.list_repo_refs("tester/busy").tags]
+    return {"titles": titles("tester/busy"), "tagged": tags == ["v1"], "waits": waits}
+
+
+@step
 def strategies() -> Any:
     found = {}
     for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):

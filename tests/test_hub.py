@@ -1,19 +1,28 @@
 """The Hub: a real client against a server on this machine, with the package and without; what may be pushed at all."""
 
+import bz2
+import gzip
+import os
+import pickle
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from loopback import LoopbackHub, loopback_hub
 from toy import toy_model, toy_tokenizer
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_dynsparse.hub import HubError, fetch_checkpoint, push_folder
+from hf_dynsparse.hub import HubError, fetch_checkpoint, push_checkpoint, push_folder
+from hf_dynsparse.hub.errors import ask
 from hf_dynsparse.hub.files import check_model, checkpoint_files, model_files
 
 
@@ -116,6 +125,13 @@ def test_loading_what_is_not_there_is_an_error(done: dict[str, Any]) -> None:
     assert done["refusals"]["commits"] == ["Upload a sparse model"]  # none for the tag that existed
 
 
+def test_a_single_busy_answer_is_waited_out(done: dict[str, Any]) -> None:
+    found = done["busy_moments"]
+    assert found["titles"] == ["Upload a sparse model"]
+    assert found["tagged"]
+    assert [round(wait) for wait in found["waits"]] == [1, 2, 1, 1]  # listing files is asked again by the client
+
+
 @pytest.mark.parametrize("case", ["upload", "commit", "server"])
 def test_an_interrupted_push(done: dict[str, Any], case: str) -> None:
     found = done["interruptions"][case]
@@ -204,13 +220,120 @@ def test_what_a_run_leaves_stays_behind(folder: Path) -> None:
 def test_pickles_are_refused(folder: Path, tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "new.pt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    shutil.move(shutil.make_archive(str(tmp_path / "harmless"), "zip", folder), folder)
-    assert "harmless.zip" in model_files(folder)
-    for source, name in (("new.pt", "model.dat"), ("old.pt", "tokenizer.dat"), ("new.pt", "pytorch_model.bin")):
-        shutil.copy(tmp_path / source, folder / name)
-        with pytest.raises(ValueError, match=f"no pickles. Got .*{name}"):
-            model_files(folder)
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    contents = [file.read_bytes() for file in tmp_path.iterdir() if file.is_file()]
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        pickled = pickle.dumps({"weight": print}, protocol)
+        contents += [pickled, gzip.compress(pickled), zlib.compress(pickled), bz2.compress(pickled)]
+    names = ("model.dat", "pytorch_model.bin", "x.pkl", "x.zip", "x.npy", "no_suffix")
+    safe = ("adapter.safetensors", "tokenizer.json", "notes.txt", "x.py", "x.png", "x.gif", "spiece.model", "x.onnx")
+    for content in contents:
+        for name in (*names[: 1 if content is not contents[0] else None], *safe):
+            kept = (folder / name).read_bytes() if (folder / name).exists() else None
+            (folder / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"no pickles. Got .*{name}, .* Remove it") as refused:
+                model_files(folder)
+            assert "\n" not in str(refused.value)
+            (folder / name).unlink()
+            if kept is not None:
+                (folder / name).write_bytes(kept)
+
+
+def test_what_belongs_to_a_model_is_pushed(folder: Path) -> None:
+    belonging = {
+        "README.md": "1. First\n2. N.B. it ends with a dot.\n",
+        "vocab.txt": "(\n.\nN.\n]\n",
+        "merges.txt": "#version: 0.2\nĠ t\n",
+        "log/train.log": "\x1b[31mred\x1b[0m\n",
+        "chat_template.jinja": "{{ messages }}",
+        "extra.json": "[]",
+        "LICENSE": "Do what you like.",
+        "empty.txt": "",
+    }
+    pictures = {
+        "a.png": b"\x89PNG\r\n\x1a\n",
+        "topology.gif": b"GIF89a",
+        "spiece.model": b"\n\x0e",
+        "m.onnx": b"\x08\x0a",
+    }
+    (folder / "log").mkdir()
+    for name, text in belonging.items():
+        (folder / name).write_text(text)
+    for name, content in pictures.items():
+        (folder / name).write_bytes(content)
+    assert {*belonging, *pictures} <= model_files(folder).keys()
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_only_regular_files_and_links_that_stay_inside(
+    folder: Path, tmp_path: Path, state: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe is not opened: that would wait for ever."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    name = "optimizer.pt" if state else "notes.txt"
+    secret, cached = tmp_path / "secret.txt", tmp_path / "cache" / "models--a--b" / "blobs" / "0"
+    cached.parent.mkdir(parents=True)
+    for file in (secret, cached, folder / "inside.txt", folder / ".hidden"):
+        file.write_text("text")
+
+    def files() -> dict[str, Any]:
+        return checkpoint_files(folder, "last") if state else model_files(folder)
+
+    def link(target: Path) -> None:
+        (folder / name).symlink_to(target)
+
+    refused = {
+        "outside": lambda: link(secret),
+        "outside by another link": lambda: (folder / ".link").symlink_to(secret) or link(folder / ".link"),
+        "to nothing": lambda: link(folder / "missing"),
+        "to itself": lambda: link(folder / name),
+        "to a folder": lambda: link(folder),
+        "to the device": lambda: link(Path("/dev/zero")),
+        "a pipe": lambda: os.mkfifo(folder / name),
+    }
+    if not state:  # what stays behind is not let in by another name
+        refused["to what stays behind"] = lambda: link(folder / ".hidden")
+    for case, make in refused.items():
+        make()
+        with pytest.raises(ValueError, match=rf"Only regular files may be pushed, .* Got {folder / name}, ") as error:
+            files()
+        assert "\n" not in str(error.value), case
         (folder / name).unlink()
+    for target in (folder / "inside.txt", Path("inside.txt"), cached):
+        link(target)
+        assert any(path.endswith(name) for path in files())
+        (folder / name).unlink()
+
+
+def test_a_folder_of_the_cache_may_be_pushed(folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "elsewhere" / "models--a--b" / "snapshots" / "0"
+    (snapshot.parents[1] / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copy(file, snapshot.parents[1] / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    assert model_files(snapshot).keys() == model_files(folder).keys()
+
+
+def test_a_checkpoint_is_pushed_from_what_it_is(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("text")
+    (folder / "notes.txt").symlink_to(secret)
+    about: dict[str, Any] = {"subfolder": None, "message": "", "revision": None, "token": None}
+    push_checkpoint(folder, "tester/model", **about).result()
+    assert f"{folder} was not pushed, and training goes on" in caplog.text
+    assert "notes.txt, a link to" in caplog.text
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["model"]
+
+
+def test_a_pipe_in_the_place_of_a_model_is_not_waited_for(folder: Path) -> None:
+    for name in ("config.json", next(folder.glob("*.safetensors")).name):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(ValueError, match=rf"Only regular files may be pushed.* Got {folder}"):
+            push_folder(folder, "tester/model")
 
 
 def test_only_whole_sparse_models_are_pushed(folder: Path, tmp_path: Path) -> None:
@@ -238,6 +361,55 @@ def test_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         push_folder(folder, "tester/model")
     with pytest.raises(HubError, match="Resuming from runs/none, which is no folder here, needs the Hub"):
         fetch_checkpoint("runs/none")
+
+
+def test_only_numbered_checkpoints_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else a repository has of that name is passed over."""
+    monkeypatch.setattr("hf_dynsparse.hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    for name in ("checkpoint-abc", "checkpoint-", "checkpoint-9-old", "checkpoint-²"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    with pytest.raises(HubError, match="Got tester/model without a folder last-checkpoint"):
+        fetch_checkpoint("tester/model")
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert fetch_checkpoint("tester/model") == str(tmp_path / "checkpoint-10")
+
+
+def busy(status: int, **headers: str) -> HfHubHTTPError:
+    response: Any = SimpleNamespace(status_code=status, headers=headers, request=SimpleNamespace(headers={}))
+    return HfHubHTTPError("busy", response=response)
+
+
+@pytest.mark.parametrize(
+    ("errors", "waits"),
+    [
+        ([busy(429, **{"retry-after": "7"})], [7]),
+        ([busy(429, ratelimit='"api";r=0;t=41')], [42]),
+        ([busy(503), busy(429)], [1, 4]),
+        ([busy(429, **{"retry-after": "86400"})], [301]),
+    ],
+)
+def test_a_busy_hub_is_asked_again(errors: list[Exception], waits: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[int] = []
+    monkeypatch.setattr("hf_dynsparse.hub.errors.time.sleep", slept.append)
+
+    def request() -> str:
+        if errors_left:
+            raise errors_left.pop(0)
+        return "done"
+
+    errors_left = list(errors)
+    assert ask("Pushing", request) == "done"
+    assert slept == waits
+    errors_left = [busy(429) for _ in range(9)]
+    with pytest.raises(HubError, match="Pushing was interrupted"):
+        ask("Pushing", request)
+    assert len(errors_left) == 5
+    errors_left = [busy(500)]
+    with pytest.raises(HubError, match="Pushing was interrupted"):
+        ask("Pushing", request)
 
 
 @pytest.mark.parametrize("given", [None, "last", "{here}", "{here}/none"])

@@ -166,6 +166,34 @@ def test_tensors_that_do_not_agree_are_named(saved, leaf, tensor):
         inspect_checkpoint(saved)
 
 
+@pytest.mark.parametrize("lost", [["block_index"], ["values"], ["values", "block_index"]])
+def test_no_layer_is_passed_over(saved, lost):
+    tensors = load_file(saved / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if name not in {f"{QUERY}.{leaf}" for leaf in lost}}
+    save_file(kept, saved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"`{QUERY}` must have `values` .* and `block_index` .* Got .* in {saved}"):
+        inspect_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]},
+        {"dtype": 4, "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [2]},
+        [],
+    ],
+)
+def test_a_damaged_header_is_named(saved, entry):
+    header = json.dumps({"a": entry}).encode()
+    (saved / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match="must be a safetensors file. Got .*model.safetensors, which is none"):
+        inspect_checkpoint(saved)
+
+
 def test_one_shard_alone_may_lack_half_of_a_layer(saved):
     tensors = load_file(saved / "model.safetensors")
     save_file({f"{QUERY}.block_index": tensors[f"{QUERY}.block_index"]}, saved / "shard.safetensors")
@@ -175,7 +203,9 @@ def test_one_shard_alone_may_lack_half_of_a_layer(saved):
 
 def test_weights_of_another_model_are_named(saved):
     change(saved, "bert.encoder.layer.7.output.dense.block_index", torch.arange(16, dtype=torch.int32))
-    with pytest.raises(ValueError, match=r"with `bert.encoder.layer.7.output.dense`, which a .* does not have"):
+    with pytest.raises(
+        ValueError, match=r"with `bert.encoder.layer.7.output.dense`, which a .* does not have as such"
+    ):
         inspect_checkpoint(saved)
 
 

@@ -6,20 +6,27 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-# Dense inside a body too: poolers, embeddings and their projections, routers, and the heads of models that have no
-# base model. Not "*head*": attention is "multi_head_attention" in CTRL, and its projections are "q_head" in Funnel.
-DENSE_IN_BODY = (
+# Poolers, and the heads of models that have no base model. Not "*head*": attention is "multi_head_attention" in CTRL,
+# and its projections are "q_head" in Funnel.
+HEADS_IN_BODY = (
     "*pooler*",
-    "*embed*",
     "*classifier*",
     "*classification_head*",
     "*lm_head*",
     "*qa_outputs*",
-    "*_gate",
-    "*.gate",
     "head.*",
     "*.head.*",
 )
+
+# Dense inside a body too: embeddings and their projections, routers.
+DENSE_IN_BODY = (*HEADS_IN_BODY, "*embed*", "*_gate", "*.gate")
+
+
+def in_head(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor or module of `model` belongs to its head or a pooler, which another task starts afresh."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    inner = name.removeprefix(prefix)
+    return not name.startswith(prefix) or any(fnmatchcase(inner, pattern) for pattern in HEADS_IN_BODY)
 
 
 def body_modules(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 
 from . import models
 from .int8.quantizer import int8_modules
+from .integrity import once_each
 from .layout import BlockSize
 from .models import DynSparseBertConfig
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from .nn import sparse_layers
 from .quantizer import DynSparseQuantizationConfig, densify_
-from .saved_model import copy_companions, load_config, load_model, model_class, split_revision, written_aside
+from .saved_model import copy_companions, load_config, load_model, model_class, pinned, written_aside
 
 
 Source = str | Path | PreTrainedModel
@@ -49,6 +50,7 @@ def sparsify_checkpoint(
         FileExistsError: if `target` exists and is more than an empty folder.
         ValueError: if `source` is sparse already, or a block does not divide a matrix.
     """
+    source = pinned(source)
     config = load_config(source)
     sparse = config.nnzb_per_layer() if isinstance(config, DynSparseBertConfig) else {}
     if sparse or getattr(config, "quantization_config", None):
@@ -59,8 +61,7 @@ def sparsify_checkpoint(
         if ours is None:
             model = load_model(source, quantization_config=DynSparseQuantizationConfig(**settings))
         else:
-            name, revision = split_revision(source)
-            model = ours.from_pretrained(name, revision=revision, **settings)
+            model = load_model(source, ours, **settings)
         model.save_pretrained(folder)
         copy_companions(source, folder)
 
@@ -83,6 +84,7 @@ def export_dense(source: Source, target: str | Path) -> None:
         >>> model = BertForMaskedLM.from_pretrained("medium-dense")
         ```
     """
+    source = source if isinstance(source, PreTrainedModel) else pinned(source)
     with written_aside(target) as folder:
         _dense_copy(_loaded(source)).save_pretrained(folder)
         if not isinstance(source, PreTrainedModel):
@@ -181,12 +183,10 @@ def export_bsr(source: Source, file: str | Path) -> None:
     with written_aside(file) as aside:
         model = _loaded(source)
         layers = sparse_layers(model)
-        # A tied tensor stands there once.
         tensors = {
             key: tensor.contiguous()
-            for key, tensor in model.state_dict().items()
-            if key not in model.all_tied_weights_keys
-            and (key.rpartition(".")[0] not in layers or key.endswith(".bias"))
+            for key, tensor in once_each(model, model.state_dict()).items()
+            if key.rpartition(".")[0] not in layers or key.endswith(".bias")
         }
         shapes = {f"{name}.weight": layer.shape for name, layer in layers.items()}
         for name, layer in layers.items():

@@ -1,7 +1,6 @@
 """What a saved model holds, from the headers and block indices of its files alone: no weight is read."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -12,21 +11,25 @@ import torch
 from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from huggingface_hub import HfFileSystem, is_offline_mode, snapshot_download
-from transformers import PretrainedConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .int8.index_coding import decode_index
+from .int8.layers import Int8BlockSparseLinear
+from .int8.quantizer import int8_modules
+from .json_files import check_object
 from .layer_tables import count_units
 from .layout import BlockLayout
-from .nn import TRAINING_BUFFERS, BlockSparseLinear
-from .saved_model import load_config, model_class, split_revision
+from .nn import TRAINING_BUFFERS, sparse_layers
+from .saved_model import empty_model, pinned, shard_names, split_revision
 
 
 # The longest header that the format allows.
 MAX_HEADER_BYTES = 100_000_000
 # What is fetched of a remote file at a time: headers and block indices are mostly smaller.
 FETCHED_BYTES = 2**20
+# What a file has of a sparse or int8 layer, and of no other.
+_LEAVES = ("values", "block_index", "int8_values", "block_code")
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,10 @@ def inspect_checkpoint(source: str | Path) -> CheckpointReport:
         >>> report.layers[0].layout.to_mask()  # which blocks are active
         ```
     """
+    given, source = str(source), pinned(source) if not Path(source).is_file() else source
     filesystem, folder, files = _locate(source)
-    config = load_config(folder if isinstance(filesystem, LocalFileSystem) else source)
+    config_of = folder if isinstance(filesystem, LocalFileSystem) else source
+    model = empty_model(config_of)
     sizes: dict[str, int] = {}
     places: dict[str, _Place] = {}
     saved: dict[str, bytes] = {}
@@ -187,21 +192,27 @@ def inspect_checkpoint(source: str | Path) -> CheckpointReport:
             held = _read_header(file, sizes[name], path)
             saved |= _read_indices(file, held)
         places |= held
-    names = {key.rpartition(".")[0] for key in places if key.endswith((".block_index", ".block_code"))}
-    shapes = _dense_shapes(config, names, str(source))
-    coded = (getattr(config, "quantization_config", None) or {}).get("layers", {})
+    described = sparse_layers(model)
+    _check_described(model, places, given)
     layers = tuple(
-        _saved_int8_layer(name, shape, places, saved, coded, str(source))
-        if f"{name}.block_code" in places
-        else _saved_layer(name, shape, places, saved, str(source))
-        for name, shape in shapes.items()
+        _saved_int8_layer(name, layer, places, saved, given)
+        if isinstance(layer, Int8BlockSparseLinear)
+        else _saved_layer(name, layer.shape, places, saved, given)
+        for name, layer in described.items()
+        if not files or any(f"{name}.{leaf}" in places for leaf in _LEAVES)
     )
     matrices = {key.rpartition(".")[0]: place.bytes for key, place in places.items() if key.endswith(".int8_values")}
-    int8 = {name: size for name, size in matrices.items() if name not in shapes}
+    int8 = {name: size for name, size in matrices.items() if name not in described}
+    lost = int8_modules(model).keys() - described.keys() - int8.keys()
+    if lost and not files:
+        raise ValueError(
+            f"A saved model must hold what config.json describes. Got {given} without `{min(lost)}.int8_values`. Load "
+            "an intact checkpoint."
+        )
     rest = sum(place.bytes for place in places.values()) - sum(layer.bytes for layer in layers) - sum(int8.values())
     dense_bytes = rest + sum(layer.dense_bytes for layer in layers) + 4 * sum(int8.values())
-    architecture, units = model_class(config).__name__, count_units(config)
-    return CheckpointReport(str(source), architecture, layers, sizes, dense_bytes, units, int8)
+    architecture, units = type(model).__name__, count_units(model.config)
+    return CheckpointReport(given, architecture, layers, sizes, dense_bytes, units, int8)
 
 
 class _Place(NamedTuple):
@@ -221,7 +232,6 @@ def _locate(source: str | Path) -> tuple[AbstractFileSystem, str, list[str]]:
     if path.is_dir():
         return LocalFileSystem(), str(path), []
     name, revision = split_revision(source)
-    load_config(source)  # says in one sentence what is wrong with a name
     if is_offline_mode():
         return LocalFileSystem(), snapshot_download(name, revision=revision), []
     return HfFileSystem(), f"{name}@{quote(revision, safe='')}", []
@@ -232,7 +242,7 @@ def _weight_files(filesystem: AbstractFileSystem, folder: str) -> list[str]:
         return [SAFE_WEIGHTS_NAME]
     index = f"{folder}/{SAFE_WEIGHTS_INDEX_NAME}"
     if filesystem.isfile(index):
-        return sorted(set(json.loads(filesystem.cat_file(index))["weight_map"].values()))
+        return shard_names(filesystem.cat_file(index), index)
     raise FileNotFoundError(
         f"A saved model must hold {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}. Got neither in {folder}. Load it "
         "with transformers and save it again."
@@ -241,20 +251,24 @@ def _weight_files(filesystem: AbstractFileSystem, folder: str) -> list[str]:
 
 def _read_header(file: BinaryIO, size: int, path: str) -> dict[str, _Place]:
     """The tensors of a safetensors file by name: its first 8 bytes say how long the JSON is that follows."""
+    length = int.from_bytes(file.read(8), "little")
     try:
-        length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
         header.pop("__metadata__", None)
-        places = {
-            key: _Place(entry["dtype"], entry["shape"], 8 + length + begin, end - begin)
-            for key, entry in header.items()
-            for begin, end in [entry["data_offsets"]]
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        places = {key: _place(entry, 8 + length) for key, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"A file of weights must be a safetensors file. Got {path}, which is none.") from error
     if max((place.begin + place.bytes for place in places.values()), default=0) > size:
         raise ValueError(f"A file of weights must be whole. Got {path}, which is cut off. Copy or download it again.")
     return places
+
+
+def _place(entry: dict[str, Any], start: int) -> _Place:
+    kinds = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
+    dtype, shape, (begin, end) = (check_object(entry, "a header", kinds)[name] for name in kinds)
+    if not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise ValueError(f"`data_offsets` must be in order. Got {entry}.")
+    return _Place(dtype, shape, start + begin, end - begin)
 
 
 def _read_indices(file: BinaryIO, places: dict[str, _Place]) -> dict[str, bytes]:
@@ -267,22 +281,17 @@ def _read_indices(file: BinaryIO, places: dict[str, _Place]) -> dict[str, bytes]
     return saved
 
 
-def _dense_shapes(config: PretrainedConfig, names: set[str], source: str) -> dict[str, tuple[int, int]]:
-    """`(out_features, in_features)` of the layers `names`, in the order of a model on meta: the files do not say."""
-    shapes: dict[str, tuple[int, int]] = {}
-    if names:
-        with torch.device("meta"):
-            model = model_class(config)(config)
-        for name, layer in model.named_modules():
-            if name in names:
-                shape = layer.shape if isinstance(layer, BlockSparseLinear) else layer.weight.shape
-                shapes[name] = (shape[1], shape[0]) if isinstance(layer, Conv1D) else (shape[0], shape[1])
-    if len(shapes) < len(names):
-        raise ValueError(
-            f"config.json must describe the weights. Got {source} with `{min(names - shapes.keys())}`, which a "
-            f"{model_class(config).__name__} of that configuration does not have. Load an intact checkpoint."
-        )
-    return shapes
+def _check_described(model: PreTrainedModel, places: dict[str, _Place], source: str) -> None:
+    """Whether every layer with values or an index in the files is sparse or int8 by config.json too."""
+    known = {*sparse_layers(model), *int8_modules(model)}
+    of_model = model.state_dict().keys()
+    for key in places:
+        owner, _, leaf = key.rpartition(".")
+        if leaf in _LEAVES and owner not in known and key not in of_model:
+            raise ValueError(
+                f"config.json must describe the weights. Got {source} with `{owner}`, which a "
+                f"{type(model).__name__} of that configuration does not have as such. Load an intact checkpoint."
+            )
 
 
 def _saved_layer(
@@ -290,8 +299,14 @@ def _saved_layer(
 ) -> SavedLayer:
     leaves = ("values", "block_index", *TRAINING_BUFFERS)
     here = {leaf: places[f"{name}.{leaf}"] for leaf in leaves if f"{name}.{leaf}" in places}
-    values, index = here.get("values"), here["block_index"]
-    if values is None or index.dtype != "I32" or len(values.shape) != 3 or values.shape[:1] != index.shape:
+    values, index = here.get("values"), here.get("block_index")
+    if (
+        values is None
+        or index is None
+        or (index.dtype, index.shape, index.bytes) != ("I32", values.shape[:1], 4 * prod(values.shape[:1]))
+        or len(values.shape) != 3
+        or 0 in values.shape
+    ):
         found = {leaf: (place.dtype, place.shape) for leaf, place in here.items()}
         raise ValueError(
             f"`{name}` must have `values` of shape [nnzb, rows, columns] and `block_index` of dtype I32 and shape "
@@ -312,23 +327,17 @@ def _saved_layer(
 
 
 def _saved_int8_layer(
-    name: str,
-    shape: tuple[int, int],
-    places: dict[str, _Place],
-    saved: dict[str, bytes],
-    coded: Mapping[str, Any],
-    source: str,
+    name: str, layer: Int8BlockSparseLinear, places: dict[str, _Place], saved: dict[str, bytes], source: str
 ) -> SavedLayer:
-    values, code, about = places.get(f"{name}.int8_values"), places[f"{name}.block_code"], coded.get(name)
-    described = [] if about is None else [about["nnzb"], *about["block"]]
-    if about is None or values is None or values.dtype != "I8" or code.dtype != "U8" or values.shape != described:
+    values, code = places.get(f"{name}.int8_values"), places.get(f"{name}.block_code")
+    described = [layer.nnzb, *layer.block_shape]
+    if values is None or code is None or (values.dtype, values.shape, code.dtype) != ("I8", described, "U8"):
         raise ValueError(
             f"`{name}` must have `int8_values` of dtype I8 and the shape that config.json gives, {described}, and "
             f"`block_code` of dtype U8. Got {values} and {code} in {source}. Load an intact checkpoint."
         )
-    nnzb, *block = described
-    layout = BlockLayout(torch.empty(0, dtype=torch.int32), shape, (block[0], block[1]))
+    layout = BlockLayout(torch.empty(0, dtype=torch.int32), layer.shape, layer.block_shape)
     bytes_of_code = torch.frombuffer(bytearray(saved[f"{name}.block_code"]), dtype=torch.uint8)
-    ids = decode_index(bytes_of_code, about["bits"], nnzb, layout.num_blocks, f"`{name}` in {source}")
+    ids = decode_index(bytes_of_code, layer.code_bits, layer.nnzb, layout.num_blocks, f"`{name}` in {source}")
     layout = replace(layout, block_index=ids)
-    return SavedLayer(name, layout, values.bytes + code.bytes, 4 * prod(shape), None, "I8", about["bits"])
+    return SavedLayer(name, layout, values.bytes + code.bytes, 4 * prod(layer.shape), None, "I8", layer.code_bits)

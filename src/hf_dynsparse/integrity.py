@@ -42,11 +42,38 @@ def with_checksums(
     weights is elsewhere, on the disk or on other ranks.
     """
     unsaved = model._keys_to_ignore_on_save or ()
-    kept = {name: tensor for name, tensor in state_dict.items() if name not in unsaved}
-    written = remove_tied_weights_from_state_dict(kept, model)
+    written = once_each(model, {name: tensor for name, tensor in state_dict.items() if name not in unsaved})
     if any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in written.values()):
         return written, {}
     return written, {CHECKSUMS: " ".join(f"{name}:{_checksum(tensor)}" for name, tensor in written.items())}
+
+
+def once_each(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    A state in which no two tensors share memory, and which loads. A tensor that the configuration ties to another is
+    left out: loading ties it again. One that only happens to be shared, as the biases of a head are once its tokens
+    have been resized, becomes a copy: nobody would know where to get it from.
+    """
+    state = {**state_dict, **{old: state_dict[new] for old, new in _outgrown_biases(model, state_dict)}}
+    once = remove_tied_weights_from_state_dict(dict(state), model)
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for name in state.keys() - once.keys() - tied.keys():
+        once[name] = state[name].clone()
+    return {name: once[name] for name in state if name in once}
+
+
+def separate_(model: PreTrainedModel) -> None:
+    """Make the parameters of a model what `once_each` would save of them, for transformers' own way to save it."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    shared, seen = {*tied, *tied.values()}, set[int]()
+    outgrown = dict(_outgrown_biases(model, parameters))
+    for name, parameter in parameters.items():
+        if name in outgrown or (id(parameter) in seen and name not in shared):
+            owner, _, leaf = name.rpartition(".")
+            new = parameters[outgrown.get(name, name)]
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(new.detach().clone(), new.requires_grad))
+        seen.add(id(parameter))
 
 
 def verify_weights(files: Iterable[str | Path]) -> None:
@@ -167,6 +194,16 @@ def order_metadata(folder: str | Path) -> None:
 
 
 _FIX = "It is damaged, or was changed afterwards: load an intact one."
+
+
+def _outgrown_biases(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+    """
+    Biases of a head without use, each with the one that is used: where the configuration does not tie them, resizing
+    the tokens of a RoBERTa leaves one of them behind, in a size that no model would load.
+    """
+    for new, old in (model._tied_weights_keys or {}).items():
+        if old.endswith("bias") and {new, old} <= tensors.keys() and tensors[new].shape != tensors[old].shape:
+            yield old, new
 
 
 def _verify(name: str, tensor: torch.Tensor, saved: Mapping[str, str], file: str) -> None:

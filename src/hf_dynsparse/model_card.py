@@ -1,24 +1,21 @@
 """Model cards: what a model is and how it came about, from the files of its run. No figure is typed by hand."""
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .files import write_atomically
 from .finetuning import FINETUNE_MODES
-from .int8.quantizer import METHOD as INT8_METHOD
-from .int8.quantizer import DynSparseInt8Config, put_int8_layers_
+from .json_files import Kinds, check_object, read_object
 from .layer_tables import count_costs, count_layers, count_units
 from .models import DynSparseBertConfig
-from .quantizer import DynSparseQuantizationConfig, DynSparseQuantizer
-from .saved_model import load_config, model_class
+from .saved_model import empty_model, one_error
 from .summary import task_metrics
 
 
@@ -42,6 +39,31 @@ TASKS = {
 }
 
 EXPLORED = ("coverage", "topology_updates")
+
+# What is read of the files of a run.
+STATE_KINDS: Kinds = {
+    "global_step": int,
+    "total_flos": float,
+    "log_history": list[dict[str, Any]],
+    "stateful_callbacks": dict[str, Any],
+}
+LOG_KINDS: Kinds = {"step": int, "loss": float, **{f"dynsparse/{name}": float for name in EXPLORED}}
+CALLBACK_KINDS: Kinds = {"TopologyCallback": dict[str, dict[str, Any]]}
+SUMMARY_KINDS: Kinds = {
+    **dict.fromkeys(("steps", "seq_len", "topology_updates", "train_sequences", "eval_sequences", "processes"), int),
+    **dict.fromkeys(("flops", "dense_flops", "tokens", "epochs", "seconds", "tokens_per_second"), float),
+    **dict.fromkeys(("perplexity", "eval_loss", "pruned_to", "learning_rate", "seed"), float),
+    **dict.fromkeys(("model_name", "repo_id", "license", "base_model", "pipeline_tag", "start", "pattern"), str),
+    **dict.fromkeys(("teacher", "hardware", "mode"), str),
+    "language": str | list[str],
+    **dict.fromkeys(("tags", "datasets", "pictures"), list[str]),
+    "data": dict[str, str | None],
+    "metrics": dict[str, float],
+    "arguments": dict[str, Any],
+    "versions": dict[str, str],
+    "history": list[dict[str, Any]],
+    "earlybert": dict[str, Any],
+}
 
 # Metrics that the Hub calls otherwise than the scripts that compute them.
 METRIC_TYPES = {"pearson": "pearsonr", "exact": "exact_match"}
@@ -79,13 +101,24 @@ def write_model_card(
     source = Path(folder)
     target = source if destination is None else Path(destination)
     known = read_facts(source) | facts
-    card = create_model_card(empty_model(source) if model is None else model, **known)
+    card = card_of_folder(source, empty_model(source) if model is None else model, known)
     if target != source:
         target.mkdir(parents=True, exist_ok=True)
         for picture in known["pictures"]:
             shutil.copy(source / picture, target)
     write_atomically(target / "README.md", str(card))
     return target / "README.md"
+
+
+def card_of_folder(folder: str | Path, model: PreTrainedModel, facts: Mapping[str, Any]) -> ModelCard:
+    """
+    As [`create_model_card`], with facts that `read_facts` has read in `folder`.
+
+    Raises:
+        ValueError: if they are not what a run writes.
+    """
+    with one_error("The files of a run must be as it wrote them.", folder):
+        return create_model_card(model, **facts)
 
 
 def create_model_card(model: PreTrainedModel, **facts: Any) -> ModelCard:
@@ -152,13 +185,18 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """What the files of a run tell about it; for a model without a run its name."""
     facts: dict[str, Any] = {"model_name": folder.resolve().name}
     facts["pictures"] = [name for name in PICTURES if (folder / name).exists()]
-    if (folder / "trainer_state.json").exists():
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        facts |= {"steps": state["global_step"], "flops": state["total_flos"]}
-        facts["history"] = state["log_history"]
-        facts["topology"] = state["stateful_callbacks"].get("TopologyCallback", {}).get("args")
-    if (folder / "summary.json").exists():
-        facts |= json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    state_file, summary_file = folder / TRAINER_STATE_NAME, folder / "summary.json"
+    if state_file.exists():
+        state = read_object(state_file, STATE_KINDS)
+        callbacks = check_object(state.get("stateful_callbacks") or {}, str(state_file), CALLBACK_KINDS)
+        facts |= {"steps": state.get("global_step"), "flops": state.get("total_flos")}
+        facts["history"] = state.get("log_history") or []
+        for entry in facts["history"]:
+            scores: Kinds = {name: float for name in entry if name.startswith("eval_")}
+            check_object(entry, f"the log of {state_file}", {**LOG_KINDS, **scores})
+        facts["topology"] = (callbacks.get("TopologyCallback") or {}).get("args")
+    if summary_file.exists():
+        facts |= read_object(summary_file, SUMMARY_KINDS)
     return facts
 
 
@@ -216,24 +254,6 @@ def trainer_facts(
     return {name: fact for name, fact in facts.items() if fact}
 
 
-def empty_model(folder: str | Path) -> PreTrainedModel:
-    """
-    The model saved in `folder` on meta: its layers, but no weight.
-
-    Raises:
-        FileNotFoundError: if there is no config.json.
-    """
-    config = load_config(folder)
-    with torch.device("meta"):
-        model: PreTrainedModel = model_class(config)(config).to(config.dtype)
-    how = getattr(config, "quantization_config", None)
-    if how is not None and how.get("quant_method") == INT8_METHOD:
-        put_int8_layers_(model, DynSparseInt8Config(**how))
-    elif how is not None:
-        DynSparseQuantizer(DynSparseQuantizationConfig(**how), pre_quantized=False).attach_(model)
-    return model
-
-
 def _auto_class(model: PreTrainedModel) -> str:
     """The Auto class that loads `model`; else its own class."""
     for auto_class in TASKS:
@@ -252,7 +272,7 @@ def _evaluations(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             loss = {"training loss": entry["loss"]}
         scores = task_metrics(dict(entry))
         if scores:
-            rows.setdefault(entry["step"], {"step": entry["step"], **loss}).update(scores)
+            rows.setdefault(entry.get("step", 0), {"step": entry.get("step"), **loss}).update(scores)
     return list(rows.values())
 
 

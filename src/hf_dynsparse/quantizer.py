@@ -23,8 +23,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import nn as plain
 from .body import body_modules
+from .completeness import GIVEN, check_loaded, check_places, is_loaded
 from .distributions import DISTRIBUTIONS, active_blocks
-from .integrity import verify_weights, warn_of_nonfinite, with_checksums
+from .integrity import separate_, verify_weights, warn_of_nonfinite, with_checksums
+from .json_files import Kinds, check_object
 from .layout import as_block_shape, block_grid, check_sparsity
 from .models.bert.configuration_dynsparse_bert import encoder_shapes
 from .models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
@@ -33,6 +35,15 @@ from .readme import write_readmes_
 
 
 METHOD = "dynsparse"
+# What JSON must hold of a `DynSparseQuantizationConfig`.
+KINDS: Kinds = {
+    "block_size": int | list[int],
+    "sparsity": float,
+    "distribution": str,
+    "targets": list[str],
+    "ignore": list[str],
+    "nnzb": dict[str, int],
+}
 
 About = TypeVar("About")  # what is known of a layer
 
@@ -138,6 +149,7 @@ class DynSparseQuantizationConfig(QuantizationConfigMixin):
         Raises:
             ValueError: for a name or type that is none of ours too.
         """
+        check_object(config_dict, "`quantization_config`", KINDS)
         try:
             return super().from_dict(config_dict, *args, **kwargs)
         except TypeError as error:
@@ -168,6 +180,7 @@ class DynSparseQuantizer(HfQuantizer):
             copy.deepcopy(quantization_config),
             pre_quantized=pre_quantized and quantization_config.nnzb is not None,
         )
+        self._source: str | None = None  # a model in memory comes from no checkpoint
 
     @property
     def is_trainable(self) -> bool:
@@ -197,9 +210,10 @@ class DynSparseQuantizer(HfQuantizer):
                 f"{type(model).__name__}, whose own configuration says how sparse it is: pass `sparsity` and "
                 "`block_size` to `from_pretrained` instead."
             )
+        self._files = list(checkpoint_files or ())
+        self._source = str(model.name_or_path) if self._files else GIVEN
         if self.pre_quantized:
-            self._source = str(model.name_or_path) if checkpoint_files else "the given `state_dict`"
-            verify_weights(checkpoint_files or ())
+            verify_weights(self._files)
             _replace_(model, present_layers(model, self.quantization_config.nnzb or {}), self.quantization_config)
             prefix = f"{model.base_model_prefix}."
             markers = "|".join(re.escape(name.removeprefix(prefix)) for name in sparse_layers(model))
@@ -208,10 +222,12 @@ class DynSparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
-        if self.pre_quantized:
-            _check_loaded(model, config, self._source)
+        if self._source is not None:
+            if self.pre_quantized:
+                _check_layers(model, config, self._source)
+            check_loaded(model, self._source, self._files)
             warn_of_nonfinite(model, self._source)
-        else:
+        if not self.pre_quantized:
             if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
                 raise ValueError(
                     "A dense model must stand on one device to be made sparse. Got a `device_map` over several: load "
@@ -264,6 +280,7 @@ class DynSparseQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: Any) -> None:
         """Make `model` forget that it was sparse."""
         super().remove_quantization_config(model)
+        separate_(model)
         del model._weight_conversions, model.save_pretrained
         if self._dense_conversions is not None:
             model._weight_conversions = self._dense_conversions
@@ -432,7 +449,7 @@ def _replace_(model: PreTrainedModel, nnzb: Mapping[str, int], config: DynSparse
         model.set_submodule(name, sparse.from_dense(linear, config.block_shape, nnzb=nnzb[name]))
 
 
-def _check_loaded(model: PreTrainedModel, config: DynSparseQuantizationConfig, source: str) -> None:
+def _check_layers(model: PreTrainedModel, config: DynSparseQuantizationConfig, source: str) -> None:
     """
     Raises:
         ValueError: naming the first tensor of a sparse layer that the checkpoint does not hold, or not as it must be.
@@ -457,33 +474,7 @@ def _check_loaded(model: PreTrainedModel, config: DynSparseQuantizationConfig, s
                 )
         if not layer.block_index.is_meta:
             layer.layout.validate(f"`{name}` in {source}")
-    check_loaded(model, source, [name for name in config.nnzb or {} if name not in nnzb])
-
-
-def check_loaded(model: PreTrainedModel, source: str, absent: Iterable[str]) -> None:
-    """
-    Check that a model with the head that it was saved with has found all its parameters.
-
-    Args:
-        absent (`Iterable[str]`): layers that `quantization_config` names, and `model` does not have.
-
-    Raises:
-        ValueError: naming the first that it has not.
-    """
-    if type(model).__name__ in (model.config.architectures or ()):
-        # Another head may start afresh; the one that the files were saved with is there, or they are damaged.
-        lost = [name for name, weight in model.named_parameters() if not is_loaded(weight)]
-        lost += absent
-        if lost:
-            raise ValueError(
-                f"Model and checkpoint must have the same tensors. Got {source}, and `{lost[0]}` in one of them only. "
-                "It is damaged, or its config.json was changed: load an intact one."
-            )
-
-
-def is_loaded(tensor: torch.Tensor) -> bool:
-    """Whether the checkpoint held it: the loader marks what it has loaded, and leaves on meta what stays on disk."""
-    return getattr(tensor, "_is_hf_initialized", False) or tensor.is_meta
+    check_places(model, config.nnzb or {}, source)
 
 
 def _drop_markers(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:

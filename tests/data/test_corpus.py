@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hf_dynsparse.data import EmbeddedCorpus, embedded_corpus
-from hf_dynsparse.data.corpus import find_modules, installed_versions, is_validation, write_corpus
+from hf_dynsparse.data import embedded_corpus
+from hf_dynsparse.data.corpus import corpus_files, find_modules, installed_versions, is_validation, write_corpus
 
 
 MODULE = '''# This comment is about the module and it is long enough to be kept,
@@ -72,9 +73,9 @@ def test_format_order_and_removal_of_repeated_paragraphs(tmp_path: Path) -> None
     module.write_text(MODULE.format(name="that"))
     broken = tmp_path / "broken.py"
     broken.write_text("def broken(:\n")
-    files = EmbeddedCorpus(tmp_path / "train.txt", tmp_path / "validation.txt")
+    files = corpus_files(tmp_path / "corpus")
     # The second copy of the module has nothing new, and nothing can be read from the third file.
-    write_corpus([(name, module), (name, module), (name, broken)], files, progress=False)
+    write_corpus([(name, module), (name, module), (name, broken)], tmp_path / "corpus", progress=False)
     assert files.validation_file.read_text() == ""
     assert files.train_file.read_text() == (
         f"= {name} =\n"
@@ -95,7 +96,8 @@ def test_corpus_is_cached_by_version_and_split_by_document(make_package: Package
     make_package("small_b", modules)
     cache = tmp_path / "cache"
     files = embedded_corpus(cache, min_bytes=1, progress=False, packages=["small_b", "not_installed_anywhere"])
-    assert sorted(cache.iterdir()) == sorted(files)
+    assert [path.parent for path in files] == list(cache.iterdir()) * 2
+    assert sorted(files[0].parent.iterdir()) == sorted(files)
     train, valid = ([text.splitlines()[1:] for text in file.read_text().split("\n\n")] for file in files)
     assert len(train) + len(valid) == 100
     assert 0 < len(valid) < 20
@@ -115,6 +117,37 @@ def test_corpus_is_cached_by_version_and_split_by_document(make_package: Package
     make_package("small_b", modules, version="2.0")
     assert installed_versions(["small_b"]) == {"small_b": "2.0"}
     assert embedded_corpus(cache, min_bytes=1, progress=False, packages=["small_b"]) != files
+
+
+@pytest.mark.parametrize("fails", ["train.txt", "validation.txt", "rename"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_both_files_or_none(fails: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(MODULE.format(name="that"))
+    write, folder = Path.write_text, tmp_path / "cache" / "corpus"
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    def write_or_fail(file: Path, *args: Any, **kwargs: Any) -> int:
+        return fail() if file.name == fails else write(file, *args, **kwargs)  # type: ignore[return-value]
+
+    monkeypatch.setattr(Path, "write_text", write_or_fail)
+    if fails == "rename":
+        monkeypatch.setattr("hf_dynsparse.data.corpus.os.replace", fail)
+    with pytest.raises(type(error)):
+        write_corpus([("m", module)], folder, progress=False)
+    assert list(folder.parent.iterdir()) == []
+    monkeypatch.undo()
+    folder.mkdir()
+    (folder / "train.txt").write_text("of a corpus that has lost its other file")
+    write_corpus([("m", module)], folder, progress=False)
+    assert sorted(path.name for path in folder.iterdir()) == ["train.txt", "validation.txt"]
+    assert "The first docstring" in "".join(path.read_text() for path in folder.iterdir())
+    (folder / "train.txt").write_text("of a faster process")
+    write_corpus([("m", module)], folder, progress=False)
+    assert (folder / "train.txt").read_text() == "of a faster process"
+    assert [path.name for path in folder.parent.iterdir()] == ["corpus"]
 
 
 def test_too_little_prose_is_an_error(make_package: Package, tmp_path: Path) -> None:

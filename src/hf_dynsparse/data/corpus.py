@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sysconfig
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,6 @@ from typing import NamedTuple
 from huggingface_hub import constants
 from tqdm.auto import tqdm
 
-from ..files import write_atomically
 from .prose import clean_text
 
 
@@ -88,13 +88,11 @@ def embedded_corpus(
     key = repr((FORMAT_VERSION, sorted(versions.items())))
     fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
     directory = Path(constants.HF_HOME, "hf_dynsparse") if cache_dir is None else Path(cache_dir)
-    files = EmbeddedCorpus(
-        directory / f"embedded-{fingerprint}-train.txt", directory / f"embedded-{fingerprint}-validation.txt"
-    )
+    files = corpus_files(directory / f"embedded-{fingerprint}")
     if not all(file.is_file() for file in files):
         logger.info("Building the embedded corpus in %s (once for these package versions).", directory)
         modules = [module for package in versions for module in find_modules(package)]
-        write_corpus(modules, files, progress)
+        write_corpus(modules, files.train_file.parent, progress)
     size = sum(file.stat().st_size for file in files)
     if size < min_bytes:
         missing = [package for package in packages if package not in versions]
@@ -158,15 +156,21 @@ def find_modules(package: str) -> list[tuple[str, Path]]:
     return sorted(modules)
 
 
-def write_corpus(modules: Sequence[tuple[str, Path]], files: EmbeddedCorpus, progress: bool = True) -> None:
+def corpus_files(folder: Path) -> EmbeddedCorpus:
+    """The two files of a corpus in its folder."""
+    return EmbeddedCorpus(folder / "train.txt", folder / "validation.txt")
+
+
+def write_corpus(modules: Sequence[tuple[str, Path]], folder: Path, progress: bool = True) -> None:
     """
     Write the prose of modules to a training and a validation file, leaving repeated paragraphs out.
 
     Args:
         modules (`Sequence[tuple[str, Path]]`):
             Document names and Python source files; where a paragraph is repeated, the first module keeps it.
-        files (`EmbeddedCorpus`):
-            The files to write, both or none: an interrupted build leaves nothing behind.
+        folder (`Path`):
+            The folder for the two files. It appears with both or not at all: an interrupted build leaves nothing
+            behind, and of several processes that build it at once one is heard.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
     """
@@ -182,8 +186,18 @@ def write_corpus(modules: Sequence[tuple[str, Path]], files: EmbeddedCorpus, pro
     finally:
         if collecting:
             gc.enable()
-    for file, documents in zip(files, parts, strict=True):
-        write_atomically(file, "\n".join(documents))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+        written = Path(aside, folder.name)
+        written.mkdir()
+        for file, documents in zip(corpus_files(written), parts, strict=True):
+            file.write_text("\n".join(documents), encoding="utf-8", newline="\n")
+        try:
+            os.replace(written, folder)
+        except OSError:  # a folder with something in it
+            if not all(file.is_file() for file in corpus_files(folder)):  # else another process was faster
+                os.replace(folder, Path(aside, "replaced"))
+                os.replace(written, folder)
 
 
 def module_prose(file: Path) -> Iterator[str]:

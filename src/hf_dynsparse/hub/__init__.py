@@ -18,10 +18,10 @@ from huggingface_hub import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..model_card import create_model_card, read_facts
+from ..model_card import card_of_folder, read_facts
 from ..readme import SHORT, is_ours
 from ..saved_model import split_revision
-from .errors import HubError, explained
+from .errors import HubError, ask
 from .files import LAST_CHECKPOINT, PENDING, Files, check_model, checkpoint_files, model_files
 
 
@@ -74,22 +74,24 @@ def push_folder(
         ```
     """
     folder = Path(folder)
+    if folder.is_dir():
+        model_files(folder)  # before anything is loaded: opening a pipe would wait for ever
     model = check_model(folder)
     files = model_files(folder, with_code)
     if "README.md" not in files or is_ours(folder, SHORT):
-        files["README.md"] = str(create_model_card(model, **read_facts(folder))).encode()
+        files["README.md"] = str(card_of_folder(folder, model, read_facts(folder))).encode()
     repo_id = open_repository(repo_id, private=private, revision=revision, token=token)
     api = HfApi(token=token)
     if tag is not None:
-        with explained(f"Pushing to {repo_id}"):
-            taken = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+        tags = ask(f"Pushing to {repo_id}", lambda: api.list_repo_refs(repo_id).tags)
+        taken = {ref.name: ref.target_commit for ref in tags}
         if tag in taken:
             raise HubError(f"`tag` must be new. Got {tag!r}, which {repo_id} has at {taken[tag]}. Choose another.")
     message = commit_message or "Upload a sparse model"
     commit = commit_files(repo_id, files, message=message, revision=revision, token=token)
     if tag is not None:
-        with explained(f"Tagging {repo_id}"):
-            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+        name = tag
+        ask(f"Tagging {repo_id}", lambda: api.create_tag(repo_id, tag=name, revision=commit.oid))
     return commit
 
 
@@ -116,10 +118,14 @@ def fetch_checkpoint(checkpoint: str | None, token: str | None = None) -> str | 
         return checkpoint
     repo_id, revision = split_revision(checkpoint)
     wanted = [f"{LAST_CHECKPOINT}/*", "checkpoint-*/*"]
-    with explained(f"Resuming from {checkpoint}, which is no folder here,"):
-        snapshot = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted))
-    numbered = sorted(snapshot.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    for folder in (snapshot / LAST_CHECKPOINT, *reversed(numbered)):
+    snapshot = Path(
+        ask(
+            f"Resuming from {checkpoint}, which is no folder here,",
+            lambda: snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted),
+        )
+    )
+    steps = {int(folder.name.rpartition("-")[2]): folder for folder in snapshot.iterdir() if _is_numbered(folder.name)}
+    for folder in (snapshot / LAST_CHECKPOINT, *(steps[step] for step in sorted(steps, reverse=True))):
         if (folder / TRAINER_STATE_NAME).is_file():
             return str(folder)
     raise HubError(
@@ -138,17 +144,20 @@ def open_repository(
         HubError: if that may not be, or it is public and must be private.
     """
     api = HfApi(token=token)
-    with explained(f"Pushing to {repo_id}"):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)
-        if private and not api.model_info(repo_id).private:
+
+    def opened() -> str:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api.auth_check(name, write=True)
+        if private and not api.model_info(name).private:
             raise HubError(
-                f"`private=True` needs a private repository. Got {repo_id}, which is public. Change that in its "
+                f"`private=True` needs a private repository. Got {name}, which is public. Change that in its "
                 "settings, or choose another name."
             )
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return repo_id
+            api.create_branch(name, branch=revision, exist_ok=True)
+        return name
+
+    return ask(f"Pushing to {repo_id}", opened)
 
 
 def commit_files(
@@ -162,7 +171,8 @@ def commit_files(
         HubError: if that failed.
     """
     api = HfApi(token=token)
-    with explained(f"Pushing to {repo_id}"):
+
+    def committed() -> CommitInfo:
         present = api.list_repo_files(repo_id, revision=revision)
         deletions = [CommitOperationDelete(path) for path in present if _is_replaced(path, files)]
         additions = [
@@ -172,6 +182,8 @@ def commit_files(
         return api.create_commit(
             repo_id, [*deletions, *additions], commit_message=message, revision=revision, token=token
         )
+
+    return ask(f"Pushing to {repo_id}", committed)
 
 
 def push_checkpoint(
@@ -190,7 +202,7 @@ def push_checkpoint(
     checkpoint = Path(checkpoint)
     frozen = checkpoint.with_name(PENDING + checkpoint.name)
     shutil.rmtree(frozen, ignore_errors=True)
-    shutil.copytree(checkpoint, frozen, copy_function=_link)
+    shutil.copytree(checkpoint, frozen, copy_function=_link, symlinks=True)  # links are looked at, not followed
 
     def push() -> None:
         try:
@@ -202,6 +214,10 @@ def push_checkpoint(
             shutil.rmtree(frozen)
 
     return run_as_future(push)
+
+
+def _is_numbered(name: str) -> bool:
+    return re.fullmatch(r"checkpoint-[0-9]+", name) is not None
 
 
 def _is_replaced(path: str, files: Files) -> bool:

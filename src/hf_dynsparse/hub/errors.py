@@ -1,7 +1,9 @@
 """Errors of the Hub in one line: what was needed, what came, what to do."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -10,23 +12,46 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils._http import parse_ratelimit_headers
+
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+# What the Hub answers when it has too much to do and has not begun: too many requests, and not available.
+BUSY = (429, 503)
+# Seconds to wait before asking again, if the Hub does not say how long; and at most. Its windows are five minutes.
+WAITS = (1, 4, 16)
+LONGEST_WAIT = 301
 
 
 class HubError(OSError):
     """The Hub refused, or could not be reached."""
 
 
-@contextmanager
-def explained(doing: str) -> Iterator[None]:
+def ask(doing: str, request: Callable[[], Answer]) -> Answer:
     """
-    Turn whatever the client of the Hub raises while `doing` something into a `HubError`.
+    The answer to `request`, which is sent up to three times more, when the Hub wishes, if it is only busy. Sending it
+    again must do no harm.
+
+    Raises:
+        HubError: for whatever the client of the Hub raises else while `doing` something.
     """
-    try:
-        yield
-    except HubError:
-        raise
-    except Exception as error:  # the errors of the client, its HTTP library and hf_xet have no base in common
-        raise HubError(_explain(doing, error)) from error
+    waits = iter(WAITS)
+    while True:
+        try:
+            return request()
+        except HubError:
+            raise
+        except Exception as error:  # the errors of the client, its HTTP library and hf_xet have no base in common
+            response, wait = error.response if isinstance(error, HfHubHTTPError) else None, next(waits, None)
+            if wait is None or response is None or response.status_code not in BUSY:
+                raise HubError(_explain(doing, error)) from error
+            limit, after = parse_ratelimit_headers(response.headers), response.headers.get("retry-after", "")
+            seconds = int(after) if after.isdecimal() else wait if limit is None else limit.reset_in_seconds + 1
+            logger.warning("The Hub is busy (%d); asking again in %d s.", response.status_code, seconds)
+            time.sleep(min(seconds, LONGEST_WAIT))
 
 
 def _explain(doing: str, error: Exception) -> str:

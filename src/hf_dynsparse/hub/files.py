@@ -1,22 +1,23 @@
 """What of a folder goes to the Hub, and whether it may."""
 
-import json
-import re
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from zipfile import ZipFile, is_zipfile
 
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
 from ..checkpoint import CHECKSUM_FILE, STAGING_FOLDER, STATE_FILES
 from ..int8.quantizer import int8_modules
+from ..json_files import read_object
 from ..models import DynSparseBertConfig
 from ..nn import sparse_layers
 from ..remote_code import AUTO_MAP, add_code
-from ..saved_model import load_config, model_class
+from ..saved_model import load_model
 from ..topology_frames import HISTORY_FOLDER
+from .allowed import check_file, check_regular
 
 
 LAST_CHECKPOINT = "last-checkpoint"  # the folder of `hub_strategy="checkpoint"`; the name is transformers'
@@ -29,7 +30,6 @@ _LEFT_OUT = (
     *("training_args.bin", "checkpoint-*", LAST_CHECKPOINT, STAGING_FOLDER, f"{PENDING}*", "[._]*"),
     *("runs", HISTORY_FOLDER),  # event files, and a frame for every topology update
 )
-_PICKLE_SUFFIXES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 
 Files = Mapping[str, Path | bytes]
 
@@ -42,28 +42,32 @@ def model_files(folder: Path, with_code: bool = False) -> dict[str, Path | bytes
         with_code (`bool`): with the modelling code; always if config.json names code that is not there.
 
     Raises:
-        ValueError: if a pickle is among it.
+        ValueError: if a file among it may not be pushed.
     """
     files: dict[str, Path | bytes] = {}
-    for file in sorted(folder.rglob("*")):
-        path = file.relative_to(folder)
-        if file.is_dir() or any(fnmatchcase(part, pattern) for part in path.parts for pattern in _LEFT_OUT):
-            continue
-        if _is_pickle(file):
-            raise ValueError(
-                f"Only what is safe to load may be pushed: safetensors, no pickles. Got {file}. Save it as "
-                "safetensors, or remove it."
-            )
-        files[path.as_posix()] = file
+    for file in _walk(folder):
+        check_file(file, folder.resolve(), _is_left_out)
+        files[file.relative_to(folder).as_posix()] = file
     if with_code or (_names_code(folder) and "modeling_dynsparse_bert.py" not in files):
         files |= add_code(folder)
     return files
 
 
 def checkpoint_files(checkpoint: Path, subfolder: str) -> dict[str, Path | bytes]:
-    """The model of a checkpoint and, in `subfolder`, all that a resumed run reads."""
+    """
+    The model of a checkpoint and, in `subfolder`, all that a resumed run reads.
+
+    Raises:
+        ValueError: if a file among it may not be pushed.
+    """
     model = model_files(checkpoint)
-    state = {file.name: file for pattern in TRAINING_STATE for file in checkpoint.glob(pattern)}
+    state = {
+        file.name: file
+        for file in sorted(checkpoint.iterdir())
+        if any(fnmatchcase(file.name, pattern) for pattern in TRAINING_STATE)
+    }
+    for file in state.values():
+        check_regular(file, checkpoint.resolve())
     return {**model, **{f"{subfolder}/{path}": file for path, file in {**model, **state}.items()}}
 
 
@@ -74,43 +78,40 @@ def check_model(folder: Path) -> PreTrainedModel:
     Raises:
         ValueError: saying what is wrong.
     """
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
             f"Only a folder that `save_pretrained` wrote can be pushed. Got {folder} without config.json."
         )
-    config = load_config(folder)
-    architecture = model_class(config)
     try:
-        model, report = architecture.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        model = load_model(folder, use_safetensors=True)
     except OSError as error:
         raise ValueError(
             f"A model to be pushed must consist of whole safetensors files. Got {folder}: {error}. Save it again."
         ) from error
-    if report["missing_keys"]:
+    is_ours = isinstance(model.config, DynSparseBertConfig)
+    if not (is_ours or sparse_layers(model) or int8_modules(model)):
         raise ValueError(
-            f"A model to be pushed must hold every tensor. Got {folder} without {sorted(report['missing_keys'])[0]}. "
-            "Save it again."
-        )
-    if config.model_type != DynSparseBertConfig.model_type and not (sparse_layers(model) or int8_modules(model)):
-        raise ValueError(
-            f"Only a sparse model can be pushed. Got {folder}, a {architecture.__name__} without sparse layers. Use "
+            f"Only a sparse model can be pushed. Got {folder}, a {type(model).__name__} without sparse layers. Use "
             "its own `push_to_hub`."
         )
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files in `folder` and below, but for those left out. No link to a folder is followed."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if _is_left_out(entry.name):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry))
+        else:
+            yield Path(entry)
+
+
+def _is_left_out(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _LEFT_OUT)
 
 
 def _names_code(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.exists() and json.loads(config.read_text(encoding="utf-8")).get("auto_map") == AUTO_MAP
-
-
-def _is_pickle(file: Path) -> bool:
-    """By its name, or by what `torch.save` and `pickle` write first."""
-    if file.suffix in _PICKLE_SUFFIXES:
-        return True
-    if is_zipfile(file):
-        with ZipFile(file) as archive:
-            return any(name.endswith(".pkl") for name in archive.namelist())
-    with file.open("rb") as content:
-        return file.suffix != ".safetensors" and re.match(rb"\x80[\x02-\x05]", content.read(2)) is not None
+    config = folder / CONFIG_NAME
+    return config.exists() and read_object(config).get("auto_map") == AUTO_MAP

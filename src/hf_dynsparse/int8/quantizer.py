@@ -14,10 +14,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..integrity import verify_weights, warn_of_nonfinite, with_checksums
+from ..completeness import GIVEN, check_loaded, check_places, is_loaded
+from ..integrity import separate_, verify_weights, warn_of_nonfinite, with_checksums
+from ..json_files import Kinds, check_object
 from ..models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..nn import BlockSparseLinear
-from ..quantizer import check_loaded, is_loaded, present_layers
+from ..quantizer import present_layers
 from ..readme import write_readmes_
 from .embedding import Int8Embedding
 from .index_coding import CODE_BITS
@@ -28,6 +30,10 @@ from .qat import QatEmbedding, QatLinear, QuantizationAware
 logger = logging.getLogger(__name__)
 
 METHOD = "dynsparse_int8"
+# What JSON must hold of a `DynSparseInt8Config`, and of a sparse layer in it.
+KINDS: Kinds = {"layers": dict[str, dict[str, Any] | None], "embeddings": list[str]}
+LAYER_KINDS: Kinds = {"block": list[int], "nnzb": int, "bits": int, "bytes": int}
+
 INT8_TYPES = (Int8Linear, Int8BlockSparseLinear, Int8Embedding)
 
 Int8Module = Int8Linear | Int8BlockSparseLinear | Int8Embedding
@@ -65,6 +71,24 @@ class DynSparseInt8Config(QuantizationConfigMixin):
                     f"{', '.join(map(str, CODE_BITS))}. Got {about} for `{name}`. Load an intact checkpoint."
                 )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        As in transformers, from the entry of a `config.json`.
+
+        Raises:
+            ValueError: for a name or type that is none of ours too.
+        """
+        place = "`quantization_config`"
+        layers = check_object(config_dict, place, KINDS).get("layers") or {}
+        for name, about in layers.items():
+            if about is not None:
+                check_object(about, f"`{name}` in {place}", LAYER_KINDS)
+        try:
+            return super().from_dict(config_dict, *args, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"{place} must be what {cls.__name__} takes. Got {error}.") from error
+
     def get(self, name: str, default: Any = None) -> Any:
         """As of a dictionary: transformers reads the configuration of a model in memory like one from a file."""
         return getattr(self, name, default)
@@ -98,9 +122,10 @@ class DynSparseInt8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        self._source = str(model.name_or_path) if checkpoint_files else "the given `state_dict`"
+        self._files = list(checkpoint_files or ())
+        self._source = str(model.name_or_path) if self._files else GIVEN
         if not isinstance(model, DynSparseBertPreTrainedModel):  # which looks by itself
-            verify_weights(checkpoint_files or ())
+            verify_weights(self._files)
         put_int8_layers_(model, self.quantization_config)
         prefix = f"{model.base_model_prefix}."
         markers = "|".join(re.escape(name.removeprefix(prefix)) for name in int8_modules(model))
@@ -131,7 +156,8 @@ class DynSparseInt8Quantizer(HfQuantizer):
                 _validate(name, module, source)
         warn_of_nonfinite(model, source)
         config = self.quantization_config
-        check_loaded(model, source, {*config.layers, *config.embeddings} - modules.keys())
+        check_places(model, [*config.layers, *config.embeddings], source)
+        check_loaded(model, source, self._files)
 
     def settle(self, model: PreTrainedModel) -> None:
         """Write the int8 layers of `model` as they are into the configuration."""
@@ -164,6 +190,7 @@ class DynSparseInt8Quantizer(HfQuantizer):
     def remove_quantization_config(self, model: Any) -> None:
         """Make `model` forget that it was int8."""
         super().remove_quantization_config(model)
+        separate_(model)
         vars(model).pop("_weight_conversions", None)
         vars(model).pop("save_pretrained", None)
 
@@ -239,6 +266,11 @@ def put_int8_layers_(model: PreTrainedModel, config: DynSparseInt8Config) -> Non
                     "Load it with the head that it was saved with."
                 )
             made: nn.Module = Int8Embedding(module.num_embeddings, module.embedding_dim, "meta")
+        elif not isinstance(module, nn.Linear | BlockSparseLinear):
+            raise ValueError(
+                f"`layers` must name linear layers. Got `{name}`, which is a {type(module).__name__}. Load an intact "
+                "checkpoint."
+            )
         else:
             made = _empty_layer(module, about, f"`{name}` in {model.name_or_path}")
         model.set_submodule(name, made)

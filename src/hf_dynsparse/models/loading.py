@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +17,14 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from ..body import in_head
+from ..completeness import GIVEN, check_complete, no_place_for
 from ..integrity import check_dtype, open_weights, verify_weights, warn_of_nonfinite
 from ..layout import block_grid
-from ..nn import DENSE_PARTS, BlockSparseLinear, sparse_layers
+from ..nn import BlockSparseLinear, sparse_layers
 
 
 logger = logging.getLogger(__name__)
-
-_GIVEN = "the given `state_dict`"
 
 
 class KeepLargestBlocks(ConversionOps):
@@ -91,7 +90,7 @@ def load_whole(
     Raises:
         ValueError: naming tensor and file.
     """
-    source = _describe(files) if state_dict is None and files else _GIVEN
+    source = _describe(files) if state_dict is None and files else GIVEN
     load_config = replace(load_config, weight_mapping=[*load_config.weight_mapping, *dense_conversions(model)])
     converted = _check_checkpoint(model, _tensors_of(state_dict, files), source, load_config)
     if state_dict is None:
@@ -159,7 +158,7 @@ class _Held(NamedTuple):
 
 def _tensors_of(state_dict: Mapping[str, torch.Tensor] | None, files: list[str] | None) -> list[_Held]:
     if state_dict is not None:
-        return [_Held(key, tuple(tensor.shape), _GIVEN) for key, tensor in state_dict.items()]
+        return [_Held(key, tuple(tensor.shape), GIVEN) for key, tensor in state_dict.items()]
     held = []
     for file in map(str, files or ()):
         with open_weights(file) as weights:
@@ -195,31 +194,25 @@ def _check_checkpoint(model: PreTrainedModel, tensors: list[_Held], source: str,
             held.add(f"{layer_name}.block_index")
             shape = sparse_layers(model)[layer_name].shape
             converted += 1
-        _check_shape(item, name, shape, load_config.ignore_mismatched_sizes)
-    # A tied tensor is there if its twin is.
-    for twins in model.all_tied_weights_keys.items():
-        held.update(twins if held.intersection(twins) else ())
-    # Another head may start afresh; the one that the files were saved with is there, or they are damaged.
-    same_head = source != _GIVEN and type(model).__name__ in (model.config.architectures or ())
-    missing = [name for name in expected if name not in held and (same_head or not _is_head(name))]
-    if missing:
+        _check_shape(model, item, name, shape, load_config.ignore_mismatched_sizes)
+    if not any(not in_head(model, name) for name in held):
+        few = ", ".join(f"`{item.key}`" for item in tensors[:3]) or "nothing"
         raise ValueError(
-            f"A checkpoint must hold every tensor of the {'model' if same_head else 'embeddings and the encoder'}. "
-            + _what_is_missing(model, missing, [name for name in held if not _is_head(name)], tensors, source)
+            f"A checkpoint must be of the model that is loaded. Got {source} with none of {type(model).__name__}: it "
+            f"holds {few}. Load a BERT or a DynSparse BERT."
         )
+    check_complete(model, held, source)
     if homeless:
-        raise ValueError(
-            f"A model must have a place for every sparse layer of a checkpoint. Got `{homeless[0].key}` in "
-            f"{homeless[0].place}. Load it with the `num_hidden_layers` that it was saved with: leave that out, and "
-            "mend config.json if it was changed."
-        )
+        raise no_place_for(homeless[0].key, homeless[0].place)
     return converted
 
 
-def _check_shape(item: _Held, name: str, shape: tuple[int, ...], ignore_mismatched_heads: bool) -> None:
-    if item.shape == shape or (ignore_mismatched_heads and _is_head(name)):
+def _check_shape(
+    model: PreTrainedModel, item: _Held, name: str, shape: tuple[int, ...], ignore_mismatched_heads: bool
+) -> None:
+    if item.shape == shape or (ignore_mismatched_heads and in_head(model, name)):
         return
-    if _is_head(name):
+    if in_head(model, name):
         fix = "Change `num_labels`, or pass `ignore_mismatched_sizes=True` to start this head afresh."
     elif item.key.endswith((".values", ".block_index")):
         fix = (
@@ -231,20 +224,3 @@ def _check_shape(item: _Held, name: str, shape: tuple[int, ...], ignore_mismatch
     raise ValueError(
         f"`{item.key}` must have shape {shape} by the configuration. Got {item.shape} in {item.place}. {fix}"
     )
-
-
-def _what_is_missing(
-    model: PreTrainedModel, missing: list[str], found: list[str], tensors: list[_Held], source: str
-) -> str:
-    if not found:
-        few = ", ".join(f"`{item.key}`" for item in tensors[:3]) or "nothing"
-        return f"Got {source} with none of {type(model).__name__}: it holds {few}. Load a BERT or a DynSparse BERT."
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return (
-        f"Got {source} without `{missing[0]}`{more}. It is incomplete, or config.json does not describe it: compare "
-        "`num_hidden_layers`, `sparsity` and `nnzb`."
-    )
-
-
-def _is_head(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in DENSE_PARTS)
