@@ -255,6 +255,10 @@ class BlockLayout:
                 f"`block_index` of {name} must be a 1-D int32 tensor. Got {index.dtype} of shape "
                 f"{tuple(index.shape)}. The checkpoint is damaged: load an intact one."
             )
+        ordered = index.sort().values
+        first, last, repeats = ordered[:1] < 0, ordered[-1:] >= self.num_blocks, ordered[1:] == ordered[:-1]
+        if not torch.cat([first, last, repeats]).any():  # a single wait, where the index is on a GPU
+            return
         outside = ((index < 0) | (index >= self.num_blocks)).nonzero()
         if outside.numel():
             slot = int(outside[0])
@@ -262,13 +266,10 @@ class BlockLayout:
                 f"`block_index` of {name} must lie in [0, {self.num_blocks}). Got {int(index[slot])} in slot {slot}. "
                 "The checkpoint is damaged: load an intact one."
             )
-        ordered = index.sort().values
-        repeated = (ordered[1:] == ordered[:-1]).nonzero()
-        if repeated.numel():
-            raise ValueError(
-                f"`block_index` of {name} must name each block once. Got {int(ordered[int(repeated[0])])} twice. "
-                "The checkpoint is damaged: load an intact one."
-            )
+        raise ValueError(
+            f"`block_index` of {name} must name each block once. Got {int(ordered[1:][repeats][0])} twice. "
+            "The checkpoint is damaged: load an intact one."
+        )
 
 
 def _offsets(lines: torch.Tensor, count: int) -> torch.Tensor:

@@ -178,7 +178,22 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` of shape `(..., in_features)` to `(..., out_features)`."""
-        return block_sparse_linear(input, self.values, self.block_index, self.bias, self.out_features)
+        return self.multiply(input, self.values, self.bias)
+
+    def multiply(self, input: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """
+        `forward` with `values` and `bias` that stand for the layer's own.
+
+        Raises:
+            ValueError: if the sizes, dtypes or devices do not fit together.
+        """
+        # The operator takes the last side of `input` for the width of the matrix: only the layer knows better.
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"`input` must be of shape (..., {self.in_features}). Got {tuple(input.shape)}. Give the layer the "
+                "features that it was made for."
+            )
+        return block_sparse_linear(input, values, self.block_index, bias, self.out_features)
 
     def to_dense(self) -> torch.Tensor:
         """The dense weight of shape `(out_features, in_features)`, differentiable in `values`."""

@@ -1,6 +1,7 @@
 """Int8 layers and quantisation-aware ones against plain arithmetic with integers."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -140,6 +141,45 @@ def test_a_bias_that_does_not_fit_is_an_error():
         layer.weight.mul_(1e-6)
         layer.bias.fill_(1.0)
     with pytest.raises(ValueError, match="must fit into int32"):
+        to_int8(layer)
+
+
+@pytest.mark.parametrize("block", [None, 4], ids=str)
+@pytest.mark.parametrize("of_input", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("of_weight", [1e-44, 1e-38, 1e-20, 1e20])
+def test_scales_whose_product_float32_does_not_hold(block, of_input, of_weight):
+    layer = qat_layer(block, (8, 16), True)
+    with torch.no_grad():
+        (layer.weight if block is None else layer.values).mul_(of_weight)
+        layer.bias.zero_()
+    draw = torch.Generator().manual_seed(6)
+    layer(torch.randn(4, 16, generator=draw) * of_input)
+    int8 = to_int8(layer)
+    input = torch.randn(4, 16, generator=draw) * of_input
+    input[0] = 0.0  # and 0 stays 0, whatever it is multiplied by
+    output = int8(input)
+    assert not int8.int32_bias.any()
+    torch.testing.assert_close(output, integer_reference(int8, input), rtol=1e-6, atol=0)
+    assert not output[0].any()
+    assert not layer.eval()(input)[0].any()
+    assert int8.step > 0
+    assert output.isfinite().all() == (of_input * of_weight < 1e38)
+
+
+@pytest.mark.parametrize("block", [None, 4], ids=str)
+@pytest.mark.parametrize(
+    ("bias", "what"), [*product((True, False), ("weight", "input", "wide input")), (True, "bias")], ids=str
+)
+def test_what_is_not_finite_is_refused(block, bias, what):
+    layer = trained(qat_layer(block, (8, 16), bias))
+    with torch.no_grad():
+        if what == "weight":
+            (layer.weight if block is None else layer.values).view(-1)[0] = torch.nan
+        elif what == "bias":
+            layer.bias[0] = torch.nan
+        else:
+            layer.input_range.copy_(torch.tensor([-3e38, torch.nan if what == "input" else 3e38]))
+    with pytest.raises(ValueError, match="must be finite. Got|must fit into int32"):
         to_int8(layer)
 
 

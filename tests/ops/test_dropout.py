@@ -97,3 +97,26 @@ def test_without_chance_it_is_that_of_torch(p: float, training: bool) -> None:
 
 def test_other_dtypes_are_left_to_torch() -> None:
     assert dropout(torch.ones(100, dtype=torch.float64), 0.5).unique().tolist() == [0.0, 2.0]
+
+
+@needs_kernels
+def test_torch_func_and_forward_mode_get_the_dropout_of_torch() -> None:
+    input = torch.ones(1000)
+    output, tangent = torch.func.jvp(lambda input: dropout(input, 0.5), (input,), (input,))
+    assert torch.equal(output, tangent)
+    gradients = torch.func.vmap(torch.func.grad(lambda input: dropout(input, 0.5).sum()), randomness="different")(
+        torch.stack([input, input])
+    )
+    assert gradients.unique().tolist() == [0.0, 2.0]
+    assert not torch.equal(*gradients)
+    with pytest.raises(NotImplementedError, match="must call `torch.nn.Dropout`, in eager mode. Got a call of the op"):
+        torch.func.jvp(lambda input: seeded_dropout(input, torch.tensor(1), 0.5), (input,), (input,))
+
+
+@needs_kernels
+def test_a_gradient_of_a_gradient_meets_the_same_places() -> None:
+    input = torch.rand(1000, requires_grad=True)
+    output = seeded_dropout(input, torch.tensor(5), 0.5).square().sum()
+    (gradient,) = torch.autograd.grad(output, input, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), input)
+    assert torch.equal(second != 0, gradient != 0)

@@ -54,9 +54,14 @@ def quantize_input(input: torch.Tensor, scale: torch.Tensor, zero_point: int) ->
     return _round(input, scale).clamp_(-zero_point, INPUT_LEVELS - zero_point)
 
 
+def product_step(input_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What 1 means in a product of integers: float64, in which two scales have an exact product that is never 0."""
+    return input_scale.double() * scale.double()
+
+
 def round_bias(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """The integers, as float64, that stand for `bias` on the grid of `step`, the product of both scales."""
-    return (bias.detach().double() / step.double()).round()
+    return (bias.detach().double() / step).round()
 
 
 def fake_quantize_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

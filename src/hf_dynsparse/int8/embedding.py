@@ -30,6 +30,11 @@ class Int8Embedding(nn.Embedding):
         """The embedding that `layer` has been trained to be."""
         made = cls(layer.num_embeddings, layer.embedding_dim, layer.weight.device)
         made.scale.copy_(weight_scale(layer.weight))
+        if not bool(made.scale.isfinite()):
+            raise ValueError(
+                "The vectors of an int8 embedding must be finite. Got NaN or infinity among them. Train again from an "
+                "intact checkpoint."
+            )
         made.int8_values.copy_(quantize_weight(layer.weight, made.scale))
         return made
 

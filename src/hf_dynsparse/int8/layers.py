@@ -8,11 +8,13 @@ from torch import nn
 
 from ..layout import as_block_shape, block_grid
 from ..nn import BlockSparseLinear
-from ..ops import Problem, block_sparse_linear, to_dense
+from ..ops import Problem, to_dense
 from .affine import (
     INPUT_LEVELS,
     INT32_LEVELS,
+    SMALLEST_SCALE,
     input_parameters,
+    product_step,
     quantize_input,
     quantize_weight,
     round_bias,
@@ -71,9 +73,15 @@ class Int8Layer(nn.Module):
         self.scale.copy_(weight_scale(weight))
         self.input_scale.copy_(input_scale)
         self.input_zero_point.copy_(zero_point)
+        if not bool(self.step.isfinite()):
+            raise ValueError(
+                f"Weights and inputs of an int8 layer must be finite. Got weights up to {float(weight.abs().max()):g} "
+                f"and inputs in {layer.input_range.tolist()} in a layer of {self.in_features} x {self.out_features}. "
+                "Train again from an intact checkpoint."
+            )
         if self.int32_bias is not None:
             integers = round_bias(layer.bias, self.step)
-            if integers.abs().max() > INT32_LEVELS:
+            if not bool(integers.abs().max() <= INT32_LEVELS):  # nor NaN
                 raise ValueError(
                     f"A bias must fit into int32 on the grid of the products, {float(self.step):g}. Got a bias of "
                     f"{float(layer.bias.abs().max()):g} in a layer of {self.in_features} x {self.out_features}. Its "
@@ -84,13 +92,13 @@ class Int8Layer(nn.Module):
 
     @property
     def step(self) -> torch.Tensor:
-        """What 1 means in a product of integers, `input_scale * scale`."""
-        return self.input_scale * self.scale
+        """What 1 means in a product of integers, `input_scale * scale`: float64 of shape `()`."""
+        return product_step(self.input_scale, self.scale)
 
     @property
     def bias(self) -> Any:
         """The bias in float32, if there is one."""
-        return None if self.int32_bias is None else (self.int32_bias * self.step.double()).float()
+        return None if self.int32_bias is None else (self.int32_bias * self.step).float()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` of shape `(..., in_features)` to `(..., out_features)`, of its dtype."""
@@ -112,7 +120,10 @@ class Int8Layer(nn.Module):
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """The dtype in which no sum of integers can be inexact: float32, unless rows are long and heavy."""
+        """
+        The dtype in which no sum of integers can be inexact, and which holds their step: float32, unless rows are long
+        and heavy, or weights and inputs next to zero.
+        """
         return self._settled.dtype
 
     @property
@@ -120,8 +131,11 @@ class Int8Layer(nn.Module):
         if self._known is None:
             zero_point = int(self.input_zero_point)
             largest = int(self._row_sums().max()) * max(zero_point, INPUT_LEVELS - zero_point)
-            dtype = torch.float32 if largest <= EXACT_IN_FLOAT32 else torch.float64
-            self._known = _Settled(dtype, zero_point, float(self.step), self.bias)
+            step = float(self.step)
+            exact = largest <= EXACT_IN_FLOAT32 and SMALLEST_SCALE <= step <= torch.finfo(torch.float32).max
+            bias = None if self.int32_bias is None else self.int32_bias * self.step
+            dtype = torch.float32 if exact else torch.float64
+            self._known = _Settled(dtype, zero_point, step, None if bias is None else bias.to(dtype))
         return self._known
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -188,7 +202,7 @@ class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
         return nn.functional.linear(integers, self.int8_values.to(dtype))
 
     def _row_sums(self) -> torch.Tensor:
-        return self.int8_values.abs().sum(1)
+        return self.int8_values.short().abs().sum(1)
 
 
 class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[override]
@@ -292,10 +306,10 @@ class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[overr
         return f"{super().extra_repr()}, code_bits={self.code_bits}"
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return block_sparse_linear(integers, self.int8_values.to(dtype), self.block_index, None, self.out_features)
+        return self.multiply(integers, self.int8_values.to(dtype), None)
 
     def _row_sums(self) -> torch.Tensor:
-        sums = self.int8_values.abs().sum(2)  # [nnzb, rows]
+        sums = self.int8_values.short().abs().sum(2)  # [nnzb, rows]
         return sums.new_zeros(self.grid[0], self.block_shape[0]).index_add_(0, self.layout.rows, sums)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:

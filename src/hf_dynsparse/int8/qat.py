@@ -14,13 +14,13 @@ from torch.distributed import ReduceOp
 from transformers import PreTrainedModel
 
 from ..nn import BlockSparseLinear
-from ..ops import block_sparse_linear
 from ..quantizer import SparseLinear
 from .affine import (
     INT32_LEVELS,
     fake_quantize_input,
     fake_quantize_weight,
     input_parameters,
+    product_step,
     round_bias,
     weight_scale,
 )
@@ -51,9 +51,9 @@ class QuantizationAware(nn.Module):
         scale = weight_scale(self._weight)
         bias: Any = self.bias
         if bias is not None and not self.training:
-            step = input_scale * scale
+            step = product_step(input_scale, scale)
             integers = round_bias(bias, step).clamp(-INT32_LEVELS, INT32_LEVELS)
-            bias = (integers * step.double()).to(bias.dtype)
+            bias = (integers * step).to(bias.dtype)
         rounded = fake_quantize_input(input, input_scale, zero_point)
         return self._multiply(rounded, fake_quantize_weight(self._weight, scale), bias)
 
@@ -108,7 +108,7 @@ class QatBlockSparseLinear(QuantizationAware, BlockSparseLinear):
         return self.values
 
     def _multiply(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return block_sparse_linear(input, weight, self.block_index, bias, self.out_features)
+        return self.multiply(input, weight, bias)
 
 
 class QatSparseLinear(QatBlockSparseLinear, SparseLinear):

@@ -2,9 +2,10 @@
 Products with a block-sparse matrix: a shipped reference, the backends tested against it, and the choice among them.
 """
 
+from .autograd import block_sparse_linear
 from .backends import BACKENDS, Backend, Problem
 from .choice import choose_backend, configure_kernels, describe_choice, use_backend
-from .operators import block_sparse_linear, observe_weight_gradient
+from .operators import observe_weight_gradient
 from .reference import take_blocks, to_dense
 
 

@@ -9,6 +9,7 @@ pass.
 import torch
 
 from . import native
+from .transforms import is_transformed, refuse_tangents
 
 
 @torch.library.custom_op("hf_dynsparse::dropout", mutates_args=())
@@ -21,11 +22,30 @@ def seeded_dropout(input: torch.Tensor, seed: torch.Tensor, p: float) -> torch.T
         seed (`torch.Tensor` of shape `()`, `torch.int64`): the same seed zeroes the same places.
         p (`float`): in (0, 1).
     """
+    refuse_tangents("`torch.nn.Dropout`")
+    _check(input, seed, p)
     return native.dropout(input, int(seed), p)
+
+
+def _check(input: torch.Tensor, seed: torch.Tensor, p: float) -> None:
+    if input.dtype not in native.DTYPES or input.device.type not in ("cpu", "meta") or input.layout != torch.strided:
+        raise ValueError(
+            "Seeded dropout takes float32 or bfloat16 on the processor. Got "
+            f"{input.dtype} on {input.device} ({input.layout}). Use `torch.nn.functional.dropout`."
+        )
+    if seed.dtype != torch.int64 or seed.dim() or seed.device.type not in ("cpu", "meta"):
+        raise ValueError(
+            f"`seed` must be one int64 on the processor, of shape (). Got {seed.dtype} of shape {tuple(seed.shape)} "
+            f"on {seed.device}. Draw it with `torch.randint(..., ())`."
+        )
+    if not 0.0 < p < 1.0:
+        raise ValueError(f"`p` must lie in (0, 1). Got {p}. Use `torch.nn.functional.dropout`, which takes 0 and 1.")
 
 
 @seeded_dropout.register_fake
 def _(input, seed, p):  # type: ignore[no-untyped-def]
+    refuse_tangents("`torch.nn.Dropout`")
+    _check(input, seed, p)
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
@@ -43,9 +63,11 @@ seeded_dropout.register_autograd(_backward, setup_context=_setup_context)
 
 
 def dropout(input: torch.Tensor, p: float, training: bool = True) -> torch.Tensor:
-    """`torch.nn.functional.dropout`, by a seeded mask where the kernels of the processor can, with other draws."""
+    """`torch.nn.functional.dropout`, by a seeded mask where the kernels of the processor can: other draws."""
     possible = input.device.type == "cpu" and input.dtype in native.DTYPES and _has_kernels()
-    if not training or not 0.0 < p < 1.0 or not possible:
+    # What `torch.func` and forward mode need to know of dropout, PyTorch knows of its own.
+    transformed = not torch.compiler.is_compiling() and is_transformed()
+    if not training or not 0.0 < p < 1.0 or not possible or transformed:
         return torch.nn.functional.dropout(input, p, training)
     seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
     return seeded_dropout(input, seed, p)

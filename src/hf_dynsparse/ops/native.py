@@ -166,7 +166,7 @@ def dds(
     kernel = _kernel_dtype(dtype, block_shape)
     # Named, so that copies live until the call has returned.
     input, values = _readable(input, kernel), _readable(values, kernel)
-    bias = None if bias is None else bias.float().contiguous()
+    bias = None if bias is None else _readable(bias, torch.float32)
     output = input.new_empty(input.shape[0], shape[0])
     _call(
         "forward",
@@ -174,7 +174,7 @@ def dds(
         [derived(_order, block_index, shape, block_shape, False)],
         [input, values, bias, output],
     )
-    return output.to(dtype)
+    return output if kernel == dtype else output.to(dtype)
 
 
 def sdd(
@@ -226,13 +226,13 @@ def dropout(input: torch.Tensor, seed: int, p: float) -> torch.Tensor:
     best = _best()
     if isinstance(best, str):
         raise RuntimeError(f"The native backend cannot run: {best}.")
-    input = input.contiguous()
+    input = _readable(input, input.dtype)
     output = torch.empty_like(input)
     depth = 2 if input.dtype == torch.bfloat16 else 1
     threshold, scale = min(round(p * 2**32), 2**32 - 1), 1 / (1 - p)
     best[1].dropout(
         *(depth, torch.get_num_threads(), input.numel(), seed & (2**64 - 1), threshold, scale),
-        *(input.data_ptr(), output.data_ptr()),
+        *_addresses(input, output),
     )
     return output
 
@@ -251,7 +251,11 @@ def _kernel_dtype(dtype: torch.dtype, block_shape: Shape) -> torch.dtype:
 
 def _readable(tensor: torch.Tensor, kernel: torch.dtype) -> torch.Tensor:
     """`tensor` as the kernels read it: in rows, and in units of four bytes, which pairs may lie across."""
-    tensor = tensor.to(kernel).contiguous()
+    if tensor.dtype != kernel:
+        tensor = tensor.to(kernel)
+    if tensor.is_neg():  # a view whose signs PyTorch turns when it reads
+        tensor = tensor.resolve_neg()
+    tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 4 else tensor
 
 
@@ -268,6 +272,15 @@ def _call(product: str, layer: _Layer, orders: list[_Order], tensors: list[torch
     best = _best()
     if isinstance(best, str):
         raise RuntimeError(f"The native backend cannot run: {best}.")
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    if getattr(best[1], product)(layer, *orders, *addresses):
+    if getattr(best[1], product)(layer, *orders, *_addresses(*tensors)):
         raise RuntimeError(f"The native backend has no {product} for {layer.rows} x {layer.columns} blocks.")
+
+
+def _addresses(*tensors: torch.Tensor | None) -> list[int | None]:
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if 0 in addresses and any(tensor is not None and tensor.numel() and not tensor.data_ptr() for tensor in tensors):
+        raise ValueError(
+            "The operands of a product must be in memory. Got one whose storage has been freed. Bring it back first, "
+            "as FSDP does before a layer runs."
+        )
+    return addresses

@@ -15,7 +15,7 @@ from ..layout import BlockLayout
 from .reference import Shape
 
 
-__all__ = ["BlockOrder", "block_order", "derived"]
+__all__ = ["BlockOrder", "block_order", "check_topology", "derived"]
 
 Result = TypeVar("Result")
 
@@ -44,11 +44,25 @@ def block_order(block_index: torch.Tensor, shape: Shape, block_shape: Shape, by_
     Raises:
         ValueError: if `block_index` names a block that the matrix does not have, or one twice.
     """
+    check_topology(block_index, shape, block_shape)  # an id out of range would read and write foreign memory
     layout = BlockLayout(block_index, shape, block_shape)
-    layout.validate()  # an id out of range would read and write foreign memory
     slots = layout.column_order if by_column else layout.row_order
     offsets = layout.column_offsets if by_column else layout.row_offsets
     return BlockOrder(offsets.int(), layout.rows[slots].int(), layout.columns[slots].int(), slots.int())
+
+
+def check_topology(block_index: torch.Tensor, shape: Shape, block_shape: Shape) -> None:
+    """
+    See [`BlockLayout.validate`]; looked at once per topology.
+
+    Raises:
+        ValueError: if `block_index` names a block that the matrix does not have, or one twice.
+    """
+    derived(_validate, block_index, shape, block_shape)
+
+
+def _validate(block_index: torch.Tensor, shape: Shape, block_shape: Shape) -> None:
+    BlockLayout(block_index, shape, block_shape).validate()
 
 
 @dataclass
@@ -61,6 +75,7 @@ class _Derived:
 
 
 _derived: dict[int, _Derived] = {}
+_MISSING: Any = object()
 
 
 def derived(derive: Callable[..., Result], block_index: torch.Tensor, *arguments: Any) -> Result:
@@ -68,17 +83,28 @@ def derived(derive: Callable[..., Result], block_index: torch.Tensor, *arguments
     `derive(block_index, *arguments)`, computed again only after the tensor has changed. A write through `.data` goes
     unnoticed, as it does in autograd.
     """
-    if block_index.is_inference():  # has no version: a change would go unnoticed
-        return derive(block_index, *arguments)
+    # In front of every product: no more is read than tells whether the tensor is what it was.
+    entry = _derived.get(id(block_index))
+    if (
+        entry is None
+        or entry.source() is not block_index
+        or entry.state != (block_index._version, block_index.data_ptr(), block_index.numel())
+    ):
+        if block_index.is_inference():  # has no version: a change would go unnoticed
+            return derive(block_index, *arguments)
+        entry = _new_entry(block_index)
+    call = derive, *arguments
+    result = entry.results.get(call, _MISSING)
+    if result is _MISSING:
+        result = entry.results[call] = derive(block_index, *arguments)
+    return result
+
+
+def _new_entry(block_index: torch.Tensor) -> _Derived:
     key = id(block_index)
     state = block_index._version, block_index.data_ptr(), block_index.numel()
-    entry = _derived.get(key)
-    if entry is None or entry.source() is not block_index or entry.state != state:
-        entry = _derived[key] = _Derived(weakref.ref(block_index, lambda dead: _evict(key, dead)), state)
-    call = derive, *arguments
-    if call not in entry.results:
-        entry.results[call] = derive(block_index, *arguments)
-    return entry.results[call]
+    entry = _derived[key] = _Derived(weakref.ref(block_index, lambda dead: _evict(key, dead)), state)
+    return entry
 
 
 def _evict(key: int, dead: weakref.ref[torch.Tensor]) -> None:

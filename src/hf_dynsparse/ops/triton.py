@@ -3,7 +3,7 @@ The backend of NVIDIA GPUs: gathered products in Triton, for square blocks from 
 
 Both products walk the active blocks in an order derived from `block_index` and find each in `values` by its slot, so
 `values` is never copied or permuted. The orders are made on the device, in shapes that do not depend on the topology:
-nothing waits for the GPU and nothing is compiled again after a topology update. Bit-reproducible on one kind of GPU:
+nothing here waits for the GPU and nothing is compiled again after a topology update. Bit-reproducible on one kind of GPU:
 there are no atomic additions. Sums are float32 for every dtype; float32 operands are rounded to TF32 only where
 `torch.backends.cuda.matmul.fp32_precision` allows it.
 """
@@ -244,7 +244,7 @@ def gather(
     """`dds` by the kernel of that name, the order given; without a `tile` by that of the table."""
     from . import triton_kernels as kernels
 
-    input, values = input.contiguous(), values.contiguous()
+    input, values = _readable(input), _readable(values)
     (tokens, in_width), side = input.shape, values.shape[1]
     lines = order.heaviest.numel()
     output = input.new_empty(tokens, lines * side)
@@ -259,7 +259,7 @@ def gather(
             order.sources,
             order.slots,
             order.heaviest,
-            output if bias is None else bias.contiguous(),  # an address that nobody reads
+            output if bias is None else _readable(bias),  # an address that nobody reads
             output,
             tokens,
             lines,
@@ -283,7 +283,7 @@ def sample(grad: torch.Tensor, input: torch.Tensor, order: GroupOrder, side: int
     """`sdd` by the kernel of that name, the order given: blocks of `side` x `side`."""
     from . import triton_kernels as kernels
 
-    grad, input = grad.contiguous(), input.contiguous()
+    grad, input = _readable(grad), _readable(input)
     nnzb, groups, (tokens, out_width) = order.order.slots.numel(), order.rows.numel(), grad.shape
     output = grad.new_empty(nnzb, side, side)
     tile = sample_tile(_capability(grad.device), side, grad.dtype)
@@ -339,6 +339,11 @@ def _derived(derive: Callable[..., Result], block_index: torch.Tensor, *argument
         # topology at its capture.
         return derive(block_index, *arguments)
     return derived(derive, block_index, *arguments)
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` as the kernels read it: in rows, and with its own signs."""
+    return tensor.resolve_neg().contiguous()
 
 
 def _precision() -> str:

@@ -1,0 +1,35 @@
+"""What PyTorch may want of a product beside its output and gradients, and who asks."""
+
+import torch
+from torch.autograd import forward_ad
+
+
+_RECORDING = torch._C._TorchDispatchModeKey.PROXY
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward mode is at work, and wants tangents or products of a batch of operands."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_recorded(tensor: torch.Tensor) -> bool:
+    """Whether somebody writes down what runs, with tensors that may stand for others: operators are all he sees."""
+    return (
+        type(tensor) is not torch.Tensor
+        or torch._C._is_tracing()
+        or torch._C._get_dispatch_mode(_RECORDING) is not None
+    )
+
+
+def refuse_tangents(instead: str) -> None:
+    """
+    To be called by a custom operator: in forward mode it would lose the tangents without a word.
+
+    Raises:
+        NotImplementedError: in forward mode, unless a `torch.autograd.Function` around the operator sees to them.
+    """
+    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+        raise NotImplementedError(
+            f"Forward-mode differentiation must call {instead}, in eager mode. Got a call of the operator itself, "
+            "which PyTorch gives no tangents. Leave `torch.compile` out."
+        )
