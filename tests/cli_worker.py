@@ -6,6 +6,7 @@ loopback Hub.
 import io
 import json
 import re
+import shutil
 import sys
 import urllib.request
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,8 +18,9 @@ from huggingface_hub import HfApi, constants
 from toy import toy_model, toy_tokenizer
 from transformers import AutoTokenizer, BertForMaskedLM
 
-from hf_dynsparse import DynSparseBertConfig, DynSparseBertForMaskedLM
+from hf_dynsparse import DynSparseBertConfig, DynSparseBertForMaskedLM, inspect_checkpoint, saved_model
 from hf_dynsparse.cli import main
+from hf_dynsparse.hub import push_folder
 
 
 FOLDER = Path(sys.argv[2])
@@ -51,6 +53,35 @@ def fetched_bytes() -> int:
     return sum(int(found[2]) - int(found[1]) + 1 for found in ranges if found)
 
 
+def look_while_it_moves() -> tuple[list[int], int]:
+    """
+    Status, and layers that are found in a repository to which another model is pushed between its configuration and
+    its weights, and while it is converted; and the layers that are found afterwards.
+    """
+    for name, layers in (("old", 2), ("new", 4)):
+        toy_model(num_hidden_layers=layers).save_pretrained(FOLDER / name)
+    push_folder(FOLDER / "old", "moving")
+    read = saved_model.read_object
+
+    def read_and_push(*args: Any) -> Any:
+        saved_model.read_object = read
+        content = read(*args)
+        push_folder(FOLDER / "new", "moving")
+        return content
+
+    saved_model.read_object = read_and_push
+    status = command("inspect", "tester/moving", "--json", FOLDER / "moving.json")[0]
+    found = [len(json.loads((FOLDER / "moving.json").read_text())["layers"])]
+    push_folder(FOLDER / "old", "moving")
+    saved_model.read_object = read_and_push
+    found.append(6 * saved_model.load_model("tester/moving").config.num_hidden_layers)
+    moved = len(inspect_checkpoint("tester/moving").layers)
+    for name in ("old", "new"):
+        shutil.rmtree(FOLDER / name)
+    (FOLDER / "moving.json").unlink()
+    return [status, *found], moved
+
+
 def report() -> dict[str, Any]:
     """Push, look, and convert from there."""
     model = DynSparseBertForMaskedLM(DynSparseBertConfig.preset("mini", vocab_size=8192)).eval()
@@ -64,6 +95,7 @@ def report() -> dict[str, Any]:
     inspected = command("inspect", "tester/mini@v1", "--json", FOLDER / "report.json")
     fetched = fetched_bytes()
     local = command("inspect", FOLDER / "mini", "--json", FOLDER / "local.json")
+    moving, moved = look_while_it_moves()
     converted = command("convert", "tester/mini@v1", FOLDER / "dense", "--to", "dense")
     ids = torch.arange(5, 13)[None]
     dense = BertForMaskedLM.from_pretrained(FOLDER / "dense")
@@ -81,6 +113,8 @@ def report() -> dict[str, Any]:
         "same": reports[0] == reports[1],
         "bytes": reports[0]["bytes"],
         "fetched": fetched,
+        "moving": moving,
+        "moved": moved,
         "converted": converted,
         "logits": torch.equal(dense(ids).logits, model.to_dense()(ids).logits),
         "tokenizer": AutoTokenizer.from_pretrained(FOLDER / "dense").get_vocab() == toy_tokenizer().get_vocab(),

@@ -3,19 +3,22 @@
 import json
 import re
 import runpy
+import shutil
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from loopback import loopback_hub
 from safetensors import safe_open
 from toy import toy_model, toy_tokenizer
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import hf_dynsparse
-from hf_dynsparse import cli, inspect_checkpoint, sparse_layers
+from hf_dynsparse import cli, inspect_checkpoint, sparse_layers, sparsify_
 from hf_dynsparse.saved_model import load_model
 from hf_dynsparse.topology_frames import Frame, write_frame
 
@@ -147,6 +150,9 @@ def test_to_the_hub_and_from_there(tmp_path):
     assert found["inspected"] == [0, 0]
     assert found["same"]
     assert 0 < found["fetched"] < found["bytes"] / 4
+    # And all that is read of it is of one commit, whoever pushes meanwhile.
+    assert found["moving"] == [0, 12, 12]
+    assert found["moved"] == 24
     assert found["converted"] == [0, f"{tmp_path / 'work' / 'dense'}: written\n", []]
     assert found["logits"]
     assert found["tokenizer"]
@@ -194,8 +200,17 @@ def test_animate(tmp_path, capsys):
         (["estimate", "--preset", "base", "--block_size", "7"], "`block_size` must divide both sides of `layer.0."),
         (["estimate", "--preset", "base", "--block_size", "axb"], "argument --block_size: `--block_size` must be a n"),
         (["estimate", "--preset", "base", "--sparsity", "1"], "`sparsity` is the share of inactive positions and"),
-        (["estimate", "--preset", "base", "--max_steps", "-3"], "argument --max_steps: must be a number from 1. Got"),
+        (["estimate", "--preset", "base", "--max_steps", "-3"], "argument --max_steps: must be a number from 1 to"),
         (["estimate", "--preset", "base", "--max_steps", "3", "--num_topology_updates", "3"], "`num_updates` must l"),
+        (
+            ["estimate", "--preset", "base", "--max_steps", "9" * 30],
+            "argument --max_steps: must be a number from 1 to",
+        ),
+        (
+            ["estimate", "--preset", "base", "--num_topology_updates", "-5"],
+            "must be a number from 0 to 1,000,000. Got",
+        ),
+        (["estimate", "--preset", "base", "--dense_learning_rate", "nan"], "must be positive and finite. Got 'nan'"),
         (["convert", "SAVED", "TARGET"], "the following arguments are required: --to"),
         (["convert", "SAVED", "SAVED", "--to", "dense"], "The target must not exist yet"),
         (["convert", "SAVED", "TARGET", "--to", "dense", "--sparsity", "0.5"], "--sparsity needs --to sparse. Got --"),
@@ -213,6 +228,154 @@ def test_a_mistake_is_one_line(arguments, problem, saved, tmp_path, capsys):
     message = fail(capsys, *(places.get(argument, argument) for argument in arguments))
     assert message.startswith(problem) or problem in message
     assert list(tmp_path.iterdir()) == []
+
+
+TOO_DEEP = "[" * 100_000
+MALFORMED = [
+    *(("config.json", text, "config.json must ") for text in ("", "{", "[]", "5", "null", TOO_DEEP, "\ud800")),
+    *(("config.json", {"architectures": value}, "`architectures` in ") for value in (5, "x", {"a": 1}, [5], [[]])),
+    *(
+        ("config.json", {"architectures": [name]}, "`architectures` in config.json must name a class of")
+        for name in ("pipeline", "Trainer", "BertTokenizer", "GPT2LMHeadModel", "PreTrainedModel", "__name__", "No")
+    ),
+    *(("config.json", {"quantization_config": value}, "`quantization_config` in ") for value in (5, "x", [1])),
+    ("config.json", {"model_type": 5}, "`model_type` in "),
+    ("config.json", {"model_type": "unheard_of"}, "code of a repository is not run here. Got 'unheard_of'"),
+    ("config.json", {"hidden_size": "x"}, "config.json and weights must describe one model. Got "),
+    ("config.json", {"nnzb": [1]}, "config.json and weights must describe one model. Got "),
+    ("config.json", {"block_size": 5}, "`block_size` must divide both sides of "),
+]
+OF_STOCK = [
+    {"block_size": "x"},
+    {"sparsity": [0.5]},
+    {"targets": 5},
+    {"ignore": "x"},
+    {"nnzb": [1]},
+    {"nnzb": {"roberta.encoder.layer.0.attention.self.query": "8"}},
+    {"unheard_of": 1},
+]
+
+
+def malformed(saved, folder, file, content):
+    """A copy of a model in which a file holds a text, or other fields."""
+    shutil.copytree(saved, folder)
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((folder / file).read_text()), **content})
+    (folder / file).write_bytes(content.encode(errors="surrogatepass"))
+    return folder
+
+
+def refusals(capsys, folder, *commands):
+    """What is said of a folder by each of the commands."""
+    arguments = {
+        "inspect": ["inspect", folder],
+        "card": ["card", folder],
+        "convert": ["convert", folder, folder.parent / "target", "--to", "dense"],
+        "push": ["push", folder, "user/name"],
+    }
+    for command in commands:
+        yield command, fail(capsys, *arguments[command])
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+        assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize(("file", "content", "problem"), MALFORMED, ids=lambda value: str(value)[:40])
+def test_a_malformed_configuration_is_one_line(file, content, problem, saved, tmp_path, capsys):
+    folder = malformed(saved, tmp_path / "model", file, content)
+    for command, message in refusals(capsys, folder, "inspect", "card", "convert", "push"):
+        assert problem in message or (command == "push" and "Only safe files may be pushed" in message)
+        assert len(message) < 600
+
+
+@pytest.mark.parametrize("content", OF_STOCK, ids=str)
+def test_a_malformed_entry_of_another_architecture_is_one_line(content, tmp_path, capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sparsify_(RobertaForMaskedLM(RobertaConfig(vocab_size=64, **sizes)), 8, 0.5).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"].update(content)
+    file.write_text(json.dumps(config))
+    for _, message in refusals(capsys, tmp_path / "model", "inspect", "card", "convert", "push"):
+        assert "`quantization_config` must be" in message or "in `quantization_config` must be" in message
+
+
+@pytest.mark.parametrize(
+    "weight_map", [5, [], {}, None, {"a": 5}, {"a": ["x"]}, {"a": "../x.safetensors"}, {"a": "x.bin"}], ids=str
+)
+def test_a_malformed_index_is_one_line(weight_map, tmp_path, capsys):
+    toy_model().save_pretrained(tmp_path / "model", max_shard_size="15KB")
+    file = tmp_path / "model" / "model.safetensors.index.json"
+    file.write_text(json.dumps({"weight_map": weight_map}))
+    for _, message in refusals(capsys, tmp_path / "model", "inspect", "convert", "push"):
+        assert f"`weight_map` in {file} must " in message
+    for text in ("", "{", "[]", TOO_DEEP):
+        file.write_text(text)
+        for command, message in refusals(capsys, tmp_path / "model", "inspect", "convert", "push"):
+            assert f"{file} must " in message or (command == "push" and f"Got {file}, which is no JSON" in message)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        *(("summary.json", text) for text in ("", "{", "5", TOO_DEEP, '{"steps": "many"}', '{"metrics": [1]}')),
+        *(("summary.json", text) for text in ('{"data": 5}', '{"metrics": {"f1": "high"}}', '{"versions": null}')),
+        *(("trainer_state.json", text) for text in ("", "[]", '{"log_history": 5}', '{"log_history": [5]}')),
+        ("trainer_state.json", '{"stateful_callbacks": {"TopologyCallback": 5}}'),
+        ("trainer_state.json", '{"log_history": [{"step": 1, "eval_loss": "low"}]}'),
+    ],
+    ids=lambda value: value[:50],
+)
+def test_a_malformed_file_of_a_run_is_one_line(file, text, saved, tmp_path, capsys, monkeypatch):
+    if "versions" in text:
+        text = json.dumps({**json.loads(text), "steps": 1, "hardware": "x", "tokens_per_second": 1.0})
+    shutil.copytree(saved, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(text)
+    for command, message in refusals(capsys, tmp_path / "model", "card", "push"):
+        assert str(tmp_path / "model") in message
+        assert " must be " in message or " must hold " in message or "may be pushed" in message, command
+
+
+def test_a_malformed_history_is_one_line(tmp_path, capsys):
+    frame = {"blocks": np.packbits(np.eye(4, dtype=bool)), "grid": (4, 4), "about": np.array([0, 0]), "layer": "q"}
+    write_frame(tmp_path, Frame("q", 1, 5, np.eye(4, dtype=bool)))
+    file = tmp_path / "topology_history" / "step-000000009.npz"
+    changes = [{"grid": grid} for grid in ((4,), (-1, 4), (0, 0), (10**9, 10**9), (4.5, 4), ("a", "b"), (2, 8))]
+    changes += [{"about": about} for about in ([1], ["a", "b"])] + [{"blocks": np.ones(2)}]
+    for change in changes:
+        np.savez_compressed(file, **{**frame, **change})
+        assert "of a topology history must " in fail(capsys, "animate", tmp_path)
+    np.savez_compressed(file, **frame)
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 40):  # every fault of a zip file
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
+        with suppress(SystemExit):
+            cli.main(["animate", str(tmp_path)])
+
+
+@pytest.mark.parametrize("model_type", ["unheard_of", "dynsparse_bert"])
+@pytest.mark.parametrize("command", ["inspect", "card", "convert", "sparse", "push"])
+def test_code_of_a_repository_is_never_run(command, model_type, saved, tmp_path, capsys, monkeypatch):
+    """Whatever stands on the standard input: nobody is asked."""
+    code = "from pathlib import Path\nPath({!r}).write_text('run')\nclass Config: ...\nclass Model: ...\n"
+    folder = malformed(saved, tmp_path / "model", "config.json", {"model_type": model_type})
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoModelForMaskedLM": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(code.format(str(tmp_path / "mark")))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(code.format(str(tmp_path / "mark")))
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    arguments = {
+        "convert": ["convert", folder, tmp_path / "target", "--to", "dense"],
+        "sparse": ["convert", folder, tmp_path / "target", "--to", "sparse"],
+        "push": ["push", folder, "user/name"],
+    }
+    with suppress(SystemExit):
+        cli.main([str(argument) for argument in arguments.get(command, [command, folder])])
+    said = capsys.readouterr()
+    assert not (tmp_path / "mark").exists()
+    assert ("code of a repository is not run here" in said.err) == (model_type == "unheard_of")
 
 
 def test_animation_without_pillow(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,8 +81,23 @@ def _write_json(content: dict[str, Any], file: Path | None) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1. Got {text!r}.")
+    return _whole(text, 1, 10**12)
+
+
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not 0.0 < rate < inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite. Got {text!r}.")
+    return rate
+
+
+def _updates(text: str) -> int:
+    return _whole(text, 0, 10**6)
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    if not text.isdecimal() or len(text) > len(str(most)) or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"must be a number from {least} to {most:,}. Got {text[:40]!r}.")
     return int(text)
 
 
@@ -138,11 +154,11 @@ def _add_estimate(commands: Any) -> None:
     parser.add_argument("--max_seq_length", type=_positive, default=128, help="tokens a sequence (default: 128)")
     parser.add_argument("--max_steps", type=_positive, help="optimiser steps of the run")
     parser.add_argument("--batch_size", type=_positive, help="sequences in each step, of all processes")
-    parser.add_argument("--num_topology_updates", type=int, help="default: 80, or one every 100 steps; 0 is static")
+    parser.add_argument("--num_topology_updates", type=_updates, help="default: 80, or one every 100 steps; 0 is static")
     parser.add_argument("--pruning_ratio", type=float, default=0.5, help="of the first update (default: 0.5)")
     parser.add_argument("--pruning_schedule", choices=list(SCHEDULES), default="cosine", help="default: cosine")
     parser.add_argument("--readmit", action="store_true", help="a pruned block may return in the same update")
-    parser.add_argument("--dense_learning_rate", type=float, help="of the dense twin (default: the paper's best)")
+    parser.add_argument("--dense_learning_rate", type=_rate, help="of the dense twin (default: the paper's best)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimate there too")
 
 

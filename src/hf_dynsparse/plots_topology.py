@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FONT_SIZE, LINE_HEIGHT, MARGIN = 14, 20, 14  # pixels
 LAST_SECONDS = 2.0  # the last frame stays, before the picture begins again
+LONGEST = 600  # a GIF counts hundredths of a second in 16 bits
 
 
 def animate_block_map(
@@ -38,13 +39,13 @@ def animate_block_map(
             How long it runs, before the last frame stays for two seconds; a frame lasts 0.02 seconds at the least.
 
     Raises:
-        ValueError: if there is no frame, or `seconds` is not positive.
+        ValueError: if there is no frame, or `seconds` is not positive, or more than ten minutes.
         ImportError: if Pillow is not installed.
     """
     if not frames:
         raise ValueError("`frames` must hold at least one. Got none. Train with a `TopologyHistory` callback.")
-    if not seconds > 0:
-        raise ValueError(f"`seconds` must be positive. Got {seconds:g}. Choose for example 8.")
+    if not 0 < seconds <= LONGEST:
+        raise ValueError(f"`seconds` must lie in (0, {LONGEST}]. Got {seconds:g}. Choose for example 8.")
     try:
         from PIL.Image import Dither
     except ImportError as error:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -57,14 +56,23 @@ def read_history(run_dir: str | Path) -> list[Frame]:
     The frames of a run in the order of their steps; none if it kept no history.
 
     Raises:
-        ValueError: if a file is damaged, naming it.
+        ValueError: if a file is damaged, or of a layer of another size, naming it.
     """
-    return [_read_frame(file) for file in history_files(run_dir)]
+    files = history_files(run_dir)
+    frames = [_read_frame(file) for file in files]
+    for file, frame in zip(files, frames, strict=True):
+        if frame.block_map.shape != frames[0].block_map.shape:
+            raise ValueError(
+                f"All frames of a topology history must have as many blocks. Got {file} with {frame.block_map.shape}, "
+                f"and {files[0]} with {frames[0].block_map.shape}. Delete those of another run."
+            )
+    return frames
 
 
 def history_files(run_dir: str | Path) -> list[Path]:
     """The files of the frames of a run, in the order of their steps."""
-    return sorted(Path(run_dir, HISTORY_FOLDER).glob("step-*.npz"))
+    files = sorted(Path(run_dir, HISTORY_FOLDER).glob("step-*.npz"))
+    return [file for file in files if file.stem.removeprefix("step-").isdecimal() and file.is_file()]
 
 
 def forget_frames(run_dir: str | Path, after: int) -> None:
@@ -126,9 +134,20 @@ def mean_of_squares(blocks: np.ndarray, factor: int) -> np.ndarray:
 def _read_frame(file: Path) -> Frame:
     try:
         with file.open("rb") as content, np.load(content) as arrays:
-            rows, columns = arrays["grid"].tolist()
-            update, step = arrays["about"].tolist()
-            block_map = np.unpackbits(arrays["blocks"], count=rows * columns).reshape(rows, columns)
-            return Frame(str(arrays["layer"]), update, step, block_map.astype(bool))
-    except (ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise ValueError(f"A frame of a topology history must be whole. Got {file}: {error}. Delete it.") from error
+            grid, about, blocks = arrays["grid"], arrays["about"], arrays["blocks"]
+            layer = str(arrays["layer"])
+    except OSError:
+        raise
+    except Exception as error:  # what NumPy, zipfile and zlib raise has no base in common
+        raise _damaged(file, str(error)) from error
+    whole = grid.dtype.kind == about.dtype.kind == "i" and grid.shape == about.shape == (2,) and grid.min() > 0
+    rows, columns = grid.tolist() if whole else (0, 0)
+    if blocks.dtype != np.uint8 or blocks.shape != (-(-rows * columns // 8),) or not whole:
+        raise _damaged(file, f"a grid of {grid.tolist()} with {blocks.size} bytes, at {about.tolist()}")
+    update, step = about.tolist()
+    block_map = np.unpackbits(blocks, count=rows * columns).reshape(rows, columns)
+    return Frame(layer, update, step, block_map.astype(bool))
+
+
+def _damaged(file: Path, reason: str) -> ValueError:
+    return ValueError(f"A frame of a topology history must be whole. Got {file}: {reason}. Delete it.")
