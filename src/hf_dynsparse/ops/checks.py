@@ -6,6 +6,7 @@ A product of one token takes microseconds: the verdict about sizes is remembered
 tensor that holds them.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from operator import index as as_integer
 from typing import Any
@@ -44,16 +45,15 @@ def check_linear(
     Raises:
         ValueError: if the operands do not fit together, or `block_index` is not that of a matrix of this size.
     """
-    device = input.device
     of_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
-    problem = _linear_problem(
-        (input.shape, input.dtype, device),
+    problem, weight = _linear_problem(
+        (input.shape, input.dtype, input.device),
         (values.shape, values.dtype, values.device),
         of_bias,
         out_features,
         torch.get_num_threads(),
     )
-    derived(_check_block_index, block_index, problem.shape, problem.block_shape, problem.nnzb, device)
+    derived(_check_block_index, block_index, weight)
     return problem
 
 
@@ -66,14 +66,13 @@ def check_linear_backward(
     Raises:
         ValueError: as `check_linear`.
     """
-    device = input.device
-    problem = _linear_backward_problem(
+    problem, weight = _linear_backward_problem(
         (grad.shape, grad.dtype, grad.device),
-        (input.shape, input.dtype, device),
+        (input.shape, input.dtype, input.device),
         (values.shape, values.dtype, values.device),
         torch.get_num_threads(),
     )
-    derived(_check_block_index, block_index, problem.shape, problem.block_shape, problem.nnzb, device)
+    derived(_check_block_index, block_index, weight)
     return problem
 
 
@@ -101,7 +100,7 @@ def check_linear_backward_sizes(
 
 
 @lru_cache(REMEMBERED)
-def _linear_problem(input: Facts, values: Facts, bias: Facts | None, out_features: int, threads: int) -> Problem:
+def _linear_problem(input: Facts, values: Facts, bias: Facts | None, out_features: int, threads: int) -> "_Known":
     try:
         out_features = as_integer(out_features)
     except TypeError:
@@ -109,19 +108,39 @@ def _linear_problem(input: Facts, values: Facts, bias: Facts | None, out_feature
     _check_operands(input, values, out_features)
     if bias is not None:
         _check_bias(input, bias, out_features)
-    return _problem(input, values, out_features, backward=False)
+    return _known(input, values, out_features, backward=False)
 
 
 @lru_cache(REMEMBERED)
-def _linear_backward_problem(grad: Facts, input: Facts, values: Facts, threads: int) -> Problem:
+def _linear_backward_problem(grad: Facts, input: Facts, values: Facts, threads: int) -> "_Known":
     _check_grad(grad, input)
     _check_operands(input, values, grad[0][1])
-    return _problem(input, values, grad[0][1], backward=True)
+    return _known(input, values, grad[0][1], backward=True)
 
 
-def _problem(input: Facts, values: Facts, out_features: int, *, backward: bool) -> Problem:
+def _known(input: Facts, values: Facts, out_features: int, *, backward: bool) -> "_Known":
     ((tokens, in_features), dtype, device), ((nnzb, rows, columns), _, _) = input, values
-    return Problem.make(device, dtype, (rows, columns), (out_features, in_features), nnzb, tokens, backward)
+    shape, block_shape = (out_features, in_features), (rows, columns)
+    problem = Problem.make(device, dtype, block_shape, shape, nnzb, tokens, backward)
+    return problem, _weight(shape, block_shape, nnzb, device)
+
+
+@lru_cache(REMEMBERED)
+def _weight(shape: Shape, block_shape: Shape, nnzb: int, device: torch.device) -> "_Weight":
+    return _Weight(shape, block_shape, nnzb, device)
+
+
+@dataclass(frozen=True, eq=False)  # one object for each: found by its identity, which costs least
+class _Weight:
+    """What a `block_index` must fit."""
+
+    shape: Shape
+    block_shape: Shape
+    nnzb: int
+    device: torch.device
+
+
+_Known = tuple[Problem, _Weight]
 
 
 def _facts(tensor: torch.Tensor) -> Facts:
@@ -185,14 +204,12 @@ def _check_alike(input: Facts, other: Facts, name: str) -> None:
         )
 
 
-def _check_block_index(
-    block_index: torch.Tensor, shape: Shape, block_shape: Shape, nnzb: int, device: torch.device
-) -> None:
-    _check_index_sizes(block_index, nnzb, device)
+def _check_block_index(block_index: torch.Tensor, weight: _Weight) -> None:
+    _check_index_sizes(block_index, weight.nnzb, weight.device)
     if block_index.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # nobody may wait for the GPU now; a kernel that is captured has run before, and was checked then
     if not block_index.is_meta:
-        check_topology(block_index, shape, block_shape)
+        check_topology(block_index, weight.shape, weight.block_shape)
 
 
 def _check_index_sizes(block_index: torch.Tensor, nnzb: int, device: torch.device) -> None:
