@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 from _cli import BlockSize, Row, block_size, label, make_parser, pair, run, shared_fields
-from _layers import LayerArm
+from _layers import LayerArm, check_layer
 from _table import COLUMNS, heading, line
 from _timing import choose_clock, median_seconds, sample_seconds
 
@@ -72,6 +72,7 @@ def measure_here(args: argparse.Namespace) -> Iterator[Row]:
         free = median_seconds(samples["unchecked"]) if "unchecked" in samples else None
         row = {
             **shared_fields(args),
+            "dtype": "float32",
             "out": args.out_in[0],
             "in": args.out_in[1],
             "tokens": tokens,
@@ -94,7 +95,9 @@ def make_arm(args: argparse.Namespace, size: BlockSize, tokens: int, backward: b
     out, width = args.out_in
     layer = BlockSparseLinear(width, out, size, args.sparsity, device=args.device)
     input = torch.randn(tokens, width, device=args.device, requires_grad=backward)
-    arm = LayerArm(layer, input, torch.randn(tokens, out, device=args.device) if backward else None)
+    grad = torch.randn(tokens, out, device=args.device) if backward else None
+    check_layer(layer, layer.to_linear(), input, grad)
+    arm = LayerArm(layer, input, grad)
 
     def call() -> None:
         for phase in arm.phases:
@@ -138,14 +141,15 @@ def beside_the_other(args: argparse.Namespace) -> list[Row]:
             runs.append(measure_there(args, source))
     mine, others = found.values()
     rows = []
-    for place, row in enumerate(mine[0]):
+    for place, first in enumerate(mine[0]):
         of_mine, of_others = ([run[place] for run in runs] for runs in (mine, others))
-        for name in SECONDS:
-            row[name] = median(run[name] for run in of_mine)
-        row["check_ratio"] = median(run["check_ratio"] for run in of_mine)
-        row["other_seconds"] = median(run["checked_seconds"] for run in of_others)
         both = zip(of_mine, of_others, strict=True)
-        row["other_ratio"] = median(one["checked_seconds"] / other["checked_seconds"] for one, other in both)
+        row = {
+            **first,
+            **{name: median(run[name] for run in of_mine) for name in (*SECONDS, "check_ratio")},
+            "other_seconds": median(run["checked_seconds"] for run in of_others),
+            "other_ratio": median(one["checked_seconds"] / other["checked_seconds"] for one, other in both),
+        }
         print(line(row, COLUMNS["bench_check"]), flush=True)
         rows.append(row)
     return rows

@@ -102,7 +102,7 @@ def check_linear_backward_sizes(
 @lru_cache(REMEMBERED)
 def _linear_problem(input: Facts, values: Facts, bias: Facts | None, out_features: int, threads: int) -> "_Known":
     try:
-        out_features = as_integer(out_features)
+        out_features = int(as_integer(out_features))
     except TypeError:
         raise ValueError(f"`out_features` must be an integer. Got {out_features!r}. Give that of the layer.") from None
     _check_operands(input, values, out_features)
