@@ -15,7 +15,7 @@ import torch
 
 from ..layout import block_grid
 from .backends import Problem
-from .orders import check_topology, derived
+from .orders import check_once, check_topology
 from .reference import Shape
 
 
@@ -23,8 +23,8 @@ __all__ = ["check_linear", "check_linear_backward", "check_linear_backward_sizes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# What the rules look at of a tensor.
-Facts = tuple[torch.Size, torch.dtype, torch.device]
+# What the rules look at of a tensor. `True` stands for the processor: it is read faster than a device.
+Facts = tuple[torch.Size, torch.dtype, torch.device | bool]
 
 MOST_BLOCKS = 2**31 - 1
 
@@ -45,15 +45,15 @@ def check_linear(
     Raises:
         ValueError: if the operands do not fit together, or `block_index` is not that of a matrix of this size.
     """
-    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
+    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.is_cpu or bias.device)
     problem, weight = _linear_problem(
-        (input.shape, input.dtype, input.device),
-        (values.shape, values.dtype, values.device),
+        (input.shape, input.dtype, input.is_cpu or input.device),
+        (values.shape, values.dtype, values.is_cpu or values.device),
         of_bias,
         out_features,
         torch.get_num_threads(),
     )
-    derived(_check_block_index, block_index, weight)
+    check_once(_check_block_index, block_index, weight)
     return problem
 
 
@@ -67,12 +67,12 @@ def check_linear_backward(
         ValueError: as `check_linear`.
     """
     problem, weight = _linear_backward_problem(
-        (grad.shape, grad.dtype, grad.device),
-        (input.shape, input.dtype, input.device),
-        (values.shape, values.dtype, values.device),
+        (grad.shape, grad.dtype, grad.is_cpu or grad.device),
+        (input.shape, input.dtype, input.is_cpu or input.device),
+        (values.shape, values.dtype, values.is_cpu or values.device),
         torch.get_num_threads(),
     )
-    derived(_check_block_index, block_index, weight)
+    check_once(_check_block_index, block_index, weight)
     return problem
 
 
@@ -119,7 +119,8 @@ def _linear_backward_problem(grad: Facts, input: Facts, values: Facts, threads: 
 
 
 def _known(input: Facts, values: Facts, out_features: int, *, backward: bool) -> "_Known":
-    ((tokens, in_features), dtype, device), ((nnzb, rows, columns), _, _) = input, values
+    ((tokens, in_features), dtype, place), ((nnzb, rows, columns), _, _) = input, values
+    device = _device(place)
     shape, block_shape = (out_features, in_features), (rows, columns)
     problem = Problem.make(device, dtype, block_shape, shape, nnzb, tokens, backward)
     return problem, _weight(shape, block_shape, nnzb, device)
@@ -144,7 +145,11 @@ _Known = tuple[Problem, _Weight]
 
 
 def _facts(tensor: torch.Tensor) -> Facts:
-    return tensor.shape, tensor.dtype, tensor.device
+    return tensor.shape, tensor.dtype, tensor.is_cpu or tensor.device
+
+
+def _device(place: torch.device | bool) -> torch.device:
+    return place if isinstance(place, torch.device) else torch.device("cpu")
 
 
 def _check_operands(input: Facts, values: Facts, out_features: int) -> None:
@@ -192,15 +197,16 @@ def _check_grad(grad: Facts, input: Facts) -> None:
 
 
 def _check_alike(input: Facts, other: Facts, name: str) -> None:
-    (_, dtype, device), (_, other_dtype, other_device) = input, other
+    (_, dtype, place), (_, other_dtype, other_place) = input, other
     if other_dtype != dtype:
         raise ValueError(
             f"`input` and {name} must share a dtype. Got {dtype} and {other_dtype}. "
             "Convert one with `.to(...)`, or run under `torch.autocast`."
         )
-    if other_device != device:
+    if other_place != place:
         raise ValueError(
-            f"`input` and {name} must be on one device. Got {device} and {other_device}. Move one with `.to(...)`."
+            f"`input` and {name} must be on one device. Got {_device(place)} and {_device(other_place)}. Move one "
+            "with `.to(...)`."
         )
 
 
