@@ -33,6 +33,16 @@ COLUMNS: dict[str, Columns] = {
         "backward": _number("backward_ratio", ".3f"),
         "total": _number("total_ratio", ".3f"),
     },
+    "bench_check": {
+        "tokens": lambda row: row["tokens"],
+        "B  ": lambda row: row["block_size"],
+        "direction           ": lambda row: row["direction"],
+        "us checked": _number("checked_seconds", ".2f", 1e6),
+        "us unchecked": _number("unchecked_seconds", ".2f", 1e6),
+        "of unchecked": _number("check_ratio", ".3f"),
+        "us other": _number("other_seconds", ".2f", 1e6),
+        "of other": _number("other_ratio", ".3f"),
+    },
     "bench_step": {
         "model                  ": _model,
         "s a step": _number("seconds", ".3f"),

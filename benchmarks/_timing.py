@@ -67,6 +67,12 @@ def _sample(phases: Phases, clock: Clock, loops: int) -> list[float]:
     return seconds
 
 
+def sample_seconds(call: Callable[[], object], clock: Clock) -> float:
+    """Seconds of one `call`, repeated until the sample is long enough."""
+    once = _sample([call], clock, 1)[0]
+    return _sample([call], clock, max(1, math.ceil(SHORTEST / max(once, 1e-6))))[0]
+
+
 def median_seconds(samples: Samples, phase: int = 0) -> float:
     """Median over the turns."""
     return statistics.median(sample[phase] for sample in samples)

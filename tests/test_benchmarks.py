@@ -21,6 +21,7 @@ from hf_dynsparse.models.bert.configuration_dynsparse_bert import PRESETS
 TINY = {
     "bench_linear": "--out_in 64x32 32x64 --tokens 48 --sparsity 0.5 0.75 --block_size 4 1x4",
     "bench_step": "--preset tiny --vocab_size 300 --batch_size 2 --seq_len 16 --block_size 8",
+    "bench_check": "--out_in 32x64 --tokens 1 8 --block_size 4 1x4",
     "bench_inference": "--preset tiny --vocab_size 300 --batches 1x16 2x8 --block_size 8",
 }
 SHARED = "--threads 1 --repeats 2 --kernel_tuning off"
@@ -121,6 +122,24 @@ def test_choices_of_an_idle_and_a_loaded_machine_stand_side_by_side(load, tmp_pa
     assert all(row["agree"] == (row["idle_backend"] == row["loaded_backend"]) for row in rows)
     assert min(row[f"{turn}_seconds"] for row in rows for turn in ("idle", "loaded")) > 0
     assert f"{sum(row['agree'] for row in rows)} of 4 choices agree" in capsys.readouterr().out
+
+
+def test_the_check_of_operands_is_timed_in_turn_with_its_absence(run, load, monkeypatch):
+    rows = run("bench_check")["rows"]
+    assert len(rows) == 2 * 2 * 2  # block sizes, tokens, directions
+    for row in rows:
+        assert row["check_ratio"] == row["checked_seconds"] / row["unchecked_seconds"] > 0
+        assert row["other_ratio"] is None
+    sources = []
+
+    def measure_there(args, source):
+        sources.append(source)
+        return [dict(row, checked_seconds=row["checked_seconds"] * len(sources)) for row in rows]
+
+    monkeypatch.setattr(load("bench_check"), "measure_there", measure_there)
+    beside = run("bench_check", "--other old --turns 3")["rows"]
+    assert [source.name for source in sources] == ["src", "old"] * 3
+    assert [row["other_ratio"] for row in beside] == [3 / 4] * len(rows)  # the median of 1/2, 3/4 and 5/6
 
 
 @pytest.mark.parametrize("name", TINY)

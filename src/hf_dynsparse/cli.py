@@ -154,7 +154,7 @@ def _add_estimate(commands: Any) -> None:
     parser.add_argument("--max_seq_length", type=_positive, default=128, help="tokens a sequence (default: 128)")
     parser.add_argument("--max_steps", type=_positive, help="optimiser steps of the run")
     parser.add_argument("--batch_size", type=_positive, help="sequences in each step, of all processes")
-    parser.add_argument("--num_topology_updates", type=_updates, help="default: 80, or one every 100 steps; 0 is static")
+    parser.add_argument("--num_topology_updates", type=_updates, help="default: 80, or one in 100 steps; 0 is static")
     parser.add_argument("--pruning_ratio", type=float, default=0.5, help="of the first update (default: 0.5)")
     parser.add_argument("--pruning_schedule", choices=list(SCHEDULES), default="cosine", help="default: cosine")
     parser.add_argument("--readmit", action="store_true", help="a pruned block may return in the same update")

@@ -188,7 +188,7 @@ class BlockSparseLinear(nn.Module):
             ValueError: if the sizes, dtypes or devices do not fit together.
         """
         # The operator takes the last side of `input` for the width of the matrix: only the layer knows better.
-        if input.shape[-1:] != (self.in_features,):
+        if not input.dim() or input.shape[-1] != self.in_features:
             raise ValueError(
                 f"`input` must be of shape (..., {self.in_features}). Got {tuple(input.shape)}. Give the layer the "
                 "features that it was made for."

@@ -105,6 +105,14 @@ def test_autocast_rounds_no_integers():
     assert torch.equal(inside, int8(input))
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("block", [None, 4], ids=str)
+def test_on_meta_there_are_shapes(block, bias):
+    int8 = to_int8(trained(qat_layer(block, (24, 40), bias))).to("meta")
+    output = int8(torch.empty(3, 5, 40, device="meta", dtype=torch.bfloat16))
+    assert (output.device.type, output.shape, output.dtype) == ("meta", (3, 5, 24), torch.bfloat16)
+
+
 def test_training_mode_is_refused():
     int8 = to_int8(trained(qat_layer(4, (24, 40), True)))
     with pytest.raises(ValueError, match="for inference. Got one in training mode"):

@@ -318,6 +318,46 @@ def test_compile_makes_one_graph(cls):
     torch._dynamo.reset()
 
 
+def test_a_model_on_meta_computes_shapes():
+    with torch.device("meta"):
+        model = DynSparseBertForSequenceClassification(toy_config(num_labels=3))
+    ids = torch.zeros(2, 8, dtype=torch.int64, device="meta")
+    output = model(input_ids=ids, labels=ids[:, 0])
+    output.loss.backward()
+    assert output.logits.is_meta
+    assert output.logits.shape == (2, 3)
+    assert all(parameter.grad.is_meta for parameter in model.bert.encoder.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # a trace reads all
+def test_a_trace_computes_what_the_model_does():
+    model = toy_model(cls=DynSparseBertForSequenceClassification, return_dict=False).eval()
+    ids = toy_batch()["input_ids"]
+    traced = torch.jit.trace(model, (ids,))
+    assert "hf_dynsparse::linear" in str(traced.inlined_graph)
+    assert torch.equal(traced(ids.flip(1))[0], model(ids.flip(1))[0])
+
+
+def test_gradients_of_samples_agree_with_those_of_the_dense_model():
+    model = toy_model(cls=DynSparseBertForSequenceClassification).eval()
+    ids = toy_batch()["input_ids"][:, None]
+
+    def gradients(model):
+        model.set_attn_implementation("eager")  # `vmap` warns of the other
+
+        def loss(parameters, ids):
+            return torch.func.functional_call(model, parameters, (ids,)).logits.square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(model.named_parameters()), ids)
+
+    ours, dense = gradients(model), gradients(model.to_dense().eval())
+    for name, gradient in ours.items():
+        if not name.endswith(".values"):
+            torch.testing.assert_close(gradient, dense[name], rtol=1e-4, atol=1e-5)
+
+
 class Shapes(TorchDispatchMode):
     """The shapes of all tensors that any operator returns."""
 

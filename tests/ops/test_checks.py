@@ -69,7 +69,7 @@ WRONG = {
     "`bias` must be of shape (12,), one number for each output. Got (5,). Give": {"bias": (5,)},
     "`bias` must be of shape (12,), one number for each output. Got (12, 1). Give": {"bias": (12, 1)},
     "must share a dtype. Got torch.float32 and torch.float64. Convert": {"bias": torch.float64},
-    "must be on one device. Got cpu and meta. Move": {"values": torch.device("meta")},
+    "must be on one device. Got cpu and meta. Move one with": {"values": torch.device("meta")},
     "must be on one device. Got meta and cpu. Move": {"input": torch.device("meta")},
     "`input` must be of dtype float64, float32, bfloat16, float16. Got torch.int64. Convert": {"input": torch.int64},
     "`input` must be of dtype float64, float32, bfloat16, float16. Got torch.complex64": {"input": torch.complex64},

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import error_bound, generator
 from torch._subclasses.fake_tensor import FakeTensorMode
+from wrong_operands import FORMS, must_be_right_or_refused
 
 from hf_dynsparse.ops import reference, triton
 
@@ -262,6 +263,14 @@ def test_offsets_beyond_32_bits(device: str) -> None:
     of_values = triton.sdd(grad, input, case.on_device, case.shape, case.block_shape)
     for ours, exact in zip((output, of_input, of_values), expected, strict=True):
         assert (ours.cpu().double() - exact).norm() <= 1e-3 * exact.norm()
+
+
+@on_device
+@pytest.mark.parametrize("form", FORMS)
+def test_operands_drawn_at_random_give_the_right_result_or_an_error(form: str, device: str) -> None:
+    # The interpreter takes long: few of those that fit meet blocks that this backend serves.
+    outcomes = must_be_right_or_refused(form, ["triton"], range(200))
+    assert min(outcomes["right"], outcomes["refused"]) > 5
 
 
 def test_line_order_worked_example() -> None:

@@ -109,7 +109,7 @@ class Int8Layer(nn.Module):
             )
         known, device = self._settled, input.device.type
         integers = quantize_input(input, self.input_scale, known.zero_point).to(known.dtype)
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # bfloat16 would round the integers
                 sums = self._multiply(integers, known.dtype)
         else:
@@ -128,6 +128,8 @@ class Int8Layer(nn.Module):
 
     @property
     def _settled(self) -> "_Settled":
+        if self.scale.is_meta:
+            return _Settled(torch.float32, 0, 1.0, self.bias)  # there is nothing to compute but shapes
         if self._known is None:
             zero_point = int(self.input_zero_point)
             largest = int(self._row_sums().max()) * max(zero_point, INPUT_LEVELS - zero_point)

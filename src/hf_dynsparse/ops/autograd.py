@@ -51,7 +51,8 @@ def block_sparse_linear(
         return _linear(input, values, block_index, bias, out_features)
     if not input.dim() or not input.shape[-1]:
         raise ValueError(
-            f"`input` must be of shape (..., in_features), with a feature at least. Got {tuple(input.shape)}."
+            f"`input` must be of shape (..., in_features), with one feature at least. Got {tuple(input.shape)}. "
+            "Reshape it."
         )
     flat = input.reshape(-1, input.shape[-1])  # [tokens, in_features]
     return _linear(flat, values, block_index, bias, out_features).view(*input.shape[:-1], out_features)

@@ -38,12 +38,6 @@ class Problem:
     threads: int
 
     @classmethod
-    def of(cls, input: torch.Tensor, values: torch.Tensor, shape: Shape, *, backward: bool) -> "Problem":
-        """The problem of a product with `input` (`torch.Tensor` of shape `(tokens, features)`)."""
-        nnzb, rows, columns = values.shape
-        return cls.make(input.device, input.dtype, (rows, columns), shape, nnzb, input.shape[0], backward)
-
-    @classmethod
     def make(
         cls,
         device: torch.device,
@@ -82,8 +76,8 @@ class Backend:
         name (`str`): how `use_backend` calls it.
         summary (`str`): one line for logs.
         why_not (`Callable`): `(device, dtype, block_shape) -> str | None`: why it cannot serve, or `None` if it can.
-        dds, sdd (`Callable`): dense = dense x sparse and sparse = dense x dense; see `hf_dynsparse.ops.reference`. They
-            trust the sizes that they are given: operands are compared at the operator, in `hf_dynsparse.ops.checks`.
+        dds, sdd (`Callable`): dense = dense x sparse and sparse = dense x dense; see `hf_dynsparse.ops.reference`.
+            They trust the sizes that they are given: operands are compared at the operator (`ops/checks.py`).
         break_even (`Callable`): `(device, block_shape) -> density` above which a dense product is taken for faster
             while nothing has been timed.
         device (`str`): type of the device it was made for, or `"any"`.

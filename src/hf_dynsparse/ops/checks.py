@@ -6,6 +6,7 @@ A product of one token takes microseconds: the verdict about sizes is remembered
 tensor that holds them.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from operator import index as as_integer
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from ..layout import block_grid
 from .backends import Problem
-from .orders import check_topology, derived
+from .orders import check_once, check_topology
 from .reference import Shape
 
 
@@ -22,8 +23,8 @@ __all__ = ["check_linear", "check_linear_backward", "check_linear_backward_sizes
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# What the rules look at of a tensor.
-Facts = tuple[torch.Size, torch.dtype, torch.device]
+# What the rules look at of a tensor. `True` stands for the processor: it is read faster than a device.
+Facts = tuple[torch.Size, torch.dtype, torch.device | bool]
 
 MOST_BLOCKS = 2**31 - 1
 
@@ -44,16 +45,15 @@ def check_linear(
     Raises:
         ValueError: if the operands do not fit together, or `block_index` is not that of a matrix of this size.
     """
-    device = input.device
-    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
-    problem = _linear_problem(
-        (input.shape, input.dtype, device),
-        (values.shape, values.dtype, values.device),
+    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.is_cpu or bias.device)
+    problem, weight = _linear_problem(
+        (input.shape, input.dtype, input.is_cpu or input.device),
+        (values.shape, values.dtype, values.is_cpu or values.device),
         of_bias,
         out_features,
         torch.get_num_threads(),
     )
-    derived(_check_block_index, block_index, problem.shape, problem.block_shape, problem.nnzb, device)
+    check_once(_check_block_index, block_index, weight)
     return problem
 
 
@@ -66,14 +66,13 @@ def check_linear_backward(
     Raises:
         ValueError: as `check_linear`.
     """
-    device = input.device
-    problem = _linear_backward_problem(
-        (grad.shape, grad.dtype, grad.device),
-        (input.shape, input.dtype, device),
-        (values.shape, values.dtype, values.device),
+    problem, weight = _linear_backward_problem(
+        (grad.shape, grad.dtype, grad.is_cpu or grad.device),
+        (input.shape, input.dtype, input.is_cpu or input.device),
+        (values.shape, values.dtype, values.is_cpu or values.device),
         torch.get_num_threads(),
     )
-    derived(_check_block_index, block_index, problem.shape, problem.block_shape, problem.nnzb, device)
+    check_once(_check_block_index, block_index, weight)
     return problem
 
 
@@ -101,31 +100,56 @@ def check_linear_backward_sizes(
 
 
 @lru_cache(REMEMBERED)
-def _linear_problem(input: Facts, values: Facts, bias: Facts | None, out_features: int, threads: int) -> Problem:
+def _linear_problem(input: Facts, values: Facts, bias: Facts | None, out_features: int, threads: int) -> "_Known":
     try:
-        out_features = as_integer(out_features)
+        out_features = int(as_integer(out_features))
     except TypeError:
         raise ValueError(f"`out_features` must be an integer. Got {out_features!r}. Give that of the layer.") from None
     _check_operands(input, values, out_features)
     if bias is not None:
         _check_bias(input, bias, out_features)
-    return _problem(input, values, out_features, backward=False)
+    return _known(input, values, out_features, backward=False)
 
 
 @lru_cache(REMEMBERED)
-def _linear_backward_problem(grad: Facts, input: Facts, values: Facts, threads: int) -> Problem:
+def _linear_backward_problem(grad: Facts, input: Facts, values: Facts, threads: int) -> "_Known":
     _check_grad(grad, input)
     _check_operands(input, values, grad[0][1])
-    return _problem(input, values, grad[0][1], backward=True)
+    return _known(input, values, grad[0][1], backward=True)
 
 
-def _problem(input: Facts, values: Facts, out_features: int, *, backward: bool) -> Problem:
-    ((tokens, in_features), dtype, device), ((nnzb, rows, columns), _, _) = input, values
-    return Problem.make(device, dtype, (rows, columns), (out_features, in_features), nnzb, tokens, backward)
+def _known(input: Facts, values: Facts, out_features: int, *, backward: bool) -> "_Known":
+    ((tokens, in_features), dtype, place), ((nnzb, rows, columns), _, _) = input, values
+    device = _device(place)
+    shape, block_shape = (out_features, in_features), (rows, columns)
+    problem = Problem.make(device, dtype, block_shape, shape, nnzb, tokens, backward)
+    return problem, _weight(shape, block_shape, nnzb, device)
+
+
+@lru_cache(REMEMBERED)
+def _weight(shape: Shape, block_shape: Shape, nnzb: int, device: torch.device) -> "_Weight":
+    return _Weight(shape, block_shape, nnzb, device)
+
+
+@dataclass(frozen=True, eq=False)  # one object for each: found by its identity, which costs least
+class _Weight:
+    """What a `block_index` must fit."""
+
+    shape: Shape
+    block_shape: Shape
+    nnzb: int
+    device: torch.device
+
+
+_Known = tuple[Problem, _Weight]
 
 
 def _facts(tensor: torch.Tensor) -> Facts:
-    return tensor.shape, tensor.dtype, tensor.device
+    return tensor.shape, tensor.dtype, tensor.is_cpu or tensor.device
+
+
+def _device(place: torch.device | bool) -> torch.device:
+    return place if isinstance(place, torch.device) else torch.device("cpu")
 
 
 def _check_operands(input: Facts, values: Facts, out_features: int) -> None:
@@ -173,26 +197,25 @@ def _check_grad(grad: Facts, input: Facts) -> None:
 
 
 def _check_alike(input: Facts, other: Facts, name: str) -> None:
-    (_, dtype, device), (_, other_dtype, other_device) = input, other
+    (_, dtype, place), (_, other_dtype, other_place) = input, other
     if other_dtype != dtype:
         raise ValueError(
             f"`input` and {name} must share a dtype. Got {dtype} and {other_dtype}. "
             "Convert one with `.to(...)`, or run under `torch.autocast`."
         )
-    if other_device != device:
+    if other_place != place:
         raise ValueError(
-            f"`input` and {name} must be on one device. Got {device} and {other_device}. Move one with `.to(...)`."
+            f"`input` and {name} must be on one device. Got {_device(place)} and {_device(other_place)}. Move one "
+            "with `.to(...)`."
         )
 
 
-def _check_block_index(
-    block_index: torch.Tensor, shape: Shape, block_shape: Shape, nnzb: int, device: torch.device
-) -> None:
-    _check_index_sizes(block_index, nnzb, device)
+def _check_block_index(block_index: torch.Tensor, weight: _Weight) -> None:
+    _check_index_sizes(block_index, weight.nnzb, weight.device)
     if block_index.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # nobody may wait for the GPU now; a kernel that is captured has run before, and was checked then
     if not block_index.is_meta:
-        check_topology(block_index, shape, block_shape)
+        check_topology(block_index, weight.shape, weight.block_shape)
 
 
 def _check_index_sizes(block_index: torch.Tensor, nnzb: int, device: torch.device) -> None:

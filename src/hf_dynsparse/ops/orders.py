@@ -15,9 +15,10 @@ from ..layout import BlockLayout
 from .reference import Shape
 
 
-__all__ = ["BlockOrder", "block_order", "check_topology", "derived"]
+__all__ = ["BlockOrder", "block_order", "check_once", "check_topology", "derived"]
 
 Result = TypeVar("Result")
+Wanted = TypeVar("Wanted")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class _Derived:
     source: weakref.ref[torch.Tensor]
     state: tuple[int, int, int]
     results: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    passed: set[Any] = field(default_factory=set)
 
 
 _derived: dict[int, _Derived] = {}
@@ -83,21 +85,42 @@ def derived(derive: Callable[..., Result], block_index: torch.Tensor, *arguments
     `derive(block_index, *arguments)`, computed again only after the tensor has changed. A write through `.data` goes
     unnoticed, as it does in autograd.
     """
-    # In front of every product: no more is read than tells whether the tensor is what it was.
-    entry = _derived.get(id(block_index))
-    if (
-        entry is None
-        or entry.source() is not block_index
-        or entry.state != (block_index._version, block_index.data_ptr(), block_index.numel())
-    ):
-        if block_index.is_inference():  # has no version: a change would go unnoticed
-            return derive(block_index, *arguments)
-        entry = _new_entry(block_index)
+    entry = _entry(block_index)
+    if entry is None:
+        return derive(block_index, *arguments)
     call = derive, *arguments
     result = entry.results.get(call, _MISSING)
     if result is _MISSING:
         result = entry.results[call] = derive(block_index, *arguments)
     return result
+
+
+def check_once(check: Callable[[torch.Tensor, Wanted], None], block_index: torch.Tensor, wanted: Wanted) -> None:
+    """
+    `check(block_index, wanted)`, which raises if it fails, again only after the tensor has changed. In front of every
+    product: `derived` would take longer.
+
+    Args:
+        wanted (`Any`): found by its identity.
+    """
+    entry = _entry(block_index)
+    if entry is None:
+        check(block_index, wanted)
+    elif wanted not in entry.passed:
+        check(block_index, wanted)
+        entry.passed.add(wanted)
+
+
+def _entry(block_index: torch.Tensor) -> _Derived | None:
+    """What is kept of a tensor as it is; `None` if its changes would go unnoticed, since inference gave no version."""
+    entry = _derived.get(id(block_index))
+    if (
+        entry is not None
+        and entry.source() is block_index
+        and entry.state == (block_index._version, block_index.data_ptr(), block_index.numel())
+    ):
+        return entry
+    return None if block_index.is_inference() else _new_entry(block_index)
 
 
 def _new_entry(block_index: torch.Tensor) -> _Derived:

@@ -20,7 +20,8 @@ def to_dense(values: torch.Tensor, block_index: torch.Tensor, shape: Shape) -> t
     """
     _, rows, columns = values.shape
     block_rows, block_columns = shape[0] // rows, shape[1] // columns
-    blocks = values.new_zeros(block_rows * block_columns, rows, columns).index_put((block_index.long(),), values)
+    # Not `index_put`, which writes a single block in many places, and counts negative ids from the end.
+    blocks = values.new_zeros(block_rows * block_columns, rows, columns).index_copy(0, block_index.long(), values)
     return blocks.view(block_rows, block_columns, rows, columns).transpose(1, 2).reshape(shape)
 
 

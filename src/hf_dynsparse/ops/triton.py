@@ -3,8 +3,8 @@ The backend of NVIDIA GPUs: gathered products in Triton, for square blocks from 
 
 Both products walk the active blocks in an order derived from `block_index` and find each in `values` by its slot, so
 `values` is never copied or permuted. The orders are made on the device, in shapes that do not depend on the topology:
-nothing here waits for the GPU and nothing is compiled again after a topology update. Bit-reproducible on one kind of GPU:
-there are no atomic additions. Sums are float32 for every dtype; float32 operands are rounded to TF32 only where
+nothing here waits for the GPU, and nothing is compiled again after a topology update. Bit-reproducible on one kind of
+GPU: there are no atomic additions. Sums are float32 for every dtype; float32 operands are rounded to TF32 only where
 `torch.backends.cuda.matmul.fp32_precision` allows it.
 """
 

@@ -45,8 +45,9 @@ def block_sparse_linear(
     out_features: int,
 ) -> torch.Tensor:
     """`input` of shape `(..., in_features)` to `(..., out_features)`; takes part in autocast."""
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
+    device = input.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         input, values = input.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     shape = out_features, input.shape[-1]

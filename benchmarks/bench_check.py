@@ -1,0 +1,175 @@
+#!/usr/bin/env python
+"""
+What it costs to compare the operands of a product: microseconds of a layer with the comparison and without it, in
+turn, and with `--other` beside the package in another folder of sources, each in processes of its own, in turn too.
+
+    python benchmarks/bench_check.py --threads 1
+    git archive OLD_COMMIT src | tar x -C /tmp/old && cp src/hf_dynsparse/ops/*.so /tmp/old/src/hf_dynsparse/ops/
+    python benchmarks/bench_check.py --threads 1 --other /tmp/old/src
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from _cli import BlockSize, Row, block_size, label, make_parser, pair, run, shared_fields
+from _layers import LayerArm, check_layer
+from _table import COLUMNS, heading, line
+from _timing import choose_clock, median_seconds, sample_seconds
+
+from hf_dynsparse import BlockSparseLinear
+from hf_dynsparse.ops import Problem, block_sparse_linear, operators
+
+
+QUICK = {"tokens": [1], "block_size": [16], "repeats": 5}
+SECONDS = ("checked_seconds", "unchecked_seconds")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__file__, __doc__, repeats=15)
+    parser.add_argument("--out_in", type=pair, default=(768, 768), help="shape, such as 3072x768 (768x768)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 1024], help="tokens of a batch (1 1024)")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="(0.9)")
+    parser.add_argument("--block_size", type=block_size, nargs="+", default=[1, 4, 16], help="(1 4 16)")
+    parser.add_argument("--other", type=Path, metavar="SRC", help="sources of the package to compare with")
+    parser.add_argument("--turns", type=int, default=5, help="processes of each side, for --other (5)")
+    run(parser, measure, argv, QUICK)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """One row per block size, number of tokens and direction."""
+    print(heading(COLUMNS["bench_check"]), flush=True)
+    return beside_the_other(args) if args.other else list(measure_here(args))
+
+
+def measure_here(args: argparse.Namespace) -> Iterator[Row]:
+    clock = choose_clock(args.device)
+    for size, tokens, backward in product(args.block_size, args.tokens, (False, True)):
+        arm = make_arm(args, size, tokens, backward)
+        contexts = {"checked": nullcontext}
+        if hasattr(operators, "check_linear"):  # an older package compares nothing
+            contexts["unchecked"] = unchecked
+        samples: dict[str, list[list[float]]] = {name: [] for name in contexts}
+        for turn in range(args.repeats + 1):
+            for name, context in contexts.items():
+                with context():
+                    seconds = sample_seconds(arm, clock)
+                if turn:  # the first one warms up
+                    samples[name].append([seconds])
+        checked = median_seconds(samples["checked"])
+        free = median_seconds(samples["unchecked"]) if "unchecked" in samples else None
+        row = {
+            **shared_fields(args),
+            "dtype": "float32",
+            "out": args.out_in[0],
+            "in": args.out_in[1],
+            "tokens": tokens,
+            "sparsity": args.sparsity,
+            "block_size": label(size),
+            "direction": "forward and backward" if backward else "forward",
+            "checked_seconds": checked,
+            "unchecked_seconds": free,
+            "other_seconds": None,
+            "check_ratio": checked / free if free else None,
+            "other_ratio": None,
+        }
+        if not args.other:
+            print(line(row, COLUMNS["bench_check"]), flush=True)
+        yield row
+
+
+def make_arm(args: argparse.Namespace, size: BlockSize, tokens: int, backward: bool) -> Any:
+    """A call of a layer as a user meets it."""
+    out, width = args.out_in
+    layer = BlockSparseLinear(width, out, size, args.sparsity, device=args.device)
+    input = torch.randn(tokens, width, device=args.device, requires_grad=backward)
+    grad = torch.randn(tokens, out, device=args.device) if backward else None
+    check_layer(layer, layer.to_linear(), input, grad)
+    arm = LayerArm(layer, input, grad)
+
+    def call() -> None:
+        for phase in arm.phases:
+            phase()
+
+    return call
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Nothing is compared; what a backend is chosen by is remembered as well as it can be."""
+
+    @lru_cache
+    def problem(input: Any, dtype: Any, values: Any, out: int, backward: bool, threads: int) -> Problem:
+        (tokens, width), (nnzb, rows, columns) = input, values
+        return Problem.make(torch.device("cpu"), dtype, (rows, columns), (out, width), nnzb, tokens, backward)
+
+    def forward(input: Any, values: Any, block_index: Any, bias: Any, out_features: int) -> Problem:
+        return problem(input.shape, input.dtype, values.shape, out_features, False, torch.get_num_threads())
+
+    def backward(grad: Any, input: Any, values: Any, block_index: Any) -> Problem:
+        return problem(input.shape, input.dtype, values.shape, grad.shape[1], True, torch.get_num_threads())
+
+    def multiply(self: Any, input: Any, values: Any, bias: Any) -> torch.Tensor:
+        return block_sparse_linear(input, values, self.block_index, bias, self.out_features)
+
+    with (
+        mock.patch.object(operators, "check_linear", forward),
+        mock.patch.object(operators, "check_linear_backward", backward),
+        mock.patch.object(BlockSparseLinear, "multiply", multiply),
+    ):
+        yield
+
+
+def beside_the_other(args: argparse.Namespace) -> list[Row]:
+    """Own and other sources in processes that take turns."""
+    own = Path(operators.__file__).parents[2]
+    found: dict[Path, list[list[Row]]] = {own: [], args.other.resolve(): []}
+    for _ in range(args.turns):
+        for source, runs in found.items():
+            runs.append(measure_there(args, source))
+    mine, others = found.values()
+    rows = []
+    for place, first in enumerate(mine[0]):
+        of_mine, of_others = ([run[place] for run in runs] for runs in (mine, others))
+        both = zip(of_mine, of_others, strict=True)
+        row = {
+            **first,
+            **{name: median(run[name] for run in of_mine) for name in (*SECONDS, "check_ratio")},
+            "other_seconds": median(run["checked_seconds"] for run in of_others),
+            "other_ratio": median(one["checked_seconds"] / other["checked_seconds"] for one, other in both),
+        }
+        print(line(row, COLUMNS["bench_check"]), flush=True)
+        rows.append(row)
+    return rows
+
+
+def measure_there(args: argparse.Namespace, source: Path) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "--json", str(file), "--repeats", str(args.repeats)]
+        command += ["--out_in", "x".join(map(str, args.out_in)), "--sparsity", str(args.sparsity)]
+        command += [
+            "--tokens",
+            *map(str, args.tokens),
+            "--block_size",
+            *(str(label(size)) for size in args.block_size),
+        ]
+        command += ["--threads", str(torch.get_num_threads()), "--kernel_tuning", args.kernel_tuning]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(source)})
+        return json.loads(file.read_text())["rows"]
+
+
+if __name__ == "__main__":
+    main()
