@@ -265,6 +265,11 @@ def malformed(saved, folder, file, content):
     return folder
 
 
+def files_of(folder):
+    """What each file of a folder holds."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def refusals(capsys, folder, *commands):
     """What is said of a folder by each of the commands."""
     arguments = {
@@ -273,10 +278,11 @@ def refusals(capsys, folder, *commands):
         "convert": ["convert", folder, folder.parent / "target", "--to", "dense"],
         "push": ["push", folder, "user/name"],
     }
+    before = files_of(folder)
     for command in commands:
         yield command, fail(capsys, *arguments[command])
         assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-        assert not (folder / "README.md").exists()
+        assert files_of(folder) == before
 
 
 @pytest.mark.parametrize(("file", "content", "problem"), MALFORMED, ids=lambda value: str(value)[:40])
