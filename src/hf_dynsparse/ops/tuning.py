@@ -147,10 +147,11 @@ def recall(problem: Problem, backends: Iterable[Backend]) -> Timing | None:
 def remember(problem: Problem, backends: Iterable[Backend], timing: Timing) -> None:
     """Keep a timing on disk, for this machine and these versions."""
     try:
+        file = cache_file()
         # Read again: another process may have written since. What was damaged there is gone now.
         known = {**_read(), _key(problem, backends): timing}
         content = {key: {"seconds": one.seconds, "when": one.when} for key, one in known.items()}
-        write_atomically(cache_file(), json.dumps(content, indent=1))
+        write_atomically(file, json.dumps(content, indent=1))
     except (OSError, RuntimeError) as error:  # RuntimeError: no home directory
         logger.warning("Timings of backends cannot be kept (%s); each process measures its own.", error)
 
