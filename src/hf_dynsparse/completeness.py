@@ -15,7 +15,7 @@ from .integrity import open_weights
 GIVEN = "the given `state_dict`"  # in the place of a file
 
 
-def check_complete(model: PreTrainedModel, held: Iterable[str], source: str) -> None:
+def check_complete(model: PreTrainedModel, held: Iterable[str], source: str, saved_here: bool = True) -> None:
     """
     Check that nothing of a loaded model is random but a head that starts afresh: what stands outside of it must come
     from the checkpoint, and so must the head if it is the one that was saved.
@@ -23,6 +23,7 @@ def check_complete(model: PreTrainedModel, held: Iterable[str], source: str) -> 
     Args:
         held (`Iterable[str]`): the tensors that the checkpoint has, by their names in `model`.
         source (`str`): file or folder.
+        saved_here (`bool`): whether this package wrote it: others leave out a pooler, or name another class.
 
     Raises:
         ValueError: naming the first tensor that is missing.
@@ -33,7 +34,7 @@ def check_complete(model: PreTrainedModel, held: Iterable[str], source: str) -> 
     for names in twins.values():  # a tied tensor is there if its twin is
         kept |= names if kept & names else set()
     # Of a `state_dict` in memory nobody knows which class it is of.
-    saved_head = source != GIVEN and _is_saved_class(model)
+    saved_head = saved_here and source != GIVEN and _is_saved_class(model)
     optional = "|".join(f"({pattern})" for pattern in model._keys_to_ignore_on_load_missing or ()) or "$^"
     unsaved = model._keys_to_ignore_on_save or ()
     missing = [
@@ -77,7 +78,7 @@ def no_place_for(layer: str, source: str) -> ValueError:
     )
 
 
-def check_loaded(model: PreTrainedModel, source: str, files: Iterable[str | Path]) -> None:
+def check_loaded(model: PreTrainedModel, source: str, files: Iterable[str | Path], saved_here: bool = True) -> None:
     """
     As `check_complete`, of a model that transformers has just loaded from `files`.
 
@@ -89,7 +90,7 @@ def check_loaded(model: PreTrainedModel, source: str, files: Iterable[str | Path
         return
     # Those in the files all the same have another shape: that goes through on request, and only a head may have one.
     others = {name for name in tensor_names(files) if in_head(model, name)}
-    check_complete(model, loaded | others, source)
+    check_complete(model, loaded | others, source, saved_here)
 
 
 def is_loaded(tensor: torch.Tensor) -> bool:

@@ -225,7 +225,7 @@ class DynSparseQuantizer(HfQuantizer):
         if self._source is not None:
             if self.pre_quantized:
                 _check_layers(model, config, self._source)
-            check_loaded(model, self._source, self._files)
+            check_loaded(model, self._source, self._files, saved_here=self.pre_quantized)
             warn_of_nonfinite(model, self._source)
         if not self.pre_quantized:
             if len(set(getattr(model, "hf_device_map", {}).values())) > 1:

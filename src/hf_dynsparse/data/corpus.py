@@ -9,11 +9,11 @@ import os
 import platform
 import re
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from huggingface_hub import constants
@@ -187,7 +187,7 @@ def write_corpus(modules: Sequence[tuple[str, Path]], folder: Path, progress: bo
         if collecting:
             gc.enable()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
         written = Path(aside, folder.name)
         written.mkdir()
         for file, documents in zip(corpus_files(written), parts, strict=True):
