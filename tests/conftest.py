@@ -12,6 +12,7 @@ from hf_dynsparse.ops import tuning
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start: threads that wait for a core spin
 
 
 @pytest.fixture

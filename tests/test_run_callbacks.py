@@ -1,6 +1,7 @@
 """Passes over the data: each has its own masks and goes on where it was left, whoever makes the batches."""
 
 import copy
+import gc
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -63,6 +64,15 @@ def assert_same_end(one: DynSparseTrainer, other: DynSparseTrainer) -> None:
     assert [e["epoch"] for e in one.state.log_history] == [e["epoch"] for e in other.state.log_history]
 
 
+@pytest.fixture
+def workers_end_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Persistent workers go with their loader; torch would wait five seconds for each that garbage collection ends."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("workers_end_at_once")
 @pytest.mark.parametrize("workers", WORKERS, ids=lambda workers: f"{workers[0]}{'-persistent' * workers[1]}")
 @pytest.mark.parametrize("kind", [list, Stream])
 def test_passes_have_their_own_masks_and_resume_is_exact(
@@ -107,6 +117,7 @@ def test_accumulation_over_a_stream_resumes_in_the_middle_of_a_pass(tmp_path: Pa
     assert_same_end(straight, resumed)
 
 
+@pytest.mark.usefixtures("workers_end_at_once")
 def test_persistent_workers_that_evaluate_leave_the_generator_of_the_model_alone(tmp_path: Path) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 1, "dataloader_num_workers": 1, "max_steps": 4}
     settings |= {"dataloader_persistent_workers": True, "save_strategy": "steps", "save_steps": 2}

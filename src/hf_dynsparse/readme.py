@@ -32,7 +32,7 @@ def write_readme(model: PreTrainedModel, folder: str | Path) -> None:
     if layers:
         exist = sum(layer.nnzb * math.prod(layer.block_shape) for layer in layers)
         share = exist / sum(layer.in_features * layer.out_features for layer in layers)
-        about.append(f"block-sparse: of the entries of {len(layers)} matrices {share:.2%} exist")
+        about.append(f"block-sparse: {share:.2%} of the entries of {len(layers)} matrices are stored")
         tags.append("block-sparse")
     how = getattr(model.config, "quantization_config", None)
     if how is not None and "int8" in str(how.quant_method):

@@ -105,7 +105,7 @@ class Case:
 @pytest.mark.skipif(INTERPRETING, reason="is what runs")
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_the_kernels_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", "cpu"]
+    command = [sys.executable, "-m", "pytest", __file__, "-n0", "-q", "-p", "no:cacheprovider", "-k", "cpu"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     run = subprocess.run(
         command, env={**environment, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=280
