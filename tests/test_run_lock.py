@@ -20,9 +20,13 @@ from tests.toy import toy_arguments, toy_model, toy_trainer
 HOLDER = """
 import os, runpy, sys, time
 with runpy.run_path(sys.argv[1])["run_lock"](sys.argv[2]):
+    reader, writer = os.pipe()
     worker = os.fork()
     if worker:
+        os.read(reader, 1)  # it has begun, and let go of what it inherited
         print(worker, flush=True)
+    else:
+        os.write(writer, b".")
     time.sleep(60)
 """
 
