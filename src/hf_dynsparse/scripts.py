@@ -26,7 +26,6 @@ from .learning_rate import rewinding
 from .resizing import check_final_sizes, sizes_of
 from .run_lock import run_lock
 from .threads import default_threads
-from .topology import update_steps
 from .trainer import DynSparseTrainer
 
 
@@ -128,10 +127,8 @@ def check_updates_fit(args: DynSparseTrainingArguments, steps: int) -> None:
     Raises:
         ValueError: for topology updates that do not fit a run of so many steps.
     """
-    names = ("num_updates", "update_every", "first_step", "last_step")
-    settings = args.topology_settings()
     with naming_arguments():
-        update_steps(steps, *(settings[name] for name in names))
+        TopologyCallback(**args.topology_settings()).settings.plan(steps)
 
 
 def check_run_length(trainer: DynSparseTrainer) -> None:
