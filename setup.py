@@ -116,7 +116,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_dynsparse": ["py.typed", "templates/*"]},
+    package_data={"hf_dynsparse": ["py.typed", "*/*.md"]},
     ext_modules=[native_extension(variant, flags) for variant, flags in VARIANTS.items()],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
     python_requires=">=3.11",  # as transformers 5.23

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import hf_dynsparse
-from hf_dynsparse.summary import describe_hardware
+from hf_dynsparse.reports.facts import describe_hardware
 
 
 # Units that make dense bfloat16 much faster than dense float32, and so move the target.

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from hf_dynsparse import sparse_layers, topology_summary
-from hf_dynsparse.summary import checkpoint_bytes, dense_bytes
+from hf_dynsparse.reports.facts import checkpoint_bytes, dense_bytes
 
 
 RANKS, SEQ_LEN = 2, 64

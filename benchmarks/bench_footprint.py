@@ -14,7 +14,7 @@ import torch
 from _machine import describe_machine
 
 from hf_dynsparse import DynSparseBertConfig, DynSparseBertForMaskedLM, sparse_layers
-from hf_dynsparse.summary import checkpoint_bytes, dense_bytes
+from hf_dynsparse.reports.facts import checkpoint_bytes, dense_bytes
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ from _timing import choose_clock, median_ratio, median_seconds, time_in_turn
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel
 
 from hf_dynsparse import configure_kernels, topology_summary
+from hf_dynsparse.checkpoints.loading import load_model
 from hf_dynsparse.data import GLUE_TASKS, read_glue
-from hf_dynsparse.saved_model import load_model
-from hf_dynsparse.summary import checkpoint_bytes
+from hf_dynsparse.reports.facts import checkpoint_bytes
 
 
 QUICK = {"sentences": 64, "repeats": 3}

@@ -18,7 +18,7 @@ from _machine import one_line
 from _table import COLUMNS, heading, line
 
 from hf_dynsparse.ops import BACKENDS
-from hf_dynsparse.plots import COLOURS, DASHES, STYLE
+from hf_dynsparse.reports.pictures.style import COLOURS, DASHES, STYLE
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from hf_dynsparse.plots import plot_comparison
+from hf_dynsparse.reports.pictures.runs import plot_comparison
 
 
 def main() -> None:

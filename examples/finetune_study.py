@@ -31,8 +31,8 @@ from transformers import AutoConfig
 from hf_dynsparse import DynSparseBertConfig
 from hf_dynsparse.data import GLUE_TASKS
 from hf_dynsparse.files import write_atomically
-from hf_dynsparse.finetuning import FINETUNE_MODES
-from hf_dynsparse.plots import plot_sparsity_sweep
+from hf_dynsparse.optim.recipes import FINETUNE_MODES
+from hf_dynsparse.reports.pictures.runs import plot_sparsity_sweep
 
 
 SCRIPT = Path(__file__).with_name("run_glue_dynsparse.py")

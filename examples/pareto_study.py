@@ -37,15 +37,15 @@ from typing import Any, NamedTuple
 import pandas
 import run_mlm_dynsparse as mlm
 from huggingface_hub.errors import StrictDataclassError
+from study.analysis import best_configurations
+from study.jobs import FlagParser, Job, run_jobs
+from study.pictures import draw_study
+from study.plan import Run, plan_runs, read_plan
+from study.report import format_table, write_report
+from study.runs import read_run, read_step_seconds
 
 from hf_dynsparse.files import write_atomically
-from hf_dynsparse.study.analysis import best_configurations
-from hf_dynsparse.study.jobs import FlagParser, Job, run_jobs
-from hf_dynsparse.study.pictures import draw_study
-from hf_dynsparse.study.plan import Run, plan_runs, read_plan
-from hf_dynsparse.study.report import format_table, write_report
-from hf_dynsparse.study.runs import read_run, read_step_seconds
-from hf_dynsparse.threads import default_threads, usable_cores
+from hf_dynsparse.training.threads import default_threads, usable_cores
 
 
 SCRIPT = Path(mlm.__file__)

@@ -45,22 +45,18 @@ from transformers import (
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_dynsparse import (
-    DynSparseTrainer,
-    EarlyBirdCallback,
-    Ticket,
-    slim,
-    sparsify_,
-)
-from hf_dynsparse.checkpoint import last_checkpoint
+from hf_dynsparse import DynSparseTrainer, EarlyBirdCallback, Ticket, slim, sparsify_
+from hf_dynsparse.blocks.sizes import as_block_shape, parse_block_size
+from hf_dynsparse.checkpoints.saving import last_checkpoint
+from hf_dynsparse.compress.slimming import TICKET_SCORES, random_ticket
 from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions
-from hf_dynsparse.early_bird import TICKET_FILE, TICKET_SCORES, random_ticket
 from hf_dynsparse.files import write_atomically
-from hf_dynsparse.finetuning import load_teacher, prepare_finetuning_
-from hf_dynsparse.layout import as_block_shape, parse_block_size
+from hf_dynsparse.models.auto import load_teacher
 from hf_dynsparse.models.bert.configuration_dynsparse_bert import layer_sizes
-from hf_dynsparse.plots_slimming import plot_ticket
-from hf_dynsparse.scripts import (
+from hf_dynsparse.reports.pictures.ticket import plot_ticket
+from hf_dynsparse.training.callbacks.slimming import TICKET_FILE
+from hf_dynsparse.training.finetuning import prepare_finetuning_
+from hf_dynsparse.training.scripts import (
     TOKENIZER_FOLDER,
     find_checkpoint,
     holds_output_dir,
@@ -69,7 +65,7 @@ from hf_dynsparse.scripts import (
     settle_process,
     stop,
 )
-from hf_dynsparse.summary import summarize_run
+from hf_dynsparse.training.summary import summarize_run
 
 
 logger = logging.getLogger("run_earlybert")

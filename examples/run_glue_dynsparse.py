@@ -41,25 +41,24 @@ from transformers import (
 )
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
+from hf_dynsparse.blocks.sizes import parse_block_size
 from hf_dynsparse.data import GLUE_TASKS, glue_metrics, read_glue
 from hf_dynsparse.data.files import DataError, check_file, ending_of, read_file, reading
 from hf_dynsparse.data.glue import glue_files
 from hf_dynsparse.data.rows import check_not_blank, check_splits, check_text, label_names, label_reader
 from hf_dynsparse.data.tokenizer_checks import check_fit, check_special_tokens, check_tokenizer
 from hf_dynsparse.files import write_atomically
-from hf_dynsparse.finetuning import (
+from hf_dynsparse.models.auto import load_pretrained, load_teacher
+from hf_dynsparse.reports.facts import describe_data, describe_start
+from hf_dynsparse.reports.pictures.runs import plot_training
+from hf_dynsparse.training.finetuning import (
     FinetuningArguments,
     finish_quantization_,
     load_metric,
-    load_pretrained,
-    load_teacher,
     prepare_finetuning_,
     set_final_sparsity_,
 )
-from hf_dynsparse.layout import parse_block_size
-from hf_dynsparse.model_card import describe_data, describe_start
-from hf_dynsparse.plots import plot_training
-from hf_dynsparse.scripts import (
+from hf_dynsparse.training.scripts import (
     ScriptArguments,
     check_model_to_resume,
     check_run_length,
@@ -71,7 +70,7 @@ from hf_dynsparse.scripts import (
     settle_process,
     stop,
 )
-from hf_dynsparse.summary import summarize_finetuning
+from hf_dynsparse.training.summary import summarize_finetuning
 
 
 logger = logging.getLogger("run_glue_dynsparse")

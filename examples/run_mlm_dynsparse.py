@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub.errors import StrictDataclassError
+from study.untrained import add_untrained_rest_
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -50,6 +51,8 @@ from hf_dynsparse import (
     sparse_learning_rate,
     topology_summary,
 )
+from hf_dynsparse.blocks.distributions import DISTRIBUTIONS
+from hf_dynsparse.blocks.sizes import block_shapes_of, parse_block_size
 from hf_dynsparse.data import (
     DataCollatorForWholeWordMasking,
     build_next_sentence_pairs,
@@ -61,15 +64,17 @@ from hf_dynsparse.data import (
 from hf_dynsparse.data.files import DataError, check_file, read_file, reading
 from hf_dynsparse.data.rows import check_text, looks_numeric
 from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions, check_tokenizer, vocabulary_size
-from hf_dynsparse.distributions import DISTRIBUTIONS
-from hf_dynsparse.estimate import DENSE_LEARNING_RATES
 from hf_dynsparse.files import write_atomically
-from hf_dynsparse.finetuning import every_block, load_teacher, set_final_sparsity_
-from hf_dynsparse.layout import block_shapes_of, parse_block_size
-from hf_dynsparse.learning_rate import check_rewinding
-from hf_dynsparse.model_card import describe_data, describe_start
-from hf_dynsparse.plots import plot_block_map, plot_training
-from hf_dynsparse.scripts import (
+from hf_dynsparse.models.auto import every_block, load_teacher
+from hf_dynsparse.reports.estimate import DENSE_LEARNING_RATES
+from hf_dynsparse.reports.facts import describe_data, describe_start
+from hf_dynsparse.reports.pictures.layers import plot_block_map
+from hf_dynsparse.reports.pictures.runs import plot_training
+from hf_dynsparse.topology.frames import read_history
+from hf_dynsparse.training.callbacks.history import TopologyHistory
+from hf_dynsparse.training.finetuning import set_final_sparsity_
+from hf_dynsparse.training.rewinding import check_rewinding
+from hf_dynsparse.training.scripts import (
     TOKENIZER_FOLDER,
     ScriptArguments,
     check_model_to_resume,
@@ -83,10 +88,7 @@ from hf_dynsparse.scripts import (
     settle_process,
     stop,
 )
-from hf_dynsparse.study.untrained import add_untrained_rest_
-from hf_dynsparse.summary import format_summary, summarize_run
-from hf_dynsparse.topology_frames import read_history
-from hf_dynsparse.topology_history import TopologyHistory
+from hf_dynsparse.training.summary import format_summary, summarize_run
 
 
 logger = logging.getLogger("run_mlm_dynsparse")

@@ -47,13 +47,13 @@ import run_glue_dynsparse as glue
 import run_mlm_dynsparse as mlm
 import run_qa_dynsparse as qa
 from huggingface_hub.errors import StrictDataclassError
+from study.jobs import FlagParser, Job, logged_command, run_jobs
+from study.prune_ofa import GLUE, MLM, QA, STAGES, StageRun, plan_prune_ofa, read_prune_ofa_plan
+from study.prune_ofa_report import collect_results, format_results, plot_results
 
+from hf_dynsparse.blocks.sizes import check_sparsity, parse_block_size
 from hf_dynsparse.files import write_atomically
-from hf_dynsparse.layout import check_sparsity, parse_block_size
-from hf_dynsparse.study.jobs import FlagParser, Job, logged_command, run_jobs
-from hf_dynsparse.study.prune_ofa import GLUE, MLM, QA, STAGES, StageRun, plan_prune_ofa, read_prune_ofa_plan
-from hf_dynsparse.study.prune_ofa_report import collect_results, format_results, plot_results
-from hf_dynsparse.threads import default_threads
+from hf_dynsparse.training.threads import default_threads
 
 
 SCRIPTS: dict[str, ModuleType] = {MLM: mlm, GLUE: glue, QA: qa}

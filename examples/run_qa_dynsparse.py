@@ -45,6 +45,7 @@ from transformers import (
 )
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
+from hf_dynsparse.blocks.sizes import parse_block_size
 from hf_dynsparse.data.files import DataError, check_file, ending_of, read_file, reading
 from hf_dynsparse.data.question_answering import (
     SquadAnswers,
@@ -56,19 +57,17 @@ from hf_dynsparse.data.question_answering import (
 from hf_dynsparse.data.squad import check_squad_rows, read_squad_file, squad_metrics, squad_v2_metrics
 from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions, check_special_tokens, check_tokenizer
 from hf_dynsparse.files import write_atomically
-from hf_dynsparse.finetuning import (
+from hf_dynsparse.models.auto import load_pretrained, load_teacher
+from hf_dynsparse.reports.facts import describe_data, describe_start
+from hf_dynsparse.reports.pictures.runs import plot_training
+from hf_dynsparse.training.finetuning import (
     FinetuningArguments,
     finish_quantization_,
     load_metric,
-    load_pretrained,
-    load_teacher,
     prepare_finetuning_,
     set_final_sparsity_,
 )
-from hf_dynsparse.layout import parse_block_size
-from hf_dynsparse.model_card import describe_data, describe_start
-from hf_dynsparse.plots import plot_training
-from hf_dynsparse.scripts import (
+from hf_dynsparse.training.scripts import (
     ScriptArguments,
     check_model_to_resume,
     check_run_length,
@@ -80,7 +79,7 @@ from hf_dynsparse.scripts import (
     settle_process,
     stop,
 )
-from hf_dynsparse.summary import summarize_finetuning
+from hf_dynsparse.training.summary import summarize_finetuning
 
 
 logger = logging.getLogger("run_qa_dynsparse")

@@ -18,7 +18,8 @@ from huggingface_hub import HfApi, constants
 from toy import toy_model, toy_tokenizer
 from transformers import AutoTokenizer, BertForMaskedLM
 
-from hf_dynsparse import DynSparseBertConfig, DynSparseBertForMaskedLM, inspect_checkpoint, saved_model
+from hf_dynsparse import DynSparseBertConfig, DynSparseBertForMaskedLM, inspect_checkpoint
+from hf_dynsparse.checkpoints import loading as saved_model
 from hf_dynsparse.cli import main
 from hf_dynsparse.hub import push_folder
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from toy import toy_model, toy_tokenizer
 
-import hf_dynsparse.nn
+import hf_dynsparse.ops
 from hf_dynsparse import DynSparseBertForSequenceClassification
 from hf_dynsparse.models.bert.configuration_dynsparse_bert import PRESETS
 
@@ -144,21 +144,21 @@ def test_the_check_of_operands_is_timed_in_turn_with_its_absence(run, load, monk
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_wrong_result_is_not_timed(run, monkeypatch, tmp_path, name):
-    right = hf_dynsparse.nn.block_sparse_linear
-    monkeypatch.setattr("hf_dynsparse.nn.block_sparse_linear", lambda *operands: 1.01 * right(*operands))
+    right = hf_dynsparse.ops.block_sparse_linear
+    monkeypatch.setattr("hf_dynsparse.nn.linear.block_sparse_linear", lambda *operands: 1.01 * right(*operands))
     with pytest.raises(SystemExit, match="no timing is reported for a wrong result"):
         run(name)
     assert not list(tmp_path.glob("*.json"))
 
 
 def test_a_wrong_gradient_is_not_timed(run, monkeypatch):
-    right = hf_dynsparse.nn.block_sparse_linear
+    right = hf_dynsparse.ops.block_sparse_linear
 
     def forward_is_right(input, *operands):
         output = right(input, *operands)
         return 1.01 * output - 0.01 * output.detach()
 
-    monkeypatch.setattr("hf_dynsparse.nn.block_sparse_linear", forward_is_right)
+    monkeypatch.setattr("hf_dynsparse.nn.linear.block_sparse_linear", forward_is_right)
     for name in ("bench_linear", "bench_step"):
         with pytest.raises(SystemExit, match="relative error"):
             run(name)

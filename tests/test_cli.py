@@ -19,8 +19,8 @@ from transformers import BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import hf_dynsparse
 from hf_dynsparse import cli, inspect_checkpoint, sparse_layers, sparsify_
-from hf_dynsparse.saved_model import load_model
-from hf_dynsparse.topology_frames import Frame, write_frame
+from hf_dynsparse.checkpoints.loading import load_model
+from hf_dynsparse.topology.frames import Frame, write_frame
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,12 @@
 """Dynamic block-sparse training of transformers: only the active blocks are stored, trained, saved and loaded."""
 
-from .arguments import DynSparseTrainingArguments
-from .block_adam import BlockAdamW
-from .callback import TopologyCallback
-from .early_bird import EarlyBirdCallback, Ticket, draw_ticket
-from .estimate import estimate_run
-from .export import export_bsr, export_dense, export_onnx, export_program, read_bsr, sparsify_checkpoint
-from .flops import flops_per_sequence, inference_flops_per_sequence
-from .inspection import inspect_checkpoint
-from .int8 import prepare_qat_, to_int8_
-from .kernel_callback import KernelCallback
-from .layout import BlockLayout
-from .memory import keep_freed_memory
-from .model_card import write_model_card
+from .blocks.layout import BlockLayout
+from .checkpoints.export import export_bsr, export_dense, export_onnx, export_program, read_bsr, sparsify_checkpoint
+from .checkpoints.inspection import inspect_checkpoint
+from .checkpoints.remote_code import save_with_code
+from .compress.int8 import prepare_qat_, to_int8_
+from .compress.slimming import Ticket, draw_ticket
+from .compress.slimming.slim import slim
 from .models import (
     DynSparseBertConfig,
     DynSparseBertForMaskedLM,
@@ -23,16 +17,26 @@ from .models import (
     DynSparseBertForTokenClassification,
     DynSparseBertModel,
 )
-from .nn import BlockSparseLinear, sparse_layers, topology_summary
+from .models.dropout import seed_dropout_
+from .models.flops import flops_per_sequence, inference_flops_per_sequence
+from .models.sparsify import densify_, sparsify_
+from .models.stock.configuration import DynSparseQuantizationConfig
+from .nn.linear import BlockSparseLinear, sparse_layers
 from .ops import configure_kernels, use_backend
-from .optim import group_lasso_, parameter_groups, sparse_learning_rate
-from .quantizer import DynSparseQuantizationConfig, densify_, sparsify_
-from .remote_code import save_with_code
-from .seeded_dropout import seed_dropout_
-from .slimming import slim
+from .optim.block_adam import BlockAdamW
+from .optim.groups import parameter_groups, sparse_learning_rate
+from .optim.lasso import group_lasso_
+from .reports.estimate import estimate_run
+from .reports.layers import topology_summary
+from .reports.model_card import write_model_card
 from .topology import METHODS, TopologyAverage, TopologyUpdater, prune_regrow_
-from .topology_history import TopologyHistory
-from .trainer import DynSparseTrainer
+from .training.arguments import DynSparseTrainingArguments
+from .training.callbacks.history import TopologyHistory
+from .training.callbacks.kernels import KernelCallback
+from .training.callbacks.slimming import EarlyBirdCallback
+from .training.callbacks.topology import TopologyCallback
+from .training.memory import keep_freed_memory
+from .training.trainer import DynSparseTrainer
 
 
 __version__ = "0.1.0"

@@ -13,9 +13,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from . import __version__
-from .distributions import DISTRIBUTIONS
+from .blocks.distributions import DISTRIBUTIONS
+from .blocks.sizes import BlockSize, parse_block_size
 from .files import write_atomically
-from .layout import BlockSize, parse_block_size
 from .models.bert.configuration_dynsparse_bert import PRESETS
 from .topology import SCHEDULES
 
@@ -131,8 +131,8 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     """Show the layers of a saved model, their densities and sizes. Headers and block indices are read, no weights."""
-    from .inspection import inspect_checkpoint
-    from .plots import plot_layer_maps
+    from .checkpoints.inspection import inspect_checkpoint
+    from .reports.pictures.layers import plot_layer_maps
 
     report = inspect_checkpoint(args.source)
     _say(report)
@@ -164,8 +164,8 @@ def _add_estimate(commands: Any) -> None:
 
 def _estimate(args: argparse.Namespace) -> None:
     """Estimate sizes, FLOPs, coverage and learning rate of a pre-training run. Nothing is allocated or trained."""
-    from .estimate import estimate_run
     from .models import DynSparseBertConfig
+    from .reports.estimate import estimate_run
 
     estimate = estimate_run(
         DynSparseBertConfig.preset(args.preset, vocab_size=args.vocab_size, **_sparsity(args)),
@@ -198,7 +198,7 @@ def _add_convert(commands: Any) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     """Convert a saved model. What stands at the target already is never overwritten."""
-    from . import export
+    from .checkpoints import export
 
     settings = _sparsity(args)
     if args.to == "sparse":
@@ -247,7 +247,7 @@ def _add_card(commands: Any) -> None:
 
 def _card(args: argparse.Namespace) -> None:
     """Write README.md of a saved model from its configuration and the history of its run."""
-    from .model_card import write_model_card
+    from .reports.model_card import write_model_card
 
     _say(write_model_card(args.folder))
 
@@ -262,8 +262,8 @@ def _add_animate(commands: Any) -> None:
 
 def _animate(args: argparse.Namespace) -> None:
     """Draw how the topology of one layer evolved in a run, a frame after every update."""
-    from .plots_topology import animate_block_map
-    from .topology_frames import HISTORY_FOLDER, read_history
+    from .reports.pictures.animation import animate_block_map
+    from .topology.frames import HISTORY_FOLDER, read_history
 
     frames = read_history(args.folder)
     if not frames:

@@ -7,14 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Json, Value
 
 from hf_dynsparse.data.files import DataError
-from hf_dynsparse.data.rows import (
-    check_not_blank,
-    check_splits,
-    check_text,
-    label_names,
-    label_reader,
-    looks_numeric,
-)
+from hf_dynsparse.data.rows import check_not_blank, check_splits, check_text, label_names, label_reader, looks_numeric
 
 
 def rows_of(*values: Any, kind: Any = None, column: str = "label") -> Dataset:

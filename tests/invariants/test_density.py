@@ -15,8 +15,8 @@ from toy import toy_config, toy_model, toy_trainer
 from transformers import AutoConfig, AutoModelForMaskedLM, Trainer
 
 from hf_dynsparse import TopologyCallback, flops_per_sequence, sparse_layers, sparsify_
-from hf_dynsparse.finetuning import every_block
-from hf_dynsparse.layout import count_active_blocks
+from hf_dynsparse.blocks.sizes import count_active_blocks
+from hf_dynsparse.models.auto import every_block
 from hf_dynsparse.ops import choice, tuning
 
 

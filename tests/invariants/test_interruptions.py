@@ -14,8 +14,8 @@ from toy import toy_arguments, toy_model, toy_trainer
 from transformers import AutoModelForMaskedLM, Trainer, TrainerCallback
 
 from hf_dynsparse import DynSparseTrainer, TopologyCallback, prune_regrow_, sparse_layers
-from hf_dynsparse.optim import check_optimizer_state
-from hf_dynsparse.scripts import check_updates_to_resume
+from hf_dynsparse.optim.moments import check_optimizer_state
+from hf_dynsparse.training.scripts import check_updates_to_resume
 
 
 EVERY_OTHER = {"num_topology_updates": None, "topology_update_every": 2}

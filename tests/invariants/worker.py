@@ -28,10 +28,10 @@ from hf_dynsparse import (
     TopologyCallback,
     sparse_layers,
 )
-from hf_dynsparse import trainer as trainer_module
 from hf_dynsparse.data import DataCollatorForWholeWordMasking
+from hf_dynsparse.nn.shards import local_rows, whole, whole_optimizer_state
 from hf_dynsparse.ops import choice, tuning
-from hf_dynsparse.shards import local_rows, whole, whole_optimizer_state
+from hf_dynsparse.training import trainer as trainer_module
 
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

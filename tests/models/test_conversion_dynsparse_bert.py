@@ -24,7 +24,7 @@ from hf_dynsparse import (
     prune_regrow_,
     sparse_layers,
 )
-from hf_dynsparse.summary import dense_bytes
+from hf_dynsparse.reports.facts import dense_bytes
 from tests.toy import TOY_SIZES, toy_batch, toy_config, toy_trainer
 
 

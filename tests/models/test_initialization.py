@@ -6,8 +6,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForMaskedLM
 
 from hf_dynsparse import BlockSparseLinear, DynSparseBertConfig, sparse_layers
-from hf_dynsparse.layout import BlockLayout
-from hf_dynsparse.nn import fan_in_scale
+from hf_dynsparse.blocks.layout import BlockLayout
+from hf_dynsparse.nn.linear import fan_in_scale
 from tests.toy import toy_config, toy_model
 
 

@@ -18,9 +18,9 @@ from hf_dynsparse import (
     sparse_layers,
     sparsify_,
 )
-from hf_dynsparse.layout import parse_block_size
-from hf_dynsparse.model_card import write_model_card
-from hf_dynsparse.summary import checkpoint_bytes
+from hf_dynsparse.blocks.sizes import parse_block_size
+from hf_dynsparse.reports.facts import checkpoint_bytes
+from hf_dynsparse.reports.model_card import write_model_card
 from tests.toy import TOY_SIZES, toy_batch, toy_config, toy_model, toy_trainer
 
 

@@ -25,10 +25,11 @@ from hf_dynsparse import (
     sparse_layers,
     sparsify_,
 )
+from hf_dynsparse.checkpoints.loading import empty_model
 from hf_dynsparse.hub.files import check_model
-from hf_dynsparse.model_card import create_model_card, empty_model
 from hf_dynsparse.models.bert.configuration_dynsparse_bert import encoder_shapes
-from hf_dynsparse.summary import dense_bytes
+from hf_dynsparse.reports.facts import dense_bytes
+from hf_dynsparse.reports.model_card import create_model_card
 from tests.toy import toy_batch, toy_config, toy_model, toy_trainer
 
 

@@ -8,8 +8,8 @@ from helpers import generator, make_layer
 from torch import nn
 
 from hf_dynsparse import TopologyUpdater
-from hf_dynsparse.layout import count_active_blocks
-from hf_dynsparse.optim import check_optimizer_state
+from hf_dynsparse.blocks.sizes import count_active_blocks
+from hf_dynsparse.optim.moments import check_optimizer_state
 from hf_dynsparse.topology import TopologySettings, method_settings
 from hf_dynsparse.topology.hidden_copy import choose_by_hidden_copy, remember_, track_hidden_copy_
 from hf_dynsparse.topology.update import replace_blocks_

@@ -8,9 +8,9 @@ from helpers import generator, make_layer
 from torch import nn
 
 from hf_dynsparse import BlockSparseLinear, TopologyUpdater
-from hf_dynsparse.distributions import active_blocks, erk
-from hf_dynsparse.layout import count_active_blocks
-from hf_dynsparse.optim import check_optimizer_state
+from hf_dynsparse.blocks.distributions import active_blocks, erk
+from hf_dynsparse.blocks.sizes import count_active_blocks
+from hf_dynsparse.optim.moments import check_optimizer_state
 from hf_dynsparse.topology import METHODS, block_ages, density_share, ever_active, method_settings, prune_regrow_
 from hf_dynsparse.topology.allocation import allocate_globally, count_entries, share_out
 from hf_dynsparse.topology.update import pruned_count

@@ -5,7 +5,7 @@ import torch
 from transformers import HfArgumentParser
 
 from hf_dynsparse import DynSparseTrainingArguments, sparse_layers, sparsify_
-from hf_dynsparse.distributions import DISTRIBUTIONS, uniform
+from hf_dynsparse.blocks.distributions import DISTRIBUTIONS, uniform
 from hf_dynsparse.topology import (
     DENSITY_SCHEDULES,
     METHODS,

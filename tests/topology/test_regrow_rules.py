@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from hf_dynsparse import BlockSparseLinear, TopologyUpdater, prune_regrow_
-from hf_dynsparse.optim import check_optimizer_state
+from hf_dynsparse.optim.moments import check_optimizer_state
 from hf_dynsparse.topology import SCORES, BlockStatistics
 from hf_dynsparse.topology.dense_gradient import DenseGradientProbe
 

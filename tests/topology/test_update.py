@@ -7,15 +7,8 @@ import torch
 from helpers import COVERAGE_ATOL, SCORES_AND_RULES, cosine_ratio, generator, make_layer, place_
 
 from hf_dynsparse import BlockSparseLinear, prune_regrow_
-from hf_dynsparse.optim import check_optimizer_state
-from hf_dynsparse.topology import (
-    REGROW_RULES,
-    LayerUpdate,
-    block_ages,
-    dof_coverage,
-    ever_active,
-    track_exploration_,
-)
+from hf_dynsparse.optim.moments import check_optimizer_state
+from hf_dynsparse.topology import REGROW_RULES, LayerUpdate, block_ages, dof_coverage, ever_active, track_exploration_
 from hf_dynsparse.topology.update import replaced_count
 
 

@@ -3,9 +3,8 @@
 from .collators import DataCollatorForWholeWordMasking
 from .corpus import EmbeddedCorpus, embedded_corpus
 from .glue import GLUE_TASKS, GlueTask, glue_metrics, read_glue
-from .next_sentence import build_next_sentence_pairs
+from .next_sentence import build_next_sentence_pairs, split_sentences
 from .pieces import split_line
-from .sentences import split_sentences
 from .tokenizer import train_wordpiece_tokenizer
 
 

@@ -1,9 +1,13 @@
 """Next-sentence pairs for BERT pre-training (Devlin et al., 2019, section 3.1 and appendix A.2)."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from random import Random
 
 from transformers import PreTrainedTokenizerBase
+
+
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]?\s+(?=[\"'(\[]?[A-Z0-9])")
 
 
 NUM_SPECIAL_TOKENS = 3  # [CLS] A [SEP] B [SEP]
@@ -166,3 +170,27 @@ def encode_pair(
         "special_tokens_mask": [1, *[0] * len(first), 1, *[0] * len(second), 1],
         "next_sentence_label": label,
     }
+
+
+def split_sentences(paragraph: str) -> list[str]:
+    """
+    Split a paragraph where a full stop, question or exclamation mark is followed by a space and a capital or digit.
+
+    Abbreviations are not known to it: good enough for the segments of next-sentence pairs, not for linguistics.
+
+    Args:
+        paragraph (`str`):
+            One line of text.
+
+    Returns:
+        `list[str]`: The sentences, in order; together they hold every word of the paragraph.
+    """
+    sentences: list[str] = []
+    start = 0
+    for match in SENTENCE_END.finditer(paragraph):
+        # A closing quote or bracket belongs to the sentence before it.
+        sentences.append(paragraph[start : match.end()].strip())
+        start = match.end()
+    if paragraph[start:].strip():
+        sentences.append(paragraph[start:].strip())
+    return sentences

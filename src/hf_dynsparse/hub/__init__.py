@@ -18,9 +18,10 @@ from huggingface_hub import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..model_card import card_of_folder, read_facts
-from ..readme import SHORT, is_ours
-from ..saved_model import split_revision
+from ..checkpoints.loading import split_revision
+from ..models.readme import SHORT, is_ours
+from ..reports.facts import read_facts
+from ..reports.model_card import card_of_folder
 from .errors import HubError, ask
 from .files import LAST_CHECKPOINT, PENDING, Files, check_model, checkpoint_files, model_files
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..integrity import open_weights
+from ..models.checksums import open_weights
 
 
 def check_file(file: Path, root: Path, stays: Callable[[str], bool] = lambda name: False) -> None:

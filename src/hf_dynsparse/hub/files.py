@@ -9,14 +9,14 @@ from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import CONFIG_NAME
 
-from ..checkpoint import CHECKSUM_FILE, STAGING_FOLDER, STATE_FILES
-from ..int8.quantizer import int8_modules
-from ..json_files import read_object
+from ..checkpoints.loading import load_model
+from ..checkpoints.remote_code import AUTO_MAP, add_code
+from ..checkpoints.saving import CHECKSUM_FILE, STAGING_FOLDER, STATE_FILES
+from ..compress.int8.quantizer import int8_modules
+from ..files import read_object
 from ..models import DynSparseBertConfig
-from ..nn import sparse_layers
-from ..remote_code import AUTO_MAP, add_code
-from ..saved_model import load_model
-from ..topology_frames import HISTORY_FOLDER
+from ..nn.linear import sparse_layers
+from ..topology.frames import HISTORY_FOLDER
 from .allowed import check_file, check_regular
 
 

@@ -17,11 +17,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..body import in_head
-from ..completeness import GIVEN, check_complete, no_place_for
-from ..integrity import check_dtype, open_weights, verify_weights, warn_of_nonfinite
-from ..layout import block_grid
-from ..nn import BlockSparseLinear, sparse_layers
+from ..blocks.sizes import block_grid
+from ..nn.linear import BlockSparseLinear, sparse_layers
+from .body import in_head
+from .checksums import check_dtype, open_weights, verify_weights, warn_of_nonfinite
+from .completeness import GIVEN, check_complete, no_place_for
 
 
 logger = logging.getLogger(__name__)

@@ -3,9 +3,10 @@ Products with a block-sparse matrix: a shipped reference, the backends tested ag
 """
 
 from .autograd import block_sparse_linear
-from .backends import BACKENDS, Backend, Problem
+from .backends import BACKENDS, Backend
 from .choice import choose_backend, configure_kernels, describe_choice, use_backend
 from .operators import observe_weight_gradient
+from .problem import Problem
 from .reference import take_blocks, to_dense
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..layout import block_grid
-from .backends import Problem
+from ..blocks.sizes import block_grid
 from .orders import check_once, check_topology
+from .problem import Problem
 from .reference import Shape
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from . import tuning
-from .backends import BACKENDS, Backend, Problem
+from .backends import BACKENDS, Backend
+from .problem import Problem
 
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..layout import BlockLayout
+from ..blocks.layout import BlockLayout
 from .reference import Shape
 
 

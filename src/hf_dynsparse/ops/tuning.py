@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
+from ..blocks.draw import random_block_index
 from ..files import write_atomically
-from ..layout import random_block_index
 from . import native
-from .backends import Backend, Problem
+from .backends import Backend
+from .problem import Problem
 
 
 logger = logging.getLogger(__name__)

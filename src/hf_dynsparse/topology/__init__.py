@@ -3,18 +3,10 @@
 from .allocation import ALLOCATIONS
 from .averaging import TopologyAverage
 from .exploration import block_ages, dof_coverage, ever_active, track_exploration_
-from .methods import METHODS, Method, method_settings
 from .report import TopologyReport
-from .schedules import (
-    DENSITY_SCHEDULES,
-    SCHEDULES,
-    default_num_updates,
-    density_share,
-    pruning_ratio_at,
-    update_steps,
-)
+from .schedules import DENSITY_SCHEDULES, SCHEDULES, default_num_updates, density_share, pruning_ratio_at, update_steps
 from .scores import PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics, Score
-from .settings import TopologySettings
+from .settings import METHODS, Method, TopologySettings, method_settings
 from .update import LayerUpdate, prune_regrow_
 from .updater import TopologyUpdater
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 import torch
 
-from ..distributions import DISTRIBUTIONS
-from ..layout import count_active_blocks
-from ..nn import BlockSparseLinear
-from .momentum import mean_momentum
-from .selection import select_highest
+from ..blocks.distributions import DISTRIBUTIONS
+from ..blocks.sizes import count_active_blocks
+from ..nn.linear import BlockSparseLinear
+from .exploration import mean_momentum
+from .scores import select_highest
 from .update import replaced_count
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from ..nn import BlockSparseLinear, sparse_layers
+from ..nn.linear import BlockSparseLinear, sparse_layers
 from .updater import untrack_layers_
 
 

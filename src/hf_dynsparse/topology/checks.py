@@ -6,7 +6,7 @@ ranks that would do different things.
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..shards import local_rows
+from ..nn.shards import local_rows
 from .allocation import Layers
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from ..nn import BlockSparseLinear
+from ..nn.linear import BlockSparseLinear
 from ..ops import observe_weight_gradient
 
 

@@ -6,9 +6,8 @@ passes know nothing of it.
 
 import torch
 
-from ..nn import BlockSparseLinear
-from .scores import SCORES, BlockStatistics
-from .selection import select_highest
+from ..nn.linear import BlockSparseLinear
+from .scores import SCORES, BlockStatistics, select_highest
 from .update import Replacement, finite
 
 

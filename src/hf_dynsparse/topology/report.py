@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..nn import BlockSparseLinear
+from ..nn.linear import BlockSparseLinear
 from .exploration import block_ages, dof_coverage
 from .update import LayerUpdate
 

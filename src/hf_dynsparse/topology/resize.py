@@ -5,8 +5,8 @@ knows what hangs on it.
 
 import torch
 
-from ..nn import BlockSparseLinear
-from ..optim import check_optimizer_state, new_moments
+from ..nn.linear import BlockSparseLinear
+from ..optim.moments import check_optimizer_state, new_moments
 from .exploration import is_tracked, record_active_
 
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from ..nn import BlockSparseLinear
-from ..optim import clear_moments_
-from ..shards import gather_rows, local_rows, whole, write_rows_
+from ..nn.linear import BlockSparseLinear
+from ..nn.shards import gather_rows, local_rows, whole, write_rows_
+from ..optim.moments import clear_moments_
 from .exploration import count_newborn, ever_active, is_tracked, newborn_slots, record_active_
 from .resize import resize_
-from .scores import OBSERVED, PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics, Score, resolve_score
-from .selection import select_highest
+from .scores import OBSERVED, PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics, Score, resolve_score, select_highest
 
 
 @dataclass(frozen=True)

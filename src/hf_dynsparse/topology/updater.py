@@ -9,21 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn import BlockSparseLinear, sparse_layers
-from ..optim import check_optimizer_state, check_state_size
-from ..shards import shard_again_
+from ..nn.linear import BlockSparseLinear, sparse_layers
+from ..nn.shards import shard_again_
+from ..optim.moments import check_optimizer_state, check_state_size
 from .allocation import DensityPath, allocate_by_momentum, allocate_globally, count_entries, largest_block
 from .checks import check_ranks_agree, check_sizes_may_change, check_updatable
 from .dense_gradient import DenseGradientProbe
-from .exploration import dof_coverage, is_tracked, track_exploration_, untrack_exploration_
-from .hidden_copy import (
-    choose_by_hidden_copy,
-    has_hidden_copy,
-    remember_,
-    track_hidden_copy_,
-    untrack_hidden_copy_,
+from .exploration import (
+    add_to_momentum_,
+    dof_coverage,
+    has_momentum,
+    is_tracked,
+    track_exploration_,
+    track_momentum_,
+    untrack_exploration_,
+    untrack_momentum_,
 )
-from .momentum import add_to_momentum_, has_momentum, track_momentum_, untrack_momentum_
+from .hidden_copy import choose_by_hidden_copy, has_hidden_copy, remember_, track_hidden_copy_, untrack_hidden_copy_
 from .report import TopologyReport, report_update
 from .resize import begin_at_size_
 from .scores import SCORES

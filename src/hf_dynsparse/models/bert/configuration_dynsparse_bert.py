@@ -5,11 +5,11 @@ from math import prod
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import BertConfig
+from transformers import BertConfig, PretrainedConfig
 
-from ...distributions import DISTRIBUTIONS, active_blocks
-from ...layout import BlockSize, as_block_shape, block_grid, block_shapes_of, check_sparsity
-from ...nn import INITIAL_TOPOLOGIES, SPARSE_INITS
+from ...blocks.distributions import DISTRIBUTIONS, active_blocks
+from ...blocks.sizes import BlockSize, as_block_shape, block_grid, block_shapes_of, check_sparsity
+from ...nn.linear import INITIAL_TOPOLOGIES, SPARSE_INITS
 
 
 logger = logging.getLogger(__name__)
@@ -280,3 +280,11 @@ def _without_identity(config_dict: dict[str, Any]) -> dict[str, Any]:
     """A configuration as a dictionary, less what says whose it is."""
     identity = {"model_type", "architectures", "transformers_version"}
     return {key: value for key, value in config_dict.items() if key not in identity}
+
+
+def count_units(config: PretrainedConfig) -> dict[str, list[int]]:
+    """Attention heads and intermediate neurons by layer, of a BERT whose layers have numbers of their own."""
+    if not isinstance(config, DynSparseBertConfig) or not (config.heads_per_layer or config.intermediate_sizes):
+        return {}
+    heads, neurons = zip(*layer_sizes(config), strict=True)
+    return {"attention heads": list(heads), "intermediate neurons": list(neurons)}

@@ -32,10 +32,9 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from ...integrity import ChecksumWriter, order_metadata
-from ...layout import BlockLayout, BlockSize
-from ...losses import IGNORED, span_loss, token_loss, zero_if_unlabelled
-from ...nn import (
+from ...blocks.layout import BlockLayout
+from ...blocks.sizes import BlockSize
+from ...nn.linear import (
     INITIAL_TOPOLOGIES,
     SEARCH_GATES,
     SPARSE_INITS,
@@ -43,8 +42,10 @@ from ...nn import (
     BlockSparseLinear,
     sparse_layers,
 )
-from ...readme import write_readme
+from ..checksums import ChecksumWriter, order_metadata
 from ..loading import check_readable, count_nonzero_blocks, load_whole, refuse_pickles
+from ..losses import IGNORED, span_loss, token_loss, zero_if_unlabelled
+from ..readme import write_readme
 from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes, layer_sizes
 
 

@@ -1,0 +1,315 @@
+"""Pictures of a study of many runs, from what `study` found. A picture is drawn only if the study has runs for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from statistics import mode
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from study.analysis import (
+    Configuration,
+    dense_family,
+    label,
+    learning_rate_rule,
+    order,
+    pareto_front,
+    series,
+    size_of,
+    variations,
+)
+
+from hf_dynsparse.checkpoints.inspection import inspect_checkpoint
+from hf_dynsparse.reports.pictures.layers import plot_layer_maps
+from hf_dynsparse.reports.pictures.style import COLOURS, DASHES, _picture
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+COSTS = {"flops": "training FLOPs", "seconds": "seconds of training"}
+MARKERS = {"static": "s", "dynsparse": "o", "random": "o"}
+OTHER_MARKERS = "^vDP*Xd"
+EXPLORATION = {"coverage": "DOF coverage at the end", "newborn_share": "newborn share, mean over the run"}
+# Settings with a panel of their own, with the words on its axis.
+SWEEPS = {
+    "block_size": "block size B",
+    "sparsity": "sparsity",
+    "num_topology_updates": "topology updates n",
+    "pruning_ratio": "pruning ratio pr",
+    "pruning_schedule": "schedule of the pruning ratio",
+    "prune_score": "block score",
+    "regrow_rule": "regrow rule",
+    "method": "method",
+}
+LOGARITHMIC = ("block_size", "num_topology_updates")
+
+
+def draw_study(configurations: Sequence[Configuration], folder: str | PathLike[str]) -> dict[str, str]:
+    """
+    Draw all pictures that the study has runs for.
+
+    Args:
+        configurations (`Sequence[Configuration]`): see [`best_configurations`].
+        folder (`str` or `PathLike`): where they are written, as PNG.
+
+    Returns:
+        `dict[str, str]`: file name -> what it shows.
+    """
+    shown = {}
+    for name, (draw, caption) in PICTURES.items():
+        if draw(configurations, Path(folder, name)):
+            shown[name] = caption
+    return shown
+
+
+def plot_pareto(configurations: Sequence[Configuration], path: str | PathLike[str]) -> bool:
+    """
+    Loss against training FLOPs and against seconds: the dense family as a line, others by method and block size. Where
+    a study varies more than sizes, sparsities, methods and blocks, the plainest has the marker and others a dot.
+    """
+    if not dense_family(configurations) or len(configurations) < 2:
+        return False
+    lines, variants = series(configurations)
+    blocks = _colours(kind.block_size for kind in lines)
+    markers = _markers(kind.method for kind in lines)
+    usual = mode(kind.sparsity for kind in lines) if lines else 0.0
+    with _picture(path, 1, 2, (10.4, 4.4), "", sharey=True) as (figure, panels):
+        for axes, (cost, words) in zip(panels, COSTS.items(), strict=True):
+            front = pareto_front(dense_family(configurations, cost))
+            axes.plot(*zip(*front, strict=True), color="#404040", label="dense family")
+            axes.plot(*_points([each for each in configurations if each.is_dense], cost), "k.", markersize=6)
+            for kind, line in lines.items():
+                colour = blocks[kind.block_size]
+                style = {"color": colour, "marker": markers[kind.method], "markersize": 5, "linewidth": 0.9}
+                style["markerfacecolor"] = "white" if kind.method == "static" else colour
+                name = f"{kind.method}, B = {kind.block_size}" if kind.sparsity == usual else None
+                axes.errorbar(*_points(line, cost), _spreads(line), label=name, capsize=2, **style)
+                for each in line if kind.sparsity != usual else ():
+                    axes.annotate(
+                        f"{kind.sparsity:g}",
+                        (each.mean(cost), each.loss),
+                        (4, 3),
+                        fontsize=6,
+                        textcoords="offset points",
+                    )
+            for each in variants:
+                colour = blocks[each.settings["block_size"]]
+                axes.plot(*_points([each], cost), ".", color=colour, markersize=3, alpha=0.5)
+            if _spans(each.mean(cost) for each in configurations):
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter("")
+            axes.set_xlabel(words)
+        panels[0].set_ylabel("evaluation loss (nats)")
+        heading = (
+            f"sparsity {usual:g}; others: beside the marker" if len({kind.sparsity for kind in lines}) > 1 else ""
+        )
+        panels[0].set_title(heading, fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7.5)
+    return True
+
+
+def plot_exploration(configurations: Sequence[Configuration], path: str | PathLike[str]) -> bool:
+    """Loss against coverage and against newborn share, of one size and sparsity (the paper's figure 5)."""
+    groups: dict[Any, list[Configuration]] = {}
+    for each in configurations:
+        if not each.is_dense and not math.isnan(each.mean("newborn_share")):
+            groups.setdefault((size_of(each.settings), each.settings["sparsity"]), []).append(each)
+    if not groups:
+        return False
+    (size, sparsity), chosen = max(groups.items(), key=lambda group: len(group[1]))
+    if len(chosen) < 2:
+        return False
+    colours = _colours(each.settings["block_size"] for each in chosen)
+    markers = _markers(each.settings["regrow_rule"] for each in chosen)
+    with _picture(path, 1, 2, (9.6, 3.9), f"{size}, sparsity {sparsity:g}", sharey=True) as (figure, panels):
+        labels = set()
+        for axes, (result, words) in zip(panels, EXPLORATION.items(), strict=True):
+            for each in chosen:
+                block, rule = each.settings["block_size"], each.settings["regrow_rule"]
+                name = f"B={block}, {rule}"
+                shown = "_" if name in labels else name
+                labels.add(name)
+                point = [100 * each.mean(result)], [each.loss]
+                axes.plot(*point, markers[rule], color=colours[block], markersize=5, label=shown)
+            axes.set_xlabel(f"{words} (%)")
+        panels[0].set_ylabel("evaluation loss (nats)")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7.5)
+    return True
+
+
+def plot_sweeps(configurations: Sequence[Configuration], path: str | PathLike[str]) -> bool:
+    """A panel for each setting that some configurations differ in, in nothing else (the paper's figures 7 and 8)."""
+    panels = {key: lines for key in SWEEPS if (lines := variations(configurations, key))}
+    if "method" in panels:  # two of them stand beside each other in the first picture
+        panels["method"] = {name: line for name, line in panels["method"].items() if len(line) > 2}
+    panels = {key: lines for key, lines in panels.items() if lines}
+    if not panels:
+        return False
+    with _grid(path, len(panels), height=3.4) as grid:
+        for axes, (key, lines) in zip(grid, panels.items(), strict=True):
+            _sweep(axes, key, lines)
+    return True
+
+
+def _sweep(axes: Axes, key: str, lines: Mapping[str, Sequence[Configuration]]) -> None:
+    names = [each.settings[key] for line in lines.values() for each in line]
+    numeric = all(_is_number(name) for name in names)
+    for place, (name, line) in enumerate(lines.items()):
+        values = [float(each.settings[key]) if numeric else str(each.settings[key]) for each in line]
+        style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": "o", "capsize": 2}
+        style["linestyle"] = "-" if numeric else ":"
+        axes.errorbar(values, [each.loss for each in line], _spreads(line), label=name, **style)
+    if numeric and key in LOGARITHMIC:
+        ticks = sorted({float(name) for name in names})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel(SWEEPS[key])
+    axes.set_ylabel("loss (nats)")
+    _legend(axes)
+
+
+def plot_learning_rates(configurations: Sequence[Configuration], path: str | PathLike[str]) -> bool:
+    """Loss against learning rate; a dotted line where the rule puts the best one, from that of the dense twin."""
+    panels: dict[str, list[Configuration]] = {}
+    for each in configurations:
+        if len(each.sweep) > 1:
+            panels.setdefault(size_of(each.settings), []).append(each)
+    if not panels:
+        return False
+    with _grid(path, len(panels), height=3.6) as grid:
+        for axes, (size, swept) in zip(grid, panels.items(), strict=True):
+            for place, (each, name) in enumerate(zip(swept, label(swept, ("size", "preset")), strict=True)):
+                style: dict[str, Any] = {
+                    "color": COLOURS[place % len(COLOURS)],
+                    "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],
+                }
+                axes.plot(*zip(*each.sweep.items(), strict=True), marker="o", label=name, **style)
+            for rule in {learning_rate_rule(each, configurations) for each in swept}:
+                if rule is not None:
+                    axes.axvline(rule, color="#808080", linestyle=":", linewidth=1)
+            axes.set_title(size)
+            axes.set_xscale("log")
+            rates = sorted({rate for each in swept for rate in each.sweep})
+            axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=7)
+            axes.minorticks_off()
+            axes.set_xlabel("peak learning rate (dotted: by the rule)")
+            axes.set_ylabel("evaluation loss (nats)")
+            _legend(axes)
+    return True
+
+
+def plot_patterns(configurations: Sequence[Configuration], path: str | PathLike[str]) -> bool:
+    """
+    The final topology of one layer after random and after gradient regrowth (the paper's figure 11): the layer whose
+    block columns the latter filled least evenly.
+    """
+    groups: dict[tuple[str, ...], dict[str, Configuration]] = {}
+    for each in sorted(configurations, key=lambda each: len(each.plan)):
+        if rule := each.settings.get("regrow_rule"):
+            alike = size_of(each.settings), str(each.settings["sparsity"]), each.settings["block_size"]
+            groups.setdefault(alike, {}).setdefault(rule, each)
+    chosen = [group for group in groups.values() if {"random", "gradient"} <= group.keys()]
+    if not chosen:
+        return False
+    maps = {rule: _block_maps(each.runs[0].folder) for rule, each in chosen[0].items()}
+    unevenness = {name: block_map.mean(0).std() for name, block_map in maps["gradient"].items()}
+    layer = max(unevenness, key=lambda name: unevenness[name])
+    plot_layer_maps({rule: found[layer] for rule, found in maps.items()}, path, title=layer, columns=4)
+    return True
+
+
+def _block_maps(folder: Path) -> dict[str, np.ndarray]:
+    return {layer.name: layer.layout.to_mask().numpy() for layer in inspect_checkpoint(folder).layers}
+
+
+def plot_untrained(configurations: Sequence[Configuration], path: str | PathLike[str]) -> bool:
+    """Inactive weights zero, against constant at their initial values (the paper's figure 1)."""
+    lines: dict[str, list[Configuration]] = {"zeroed": [], "untrained": []}
+    sizes = {size_of(each.settings) for each in configurations if each.settings.get("untrained_rest")}
+    for each in configurations:
+        if each.settings["method"] == "static" and size_of(each.settings) in sizes:
+            lines["untrained" if each.settings.get("untrained_rest") else "zeroed"].append(each)
+    if not all(lines.values()) or sum(map(len, lines.values())) < 3:
+        return False
+    blocks = {each.settings["block_size"] for each in lines["untrained"]}
+    with _picture(path, 1, 1, (5.6, 3.8), "") as (_, axes):
+        for place, (name, line) in enumerate(lines.items()):
+            chosen = sorted(
+                (each for each in line if each.settings["block_size"] in blocks),
+                key=lambda each: each.settings["sparsity"],
+            )
+            spreads = _spreads(chosen)
+            points = [each.settings["sparsity"] for each in chosen], [each.loss for each in chosen]
+            axes.errorbar(*points, spreads, label=name, color=COLOURS[place], marker="o", capsize=2)
+        axes.set_xlabel("share of weights that do not train")
+        axes.set_ylabel("evaluation loss (nats)")
+        axes.legend(frameon=False)
+    return True
+
+
+PICTURES: dict[str, tuple[Callable[[Sequence[Configuration], Path], bool], str]] = {
+    "pareto.png": (plot_pareto, "Loss against training FLOPs and seconds: dense family, static and dynamic sparse"),
+    "sweeps.png": (plot_sweeps, "Loss against one setting, all others equal; bars: standard deviation over seeds"),
+    "exploration.png": (plot_exploration, "Loss against DOF coverage and newborn share"),
+    "patterns.png": (
+        plot_patterns,
+        "Active blocks of one layer at the end, by regrow rule: that which gradient regrowth filled least evenly",
+    ),
+    "learning_rate.png": (plot_learning_rates, "Learning rates, and where the rule puts the best one"),
+    "untrained.png": (plot_untrained, "Weights that do not train: zero, or constant at their initial values"),
+}
+
+
+@contextmanager
+def _grid(path: str | PathLike[str], count: int, height: float) -> Iterator[list[Axes]]:
+    """A picture of `count` panels, three in a row, each `height` inches high."""
+    columns = min(3, count)
+    rows = -(-count // columns)
+    with _picture(path, rows, columns, (4.6 * columns, height * rows), "", squeeze=False) as (_, grid):
+        panels = list(grid.flat)
+        for axes in panels[count:]:
+            axes.set_axis_off()
+        yield panels[:count]
+
+
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[1]:  # a single line has no name
+        axes.legend(frameon=False, fontsize=6.5)
+
+
+def _points(line: Iterable[Configuration], cost: str) -> tuple[list[float], list[float]]:
+    points = [(each.mean(cost), each.loss) for each in line]
+    return [cost for cost, _ in points], [loss for _, loss in points]
+
+
+def _spreads(line: Iterable[Configuration]) -> list[float]:
+    return [each.spread or 0.0 for each in line]
+
+
+def _colours(names: Iterable[Any]) -> dict[Any, str]:
+    return {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(sorted(set(names), key=order))}
+
+
+def _markers(names: Iterable[Any]) -> dict[Any, str]:
+    others = (name for name in dict.fromkeys(names) if name not in MARKERS)
+    return MARKERS | {name: OTHER_MARKERS[place % len(OTHER_MARKERS)] for place, name in enumerate(others)}
+
+
+def _spans(costs: Iterable[float]) -> bool:
+    found = list(costs)
+    return min(found) > 0 and max(found) > 3 * min(found)
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        float(text)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(text, bool)

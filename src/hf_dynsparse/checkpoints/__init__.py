@@ -1,0 +1,1 @@
+"""Checkpoints: saved whole, resumed, inspected, exported, pushed to the Hub."""

@@ -1,0 +1,1 @@
+"""Smaller models: int8 values, and fewer heads and neurons."""

@@ -1,0 +1,319 @@
+"""Layers that hold int8 and compute with integers."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from ...blocks.sizes import as_block_shape, block_grid
+from ...nn.linear import BlockSparseLinear
+from ...ops import Problem, to_dense
+from .affine import (
+    INPUT_LEVELS,
+    INT32_LEVELS,
+    SMALLEST_SCALE,
+    input_parameters,
+    product_step,
+    quantize_input,
+    quantize_weight,
+    round_bias,
+    weight_scale,
+)
+from .index_coding import decode_index, encode_index
+from .qat import QatBlockSparseLinear, QatLinear
+
+
+# Sums of integers up to these are exact in a matrix product of the dtype.
+EXACT_IN_FLOAT32 = 2**24
+
+
+class Int8Layer(nn.Module):
+    """
+    What int8 linear layers share.
+
+    Attributes:
+        int8_values (buffer, `torch.int8`): the weight in [-127, 127].
+        scale, input_scale (buffers of shape `()`, `torch.float32`).
+        input_zero_point (buffer of shape `()`, `torch.uint8`).
+        int32_bias (buffer of shape `(out_features,)`, `torch.int32`, or `None`): on the grid of `step`.
+    """
+
+    in_features: int
+    out_features: int
+    int8_values: torch.Tensor
+    scale: torch.Tensor
+    input_scale: torch.Tensor
+    input_zero_point: torch.Tensor
+    int32_bias: torch.Tensor | None
+    _known: "_Settled | None"
+
+    def _build(
+        self, shape: tuple[int, int], values_shape: tuple[int, ...], bias: bool, device: torch.device | str | None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = shape
+        shapes_and_dtypes = {
+            "int8_values": (values_shape, torch.int8),
+            "scale": ((), torch.float32),
+            "input_scale": ((), torch.float32),
+            "input_zero_point": ((), torch.uint8),
+            "int32_bias": (shape[:1], torch.int32),
+        }
+        for name, (sizes, dtype) in shapes_and_dtypes.items():
+            empty = torch.empty(sizes, dtype=dtype, device=device)
+            self.register_buffer(name, empty if bias or name != "int32_bias" else None)
+        self._known = None
+        self._is_hf_initialized = True  # random numbers would be of no use
+        self.eval()
+
+    def _fill(self, layer: Any, weight: torch.Tensor) -> torch.Tensor:
+        """Take over from `layer` all but the values; gives back the integers of `weight`."""
+        input_scale, zero_point = input_parameters(layer.input_range)
+        self.scale.copy_(weight_scale(weight))
+        self.input_scale.copy_(input_scale)
+        self.input_zero_point.copy_(zero_point)
+        if not bool(self.step.isfinite()):
+            raise ValueError(
+                f"Weights and inputs of an int8 layer must be finite. Got weights up to {float(weight.abs().max()):g} "
+                f"and inputs in {layer.input_range.tolist()} in a layer of {self.in_features} x {self.out_features}. "
+                "Train again from an intact checkpoint."
+            )
+        if self.int32_bias is not None:
+            integers = round_bias(layer.bias, self.step)
+            if not bool(integers.abs().max() <= INT32_LEVELS):  # nor NaN
+                raise ValueError(
+                    f"A bias must fit into int32 on the grid of the products, {float(self.step):g}. Got a bias of "
+                    f"{float(layer.bias.abs().max()):g} in a layer of {self.in_features} x {self.out_features}. Its "
+                    "weights or inputs are next to zero: train longer."
+                )
+            self.int32_bias.copy_(integers)
+        return quantize_weight(weight, self.scale)
+
+    @property
+    def step(self) -> torch.Tensor:
+        """What 1 means in a product of integers, `input_scale * scale`: float64 of shape `()`."""
+        return product_step(self.input_scale, self.scale)
+
+    @property
+    def bias(self) -> Any:
+        """The bias in float32, if there is one."""
+        return None if self.int32_bias is None else (self.int32_bias * self.step).float()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`input` of shape `(..., in_features)` to `(..., out_features)`, of its dtype."""
+        if self.training:
+            raise ValueError(
+                "An int8 model is for inference. Got one in training mode: call `model.eval()`, or train the model "
+                "that it was made from, prepared by `prepare_qat_`."
+            )
+        known, device = self._settled, input.device.type
+        integers = quantize_input(input, self.input_scale, known.zero_point).to(known.dtype)
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # bfloat16 would round the integers
+                sums = self._multiply(integers, known.dtype)
+        else:
+            sums = self._multiply(integers, known.dtype)
+        if known.bias is None:
+            return sums.mul_(known.step).to(input.dtype)
+        return torch.add(known.bias, sums, alpha=known.step, out=sums).to(input.dtype)  # in one pass
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """
+        The dtype in which no sum of integers can be inexact, and which holds their step: float32, unless rows are long
+        and heavy, or weights and inputs next to zero.
+        """
+        return self._settled.dtype
+
+    @property
+    def _settled(self) -> "_Settled":
+        if self.scale.is_meta:
+            return _Settled(torch.float32, 0, 1.0, self.bias)  # there is nothing to compute but shapes
+        if self._known is None:
+            zero_point = int(self.input_zero_point)
+            largest = int(self._row_sums().max()) * max(zero_point, INPUT_LEVELS - zero_point)
+            step = float(self.step)
+            exact = largest <= EXACT_IN_FLOAT32 and SMALLEST_SCALE <= step <= torch.finfo(torch.float32).max
+            bias = None if self.int32_bias is None else self.int32_bias * self.step
+            dtype = torch.float32 if exact else torch.float64
+            self._known = _Settled(dtype, zero_point, step, None if bias is None else bias.to(dtype))
+        return self._known
+
+    def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _row_sums(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        # A cast of the model must not round the scales: only their device may change.
+        before = self.scale, self.input_scale
+        super()._apply(fn, recurse)
+        self._known = None
+        if self.scale.dtype != torch.float32:
+            self.scale, self.input_scale = (scale.to(self.scale.device) for scale in before)
+        return self
+
+
+class _Settled(NamedTuple):
+    """What every forward pass needs, worked out once."""
+
+    dtype: torch.dtype
+    zero_point: int
+    step: float
+    bias: torch.Tensor | None
+
+
+class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
+    """A dense [`Int8Layer`], `int8_values` of shape `(out_features, in_features)`."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None
+    ) -> None:
+        shape = out_features, in_features
+        self._build(shape, shape, bias, device)
+
+    @classmethod
+    @torch.no_grad()
+    def from_qat(cls, layer: QatLinear) -> "Int8Linear":
+        """The layer that `layer` has been trained to be."""
+        made = cls(layer.in_features, layer.out_features, layer.bias is not None, layer.input_range.device)
+        made.int8_values.copy_(made._fill(layer, layer.weight))
+        return made
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The int8 values, for code that asks for shape, device or dtype."""
+        return self.int8_values
+
+    @torch.no_grad()
+    def to_float(self) -> nn.Linear:
+        """An ordinary layer with these weights, whose inputs are not rounded."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, self.int8_values.device)
+        linear.weight.copy_(self.int8_values * self.scale)
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return nn.functional.linear(integers, self.int8_values.to(dtype))
+
+    def _row_sums(self) -> torch.Tensor:
+        return self.int8_values.short().abs().sum(1)
+
+
+class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[override]
+    """
+    A block-sparse [`Int8Layer`], `int8_values` of shape `(nnzb, rows, columns)` in ascending order of block ids.
+
+    Args:
+        code_bits, code_bytes (`int`): of the code of its index, see `encode_index`.
+
+    Attributes:
+        block_code (buffer of shape `(code_bytes,)`, `torch.uint8`): what is saved of the index. `block_index` is
+            decoded from it when first asked for, and kept.
+        label (`str`): what errors about the code call the layer.
+    """
+
+    label = "the layer"
+    block_code: torch.Tensor
+    _decoded: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block_size: int | tuple[int, int],
+        nnzb: int,
+        code_bits: int,
+        code_bytes: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        shape, block_shape = (out_features, in_features), as_block_shape(block_size)
+        grid = block_grid(shape, block_shape)
+        self._build(shape, (nnzb, *block_shape), bias, device)
+        self.block_shape, self.grid, self.code_bits = block_shape, grid, code_bits
+        self.register_buffer("block_code", torch.empty(code_bytes, dtype=torch.uint8, device=device))
+        self._decoded = None
+
+    @classmethod
+    @torch.no_grad()
+    def from_qat(cls, layer: QatBlockSparseLinear) -> "Int8BlockSparseLinear":
+        """The layer that `layer` has been trained to be."""
+        order = layer.layout.row_order
+        code, bits = encode_index(layer.block_index[order])
+        sides = layer.in_features, layer.out_features, layer.block_shape
+        bias, device = layer.bias is not None, layer.values.device
+        made = cls(*sides, layer.nnzb, bits, code.numel(), bias, device)
+        made.block_code.copy_(code)
+        made.int8_values.copy_(made._fill(layer, layer.values)[order])
+        return made
+
+    @property
+    def values(self) -> torch.Tensor:  # type: ignore[override]
+        """The int8 values."""
+        return self.int8_values
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A stand-in of the dense shape, for code that asks for shape, device or dtype; it takes no memory."""
+        return self.scale.new_full((), torch.nan).expand(self.shape)
+
+    @property
+    def block_index(self) -> torch.Tensor:  # type: ignore[override]
+        """
+        As of [`BlockSparseLinear`], in ascending order.
+
+        Raises:
+            ValueError: if the code is damaged.
+        """
+        if self.block_code.is_meta:
+            return torch.empty(self.nnzb, dtype=torch.int32, device="meta")
+        # No buffer: the loader overwrites those that no checkpoint holds.
+        if self._decoded is None or self._decoded.device != self.block_code.device:
+            self._decoded = decode_index(self.block_code, self.code_bits, self.nnzb, self.num_blocks, self.label)
+        return self._decoded
+
+    def problem(self, tokens: int = 1, *, backward: bool = False, dtype: torch.dtype | None = None) -> Problem:
+        """See [`BlockSparseLinear.problem`]; the integers are multiplied in floating point."""
+        return super().problem(tokens, backward=backward, dtype=dtype or torch.float32)
+
+    def to_dense(self) -> torch.Tensor:
+        """The dense weight that the integers represent, `torch.float32` of shape `(out_features, in_features)`."""
+        return to_dense(self.int8_values * self.scale, self.block_index, self.shape)
+
+    def to_sparse_bsr(self) -> torch.Tensor:
+        """As of [`BlockSparseLinear`], in float32."""
+        return self.to_float().to_sparse_bsr()
+
+    @torch.no_grad()
+    def to_float(self) -> BlockSparseLinear:
+        """An ordinary sparse layer with these weights, whose inputs are not rounded."""
+        sides, device = (self.in_features, self.out_features), self.int8_values.device
+        layer = BlockSparseLinear(*sides, self.block_shape, bias=self.bias is not None, nnzb=self.nnzb, device=device)
+        layer.block_index.copy_(self.block_index)
+        layer.values.copy_(self.int8_values * self.scale)
+        if layer.bias is not None and self.bias is not None:
+            layer.bias.copy_(self.bias)
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{super().extra_repr()}, code_bits={self.code_bits}"
+
+    def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.multiply(integers, self.int8_values.to(dtype), None)
+
+    def _row_sums(self) -> torch.Tensor:
+        sums = self.int8_values.short().abs().sum(2)  # [nnzb, rows]
+        return sums.new_zeros(self.grid[0], self.block_shape[0]).index_add_(0, self.layout.rows, sums)
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._decoded = None

@@ -1,0 +1,100 @@
+"""Models of transformers by name, made sparse as they are loaded; teachers."""
+
+from typing import TYPE_CHECKING, Any, cast
+
+from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel
+
+from ..blocks.distributions import active_blocks
+from ..blocks.sizes import BlockSize, block_shapes_of
+from . import DynSparseBertConfig
+from .bert.configuration_dynsparse_bert import encoder_shapes
+from .stock.configuration import DynSparseQuantizationConfig
+
+
+if TYPE_CHECKING:  # the trainer imports the model card, which imports this
+    pass
+
+if TYPE_CHECKING:  # the trainer imports the model card, which imports this
+    pass
+
+if TYPE_CHECKING:  # the trainer imports the model card, which imports this
+    pass
+
+
+def load_pretrained(
+    auto_class: Any,
+    name_or_path: str,
+    *,
+    sparsity: float | None = None,
+    block_size: BlockSize | None = None,
+    all_blocks: bool = False,
+    config: PretrainedConfig | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """
+    A checkpoint with a task's head, sparse as it was saved; or a dense one of any architecture, made sparse by keeping
+    its largest blocks.
+
+    Args:
+        auto_class: a class such as [`~transformers.AutoModelForSequenceClassification`].
+        name_or_path (`str`): folder or Hub name.
+        sparsity (`float`, *optional*): for a dense checkpoint: the share of positions to leave out.
+        block_size (`int`, `tuple[int, int]` or, for a BERT, `dict`, *optional*): side of a block, 16 if only the
+            sparsity is given; see [`DynSparseBertConfig`].
+        all_blocks (`bool`): whether a dense checkpoint keeps all its blocks nevertheless, as active ones: the start of
+            a run that leads to `sparsity` as its `final_sparsity`.
+        config (`PretrainedConfig`, *optional*): instead of the checkpoint's own.
+        kwargs: passed to `from_pretrained`, such as `num_labels`.
+
+    Raises:
+        ValueError: if the checkpoint is sparse already, or a block size comes without a sparsity.
+    """
+    if sparsity is None:
+        if block_size is not None:
+            raise ValueError(f"`block_size` needs a `sparsity`. Got block size {block_size} alone. Give both or none.")
+        return auto_class.from_pretrained(name_or_path, config=config, **kwargs)
+    known = config or AutoConfig.from_pretrained(
+        name_or_path, **{name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+    )
+    is_sparse = isinstance(known, DynSparseBertConfig) and bool(known.nnzb_per_layer())
+    if is_sparse or getattr(known, "quantization_config", None) is not None:
+        raise ValueError(
+            f"`sparsity` is for dense checkpoints. Got {sparsity} for {name_or_path}, which is sparse or quantized "
+            "already. Leave it out."
+        )
+    blocks: Any = 16 if block_size is None else block_size  # the quantizer refuses sizes by layer
+    if known.model_type in ("bert", DynSparseBertConfig.model_type):
+        sparse_class, dense = auto_class._model_mapping[DynSparseBertConfig], cast(BertConfig, known)
+        how = every_block(dense, blocks) if all_blocks else {"sparsity": sparsity, "block_size": blocks}
+        if config is not None:
+            return sparse_class.from_pretrained(
+                name_or_path, config=DynSparseBertConfig.from_stock(dense, **how), **kwargs
+            )
+        return sparse_class.from_pretrained(name_or_path, **how, **kwargs)
+    settings = DynSparseQuantizationConfig(sparsity=0.0 if all_blocks else sparsity, block_size=blocks)
+    model = auto_class.from_pretrained(name_or_path, config=config, quantization_config=settings, **kwargs)
+    model.config.quantization_config.sparsity = sparsity  # a record; how many blocks there are stands beside it
+    return model
+
+
+def every_block(config: BertConfig, block_size: BlockSize) -> dict[str, Any]:
+    """The arguments of a [`DynSparseBertConfig`] of the dimensions of a dense one, all of whose blocks are active."""
+    shapes = encoder_shapes(config)
+    nnzb = active_blocks(shapes, 0.0, block_shapes_of(shapes, block_size))
+    return {"sparsity": 0.0, "block_size": block_size, "nnzb": nnzb}
+
+
+def load_teacher(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """
+    A model to learn from.
+
+    Raises:
+        ValueError: if the checkpoint lacks a weight, its head for instance: a random head teaches nothing.
+    """
+    teacher, info = auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"`teacher` must be a model trained for this task. Got {name_or_path}, which lacks "
+            f"{', '.join(sorted(info['missing_keys']))}. Fine-tune it first."
+        )
+    return teacher

@@ -1,0 +1,130 @@
+"""`sparsify_` and `densify_` for models of transformers."""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .. import nn as plain
+from ..nn.linear import BlockSparseLinear, sparse_layers
+from ..nn.replace import DENSE_PARTS
+from .bert.configuration_dynsparse_bert import encoder_shapes
+from .bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
+from .stock.configuration import DynSparseQuantizationConfig
+from .stock.layers import _check_one_block_size, _replace_, plan
+from .stock.quantizer import DynSparseQuantizer
+
+
+def sparsify_(
+    model: nn.Module,
+    block_size: int | tuple[int, int] = 16,
+    sparsity: float = 0.9,
+    *,
+    distribution: str = "uniform",
+    targets: Iterable[str] = ("*",),
+    ignore: Iterable[str] | None = None,
+) -> nn.Module:
+    """
+    Replace, in place, the dense linear layers of any model by sparse ones that keep their largest blocks (L1 norm).
+
+    A transformers model then saves and loads as usual: `save_pretrained` writes active blocks only, and after
+    `import hf_dynsparse` every class of the architecture reads them by `from_pretrained`, with the same head or
+    another. Without this package loading fails with an error about mismatched shapes, unless
+    `ignore_mismatched_sizes=True` asks for random weights. `from_config` does not look at sparsity and builds a dense
+    model: sparsify that.
+
+    Call it on the whole model; `targets` chooses parts. A second call adds layers, with blocks of the same size. In a
+    DynSparse BERT only layers of the encoder can be chosen, and its own configuration says what they have become.
+
+    Args:
+        model (`nn.Module`): changed in place and returned.
+        block_size (`int` or `tuple[int, int]`): side of a square block, or `(rows, columns)`.
+        sparsity (`float`): share of inactive positions, in [0, 1).
+        distribution (`str`): how the density is spread over the layers, `"uniform"` or `"erk"`.
+        targets (`Iterable[str]`): shell-style patterns of module names.
+        ignore (`Iterable[str]`, *optional*): patterns of layers that stay dense. By default in a transformers model
+            all that is outside its base model (the head), poolers and embeddings; in another model
+            `hf_dynsparse.nn.DENSE_PARTS`. Weights that two modules share are never replaced, nor are subclasses of
+            `nn.Linear`.
+
+    Raises:
+        ValueError: if no layer matches, a block does not divide one of them, or the model is quantised already; the
+            model is then untouched.
+
+    Example:
+        ```python
+        >>> model = sparsify_(AutoModelForMaskedLM.from_pretrained("FacebookAI/roberta-base"), sparsity=0.9)
+        >>> model.save_pretrained("sparse-roberta")
+        >>> model = AutoModelForSequenceClassification.from_pretrained("sparse-roberta")
+        ```
+    """
+    if not isinstance(model, PreTrainedModel):
+        ignore = DENSE_PARTS if ignore is None else ignore
+        return plain.sparsify_(model, block_size, sparsity, distribution=distribution, targets=targets, ignore=ignore)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, DynSparseQuantizer):
+        raise ValueError(
+            f"`sparsify_` needs weights in floating point. Got a {type(model).__name__} quantised by "
+            f"{type(quantizer).__name__}. Load it without quantisation."
+        )
+    config = DynSparseQuantizationConfig(block_size, sparsity, distribution, targets, ignore)
+    if isinstance(model, DynSparseBertPreTrainedModel):
+        return _sparsify_bert_(model, config)
+    _check_one_block_size(model, config)
+    config.nnzb = plan(model, config)
+    if quantizer is None:
+        DynSparseQuantizer(config, pre_quantized=False).attach_(model)
+    else:
+        _replace_(model, config.nnzb, config)
+        quantizer.quantization_config = model.config.quantization_config = config
+        quantizer.settle(model)
+    return model
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """
+    Replace, in place, every sparse layer by a dense one with the same outputs; a transformers model is then a stock
+    one again, and saves as such. Optimiser state must be made anew.
+
+    Raises:
+        ValueError: if the model has no sparse layer, or is quantised.
+    """
+    quantizer = vars(model).get("hf_quantizer")
+    if quantizer is not None and not isinstance(quantizer, DynSparseQuantizer):
+        raise ValueError(
+            f"`densify_` needs weights in floating point. Got a {type(model).__name__} quantised by "
+            f"{type(quantizer).__name__}. Call `model.dequantize()` first."
+        )
+    plain.densify_(model)
+    for module in model.modules():  # the transformers model may stand inside another, such as PEFT's
+        quantizer = vars(module).get("hf_quantizer")
+        if isinstance(quantizer, DynSparseQuantizer):
+            quantizer.remove_quantization_config(module)
+    return model
+
+
+def _sparsify_bert_(model: Any, how: DynSparseQuantizationConfig) -> nn.Module:
+    config, encoder = model.config, model.base_model.encoder
+    nnzb, shapes = plan(model, how), encoder_shapes(config)
+    inside = {name: name.rpartition("encoder.")[2] for name in nnzb}
+    outside = [name for name, inner in inside.items() if inner not in shapes]
+    if outside:
+        raise ValueError(
+            f"Only the encoder of a DynSparse BERT can be sparse. Got `{outside[0]}`: change `targets` or `ignore`."
+        )
+    _check_one_block_size(encoder, how)
+    for name, count in nnzb.items():
+        linear = cast(nn.Linear, model.get_submodule(name))
+        model.set_submodule(name, BlockSparseLinear.from_dense(linear, how.block_shape, nnzb=count))
+    config.block_size, config.sparsity, config.distribution, config.nnzb = (
+        how.block_size,
+        how.sparsity,
+        how.distribution,
+        None,
+    )
+    reached = {name: layer.nnzb for name, layer in sparse_layers(encoder).items()}
+    if reached != config.nnzb_per_layer():
+        config.nnzb = reached
+        config.sparsity = 1.0 - config.num_active_entries() / sum(height * width for height, width in shapes.values())
+    return model

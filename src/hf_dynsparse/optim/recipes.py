@@ -1,0 +1,34 @@
+"""Recipes of fine-tuning: learning rate and epochs by what the topology does meanwhile."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:  # the trainer imports the model card, which imports this
+    pass
+
+if TYPE_CHECKING:  # the trainer imports the model card, which imports this
+    pass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of one fine-tuning mode."""
+
+    learning_rate: float
+    num_train_epochs: float
+    does: str
+
+
+# Locked patterns want three to five times the learning rate of dense models, and more epochs: arXiv:2111.05754
+# (appendix) and arXiv:2203.07259 (section 4) agree.
+FINETUNE_MODES = {
+    "locked": Recipe(2e-4, 8.0, "the pattern stays fixed, only active blocks train"),
+    "dense": Recipe(5e-5, 3.0, "the model is made dense first: zeros become trainable weights"),
+    "dynamic": Recipe(2e-4, 8.0, "the pattern keeps evolving by topology updates"),
+    "gradual": Recipe(1e-4, 8.0, "a dense checkpoint is pruned step by step while it trains, and locked at the end"),
+}
+
+
+# Of a model that has been fine-tuned: arXiv:2111.05754, appendix.
+QUANTIZATION_AWARE = Recipe(1e-5, 3.0, "the pattern stays fixed, weights and inputs are rounded to 8 bits")

@@ -1,0 +1,188 @@
+"""Facts of a model, a run and its machine, for cards, summaries and tables."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import safe_open
+from transformers import BertConfig, PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..files import Kinds, check_object, read_object
+from ..models import DynSparseBertConfig
+from ..ops.tuning import processor_name
+
+
+if TYPE_CHECKING:  # the trainer imports the model card, which imports this
+    pass
+
+if TYPE_CHECKING:  # the trainer imports the model card, which imports this
+    pass
+
+if TYPE_CHECKING:  # the trainer imports the model card, which imports this
+    pass
+
+if TYPE_CHECKING:  # the trainer imports the model card, which imports this
+    pass
+
+
+PICTURES = {
+    "training.png": "Loss, and exploration of the topology if it evolved, against training FLOPs",
+    "block_map.png": "Blocks of one layer: at the start, wherever one was active, at the end",
+    "ticket.png": "Attention heads by their gates, and the intermediate neurons of each layer that stay",
+}
+
+
+EXPLORED = ("coverage", "topology_updates")
+
+
+# What is read of the files of a run.
+STATE_KINDS: Kinds = {
+    "global_step": int,
+    "total_flos": float,
+    "log_history": list[dict[str, Any]],
+    "stateful_callbacks": dict[str, Any],
+}
+
+
+LOG_KINDS: Kinds = {"step": int, "loss": float, **{f"dynsparse/{name}": float for name in EXPLORED}}
+
+
+CALLBACK_KINDS: Kinds = {"TopologyCallback": dict[str, dict[str, Any]]}
+
+
+SUMMARY_KINDS: Kinds = {
+    **dict.fromkeys(("steps", "seq_len", "topology_updates", "train_sequences", "eval_sequences", "processes"), int),
+    **dict.fromkeys(("flops", "dense_flops", "tokens", "epochs", "seconds", "tokens_per_second"), float),
+    **dict.fromkeys(("perplexity", "eval_loss", "pruned_to", "learning_rate", "seed"), float),
+    **dict.fromkeys(("model_name", "repo_id", "license", "base_model", "pipeline_tag", "start", "pattern"), str),
+    **dict.fromkeys(("teacher", "hardware", "mode"), str),
+    "language": str | list[str],
+    **dict.fromkeys(("tags", "datasets", "pictures"), list[str]),
+    "data": dict[str, str | None],
+    "metrics": dict[str, float],
+    "arguments": dict[str, Any],
+    "versions": dict[str, str],
+    "history": list[dict[str, Any]],
+    "earlybert": dict[str, Any],
+}
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What the files of a run tell about it; for a model without a run its name."""
+    facts: dict[str, Any] = {"model_name": folder.resolve().name}
+    facts["pictures"] = [name for name in PICTURES if (folder / name).exists()]
+    state_file, summary_file = folder / TRAINER_STATE_NAME, folder / "summary.json"
+    if state_file.exists():
+        state = read_object(state_file, STATE_KINDS)
+        callbacks = check_object(state.get("stateful_callbacks") or {}, str(state_file), CALLBACK_KINDS)
+        facts |= {"steps": state.get("global_step"), "flops": state.get("total_flos")}
+        facts["history"] = state.get("log_history") or []
+        for entry in facts["history"]:
+            scores: Kinds = {name: float for name in entry if name.startswith("eval_")}
+            check_object(entry, f"the log of {state_file}", {**LOG_KINDS, **scores})
+        facts["topology"] = (callbacks.get("TopologyCallback") or {}).get("args")
+    if summary_file.exists():
+        facts |= read_object(summary_file, SUMMARY_KINDS)
+    return facts
+
+
+def describe_start(name_or_path: str | None) -> dict[str, Any]:
+    """The facts about what training began with: nothing, a folder, or a model on the Hub."""
+    if name_or_path is None or Path(name_or_path).exists():
+        return {"start": name_or_path and Path(name_or_path).resolve().name}
+    return {"start": name_or_path, "base_model": name_or_path}
+
+
+def describe_data(
+    name: str, *, config: str | None = None, split: str | None = "validation", evaluated_on: str | None = None
+) -> dict[str, Any]:
+    """
+    The fact `data`.
+
+    Args:
+        name (`str`): a data set on the Hub, or a file or folder.
+        config, split (`str`, *optional*): its configuration, and the split that the results are for.
+        evaluated_on (`str`, *optional*): what to call the data of the results, if `name` does not.
+    """
+    local = Path(name).exists()
+    data = {"name": Path(name).resolve().name} if local else {"name": name, "id": name, "config": config}
+    return data | {"split": split, "evaluated_on": evaluated_on}
+
+
+def trainer_facts(
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+) -> dict[str, Any]:
+    """The facts in the arguments of [`~transformers.Trainer.create_model_card`]."""
+
+    def listed(given: str | list[str] | None) -> list[Any]:
+        return [given] if isinstance(given, str) else given or []
+
+    ids, names, configs = listed(dataset_tags), listed(dataset), listed(dataset_args)
+    first = {"name": names or ids, "id": ids, "config": configs}
+    facts = {
+        "language": language,
+        "license": license,
+        "tags": listed(tags),
+        "model_name": model_name,
+        "base_model": finetuned_from,
+        "pipeline_tag": next(iter(listed(tasks)), None),
+        "datasets": ids,
+        "data": {key: values[0] for key, values in first.items() if values},
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def checkpoint_bytes(folder: str | Path, part: str = "") -> int:
+    """
+    Bytes of the tensors in the safetensors files of `folder` whose name contains `part` (headers excluded).
+
+    Raises:
+        FileNotFoundError: if there is no safetensors file.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"A saved model must hold *.safetensors files. Got none in {folder}.")
+    total = 0
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                if part in name:
+                    tensor = tensors.get_tensor(name)
+                    total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def dense_bytes(model: PreTrainedModel, part: str = "") -> int:
+    """
+    Bytes of the parameters of the same model with dense layers, tied ones once: counted on meta, nothing is allocated.
+    """
+    config = DynSparseBertConfig.from_stock(cast(BertConfig, model.config), sparsity=0.0, nnzb=None)
+    with torch.device("meta"):
+        twin = type(model)(config)
+    size = next(model.parameters()).element_size()
+    return sum(parameter.numel() * size for name, parameter in twin.named_parameters() if part in name)
+
+
+def task_metrics(metrics: dict[str, float], prefix: str = "eval_") -> dict[str, float]:
+    """The scores among the metrics of an evaluation, without their prefix: no times, no steps, no topology."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in metrics.items()
+        if name.startswith(prefix) and not any(word in name for word in ("runtime", "per_second"))
+    }
+
+
+def describe_hardware(device: torch.device) -> str:
+    """Name of the GPU, or of the processor with the number of threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {torch.get_num_threads()} threads"

@@ -1,1 +1,0 @@
-"""Studies of many runs: plan, results, pictures, report. What `examples/pareto_study.py` is made of."""

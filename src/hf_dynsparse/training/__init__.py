@@ -1,0 +1,1 @@
+"""Training: the Trainer, its arguments and callbacks, fine-tuning, many processes, saving."""

@@ -1,0 +1,124 @@
+"""`KernelCallback`: the backends of a run, settled once, the same on all ranks and in a resumed run."""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ...nn.linear import sparse_layers
+from ...ops import choose_backend, configure_kernels
+from ...ops.choice import (
+    Choice,
+    allow_new_choices,
+    choice_from_json,
+    choice_to_json,
+    choices_made,
+    is_allowed,
+    keep_choices,
+)
+from ...ops.problem import Problem
+
+
+logger = logging.getLogger(__name__)
+
+# Why a backend serves a number of blocks that was not timed itself.
+INHERITED = "as for nnzb="
+
+
+class KernelCallback(TrainerCallback, ExportableState):
+    """
+    Settles at the first step of a run which backend serves each product: timed on the first rank, the same on all of
+    them, kept in checkpoints. So ranks agree, and a resumed run repeats the undisturbed one bit for bit.
+
+    Args:
+        tuning, dense_workspace: see [`configure_kernels`].
+    """
+
+    def __init__(self, tuning: str = "once", dense_workspace: bool = True) -> None:
+        self.tuning, self.dense_workspace = tuning, dense_workspace
+        self._saved: list[dict[str, Any]] = []
+        self._settled = False
+        self._steps: tuple[int, torch.dtype | None] = (0, None)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps in `trainer_state.json`."""
+        return {
+            "args": {"tuning": self.tuning, "dense_workspace": self.dense_workspace},
+            "attributes": {"choices": self._saved},
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        configure_kernels(tuning=self.tuning, dense_workspace=self.dense_workspace)
+        callbacks = cast(dict[str, Any], state.stateful_callbacks)
+        saved = callbacks.get(type(self).__name__)
+        self._saved = saved["attributes"]["choices"] if saved is not None and state.global_step > 0 else []
+        self._settled = False
+        callbacks.setdefault(type(self).__name__, self.state())
+
+    def settle(self, model: nn.Module, tokens: int, dtype: torch.dtype | None) -> None:
+        """
+        Choose the backends of all layers for steps of `tokens` tokens (0: unknown, a fixed rule decides) in `dtype`
+        (default: the layers' own); once a run. Every rank must call it.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        choices = {
+            problem: choice for problem, choice in map(choice_from_json, self._saved) if is_allowed(problem, choice)
+        }
+        lost = len(self._saved) - len(choices)
+        if lost:
+            logger.warning("%d backends of the interrupted run are not to be had here; others serve.", lost)
+        keep_choices(choices)
+        self._steps = tokens, dtype
+        self._add_choices(model)
+
+    def settle_again(self, model: nn.Module) -> None:
+        """
+        After layers have changed their sizes: choose for the new ones. Every rank must call it. A density that was
+        timed within a factor of 1.25 speaks for its neighbours, or gradual pruning would time at every update.
+        """
+        if not self._settled:
+            return
+        choices = choices_made()
+        for problem in self._problems(model):
+            near = nearest_timed(problem, choices) if problem not in choices else None
+            if near is not None:
+                choices[problem] = Choice(choices[near].backend, f"{INHERITED}{near.nnzb}")
+        keep_choices(choices)
+        self._add_choices(model)
+
+    def _add_choices(self, model: nn.Module) -> None:
+        allow_new_choices()
+        if self._steps[0] and PartialState().is_main_process:
+            for problem in self._problems(model):
+                choose_backend(problem)
+        self._saved = broadcast_object_list([[choice_to_json(*item) for item in choices_made().items()]])[0]
+        keep_choices(dict(map(choice_from_json, self._saved)))
+
+    def _problems(self, model: nn.Module) -> Iterator[Problem]:
+        tokens, dtype = self._steps
+        for layer in sparse_layers(model).values():
+            for backward in (False, True):
+                yield layer.problem(tokens, backward=backward, dtype=dtype)
+
+
+def nearest_timed(problem: Problem, choices: dict[Problem, Choice]) -> Problem | None:
+    """The same product with the nearest number of blocks, within a factor of 1.25, whose backend was not inherited."""
+    near = [
+        (abs(math.log(other.nnzb / problem.nnzb)), other.nnzb, other)
+        for other, choice in choices.items()
+        if replace(problem, nnzb=other.nnzb) == other and not choice.why.startswith(INHERITED)
+    ]
+    distance, _, nearest = min(near, default=(math.inf, 0, problem), key=lambda item: item[:2])
+    return nearest if distance <= math.log(1.25) else None

@@ -1,0 +1,585 @@
+"""The example script as a user runs it: what it writes, that it resumes, and how it refuses what cannot work."""
+
+import argparse
+import csv
+import dataclasses
+import gzip
+import json
+import os
+import random
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from scripts import EXAMPLES, assert_same_weights, run_script
+from toy import without_post_processor
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+
+import hf_dynsparse
+from hf_dynsparse import DynSparseTrainingArguments, densify_, sparse_layers
+from hf_dynsparse.data import train_wordpiece_tokenizer
+from hf_dynsparse.topology.frames import read_history
+from tests.toy import toy_tokenizer
+
+
+SCRIPT = EXAMPLES / "run_mlm_dynsparse.py"
+TOY = (
+    "--preset tiny --config_overrides hidden_size=32,intermediate_size=64 --block_size 8 --sparsity 0.5"
+    " --vocab_size 300 --max_seq_length 32 --max_steps 4 --num_topology_updates 2 --per_device_train_batch_size 4"
+    " --num_threads 1 --logging_steps 1 --save_steps 2 --eval_strategy no --max_eval_samples 16 --disable_tqdm true"
+    " --report_to none --kernel_tuning off"
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One small text in every format; documents of a few lines, an empty line between them."""
+    folder = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    words = ["".join(draw.choice("abcdefghij") for _ in range(draw.randint(2, 7))) for _ in range(120)]
+    documents = [
+        [" ".join(draw.choice(words) for _ in range(draw.randint(4, 30))) for _ in range(draw.randint(3, 6))]
+        for _ in range(60)
+    ]
+    lines = [line for document in documents for line in [*document, ""]]
+    (folder / "train.txt").write_text("\n".join(lines))
+    with gzip.open(folder / "train.txt.gz", "wt") as file:
+        file.write("\n".join(lines))
+    with open(folder / "train.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [("id", "text"), *((str(number), line) for number, line in enumerate(lines) if line)]
+        )
+    with open(folder / "train.json", "w") as file:
+        file.writelines(json.dumps({"text": "\n".join(document)}) + "\n" for document in documents)
+    shutil.copy(folder / "train.json", folder / "train.jsonl")
+    hf_datasets = pytest.importorskip("datasets")
+    hf_datasets.Dataset.from_dict({"text": ["\n".join(document) for document in documents]}).to_parquet(
+        folder / "train.parquet"
+    )
+    (folder / "valid.txt").write_text("\n".join(lines[:60]))
+    (folder / "empty.txt").write_text("")
+    with gzip.open(folder / "blank.txt.gz", "wt") as file:
+        file.write(" \n\n \t\n")
+    (folder / "train.doc").write_text("\n".join(lines))
+    # What cannot be read, or is no text.
+    (folder / "latin1.txt").write_bytes(b"a rather long line of words to get on\n" * 2999 + b"caf\xe9\n")
+    (folder / "cut.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(9000).hex().encode())[:-400])
+    (folder / "ragged.csv").write_text("id,text\n1,one\n2,two, and more\n")
+    (folder / "null.jsonl").write_text('{"text": "one"}\n{"text": null}\n' + '{"text": "more"}\n' * 60)
+    (folder / "lists.jsonl").write_text('{"text": ["one", "two"]}\n')
+    (folder / "numbers.csv").write_text("id,sentence\n1,one\n2,two\n")
+    # Tokenizers and configurations that do not fit.
+    tokenizer = train_wordpiece_tokenizer(lines, vocab_size=400)
+    tokenizer.save_pretrained(folder / "large")
+    for name in ("mask", "cls"):
+        lacks = AutoTokenizer.from_pretrained(folder / "large")
+        setattr(lacks, f"{name}_token", None)
+        lacks.save_pretrained(folder / f"{name}less")
+    transformers.BertConfig().save_pretrained(folder / "stock")
+    odd = without_post_processor(tokenizer, gap=990)
+    odd.save_pretrained(folder / "odd")
+    rows = [json.dumps({"text": f"{words[number % 120]} {words[number % 7]}"}) for number in range(9000)]
+    (folder / "late.jsonl").write_text("\n".join([*rows, '{"text": 3}']))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(text: Path) -> Callable[..., Path]:
+    """Run the script in this process: `run(output_dir, flags)`."""
+
+    def run_toy(output: Path, flags: str = "", train_file: str | None = "train.txt", toy: str = TOY) -> Path:
+        train = f"--train_file {text / train_file} --cache_dir {text / 'cache'}" if train_file else ""
+        run_script(SCRIPT, f"{toy} {train} --output_dir {output} {flags}")
+        return output
+
+    return run_toy
+
+
+@pytest.fixture(scope="module")
+def finished(run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run. Not to be changed."""
+    return run(tmp_path_factory.mktemp("finished") / "out")
+
+
+def test_a_teacher(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    output = run(tmp_path / "out", f"--teacher {finished} --distillation_weight 1.0")
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in log if "loss" in entry]
+    assert len(steps) == 4
+    for entry in steps:
+        assert entry["loss"] == pytest.approx(entry["dynsparse/distillation_loss"], rel=1e-3)
+    # Without a tokenizer of its own the student takes the teacher's.
+    assert (output / "tokenizer.json").read_text() == (finished / "tokenizer.json").read_text()
+
+
+def test_a_teacher_of_another_vocabulary(run: Callable[..., Path], finished: Path, text: Path, tmp_path: Path) -> None:
+    tokenizer = train_wordpiece_tokenizer((text / "train.txt").read_text().splitlines(), vocab_size=99)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(SystemExit, match="must have the same `vocab_size`. Got 300 and"):
+        run(tmp_path / "out", f"--teacher {finished} --tokenizer_name {tmp_path / 'tokenizer'}")
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_summary(finished: Path) -> None:
+    summary = summary_of(finished)
+    # A model of 300 words that was trained for four steps guesses.
+    assert 4.5 < summary["eval_loss"] < 6.5
+    assert summary["perplexity"] == pytest.approx(torch.tensor(summary["eval_loss"]).exp().item(), rel=1e-4)
+    # Four steps of four sequences, forward and backward: 3 * 2 FLOPs an active weight and token at the least.
+    assert summary["flops"] > 6 * 4 * 4 * 32 * 2 * (4 * 32 * 32 + 2 * 32 * 64) * 0.5
+    assert 0.5 < summary["flops"] / summary["dense_flops"] < 0.9
+    assert summary["tokens_per_second"] > 1
+    assert summary["sparsity"] == 0.5
+    assert 0.5 < summary["coverage"] < 1
+    assert summary["topology_updates"] == 2
+    assert summary["checkpoint_bytes"] < summary["dense_checkpoint_bytes"]
+    assert 0.5 < summary["encoder_bytes"] / summary["dense_encoder_bytes"] < 0.6
+    assert summary["checkpoint_bytes"] < (finished / "model.safetensors").stat().st_size
+    assert summary["versions"]["transformers"] == transformers.__version__
+    assert summary["seed"] == 42
+
+
+def test_pictures(finished: Path) -> None:
+    for name in ("training.png", "block_map.png"):
+        picture = (finished / name).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) > 10_000
+    frames = read_history(finished)
+    assert [frame.update for frame in frames] == [0, 1, 2]
+    index = load_file(finished / "model.safetensors")[f"{frames[0].layer}.block_index"]
+    assert sorted(index.tolist()) == frames[-1].block_map.ravel().nonzero()[0].tolist()
+    assert [file.name for file in finished.glob("*.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("part", [".", "checkpoint-2", "checkpoint-4"])
+def test_auto_classes_load_what_was_written(finished: Path, part: str) -> None:
+    model, info = AutoModelForMaskedLM.from_pretrained(finished / part, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert len(sparse_layers(model)) == 12
+    saved = load_file(finished / part / "model.safetensors")
+    for name, layer in sparse_layers(model).items():
+        assert torch.equal(layer.block_index, saved[f"{name}.block_index"])
+        assert torch.equal(layer.values, saved[f"{name}.values"])
+    batch = AutoTokenizer.from_pretrained(finished / part)("abc [MASK] def", return_tensors="pt")
+    assert model.eval()(**batch).logits.isfinite().all()
+
+
+def test_resume_of_a_finished_run(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(finished, tmp_path / "again"))
+    run(again, "--resume_from_checkpoint last")
+    assert_same_weights(again, finished)
+    for name in ("eval_loss", "flops", "coverage", "topology_updates", "steps"):
+        assert summary_of(again)[name] == summary_of(finished)[name], name
+
+
+@pytest.mark.parametrize("source", ["last", "checkpoint-2"])
+def test_resume_of_an_interrupted_run(run: Callable[..., Path], finished: Path, tmp_path: Path, source: str) -> None:
+    again = Path(shutil.copytree(finished, tmp_path / "again", ignore=shutil.ignore_patterns("checkpoint-4", "*.*")))
+    shutil.copytree(finished / "checkpoint-2", again / "checkpoint-2", dirs_exist_ok=True)
+    run(again, f"--resume_from_checkpoint {source if source == 'last' else again / source}")
+    assert_same_weights(again, finished)
+    assert_same_weights(again / "checkpoint-4", finished / "checkpoint-4")
+    for name in ("eval_loss", "flops", "coverage", "topology_updates", "steps"):
+        assert summary_of(again)[name] == summary_of(finished)[name], name
+
+
+def test_resume_before_the_first_checkpoint(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    assert_same_weights(run(tmp_path / "out", "--resume_from_checkpoint last"), finished)
+
+
+def test_resume_does_not_train_beyond_the_end(run: Callable[..., Path], tmp_path: Path) -> None:
+    """With a rate that does not fall to zero, so that one step too many is seen in the weights."""
+    flags = "--lr_scheduler_type constant --warmup_steps 0 --resume_from_checkpoint last"
+    first = run(tmp_path / "first", flags)
+    again = run(Path(shutil.copytree(first, tmp_path / "again")), flags)
+    assert summary_of(again)["steps"] == 4
+    assert_same_weights(again, first)
+
+
+def test_packed_text_does_not_depend_on_compression(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    assert_same_weights(run(tmp_path / "out", train_file="train.txt.gz"), finished)
+
+
+# Training file, flags, and what the summary must say then. Formats and flags are paired to save time.
+CASES = {
+    "csv, unstructured": ("train.csv", "--block_size 1 --sparsity 0.9", {"block_size": 1}),
+    "jsonl, rectangles": ("train.jsonl", "--block_size 1x4 --distribution erk", {"block_size": [1, 4]}),
+    "parquet, epochs": ("train.parquet", "--max_steps -1 --num_train_epochs 1 --max_train_samples 16", {}),
+    "json, pairs of documents": ("train.json", "--nsp --validation_split_percentage 20", {}),
+    "pairs of lines": ("train.txt", "--nsp", {}),
+    "streaming": (
+        "train.txt",
+        "--streaming --validation_file {text}/valid.txt --eval_strategy steps --eval_steps 2",
+        {},
+    ),
+    "streaming, split": ("train.txt", "--streaming --validation_split_percentage 1", {}),
+    "a tokenizer that adds no special tokens and has a gap in its ids": (
+        "train.txt",
+        "--tokenizer_name {text}/odd"
+        " --config_overrides hidden_size=32,intermediate_size=64,max_position_embeddings=32",
+        {},
+    ),
+    "lines": ("train.txt", "--line_by_line --pad_to_max_length --validation_file {text}/valid.txt", {}),
+    "dense": ("train.txt", "--dense_baseline", {"sparsity": 0.0, "coverage": 1.0, "topology_updates": 0}),
+    "static": ("train.txt", "--static", {"sparsity": 0.5, "coverage": 0.5, "topology_updates": 0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cases(run: Callable[..., Path], text: Path, tmp_path: Path, case: str) -> None:
+    train_file, flags, expected = CASES[case]
+    summary = summary_of(run(tmp_path / "out", flags.format(text=text), train_file))
+    assert 4 < summary["eval_loss"] < 8
+    assert summary["steps"] == 4
+    assert {name: summary[name] for name in expected} == expected
+    load = AutoModelForPreTraining if "--nsp" in flags else AutoModelForMaskedLM
+    _, info = load.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert (tmp_path / "out" / "training.png").exists()
+
+
+def test_a_stream_that_goes_wrong_ends_in_one_line(run: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    flags = f"--streaming --validation_file {text}/valid.txt"
+    with pytest.raises(SystemExit, match=r"^run_mlm_dynsparse.py: error: .*late.jsonl. Got int 3 in row 9001\. .*$"):
+        run(tmp_path / "out", flags, "late.jsonl")
+
+
+@pytest.mark.parametrize("flags", ["--group_lasso 5", "--no_whole_word_mask", "--regrow_rule gradient"])
+def test_flags_have_an_effect(run: Callable[..., Path], finished: Path, tmp_path: Path, flags: str) -> None:
+    changed = load_file(run(tmp_path / "out", flags) / "model.safetensors")
+    unchanged = load_file(finished / "model.safetensors")
+    assert any(not torch.equal(changed[name], tensor) for name, tensor in unchanged.items())
+
+
+def test_going_on_from_a_saved_model(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    """Without a step to speak of, the weights are those of the model that was named."""
+    out = run(tmp_path / "out", f"--model_name_or_path {finished} --learning_rate 0 --static")
+    assert_same_weights(out, finished)
+    assert summary_of(out)["eval_loss"] == pytest.approx(summary_of(finished)["eval_loss"], rel=1e-6)
+    assert summary_of(out)["sparsity"] == 0.5
+
+
+@pytest.fixture(scope="module")
+def dense_bert(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a stock BERT. Not to be changed."""
+    folder = tmp_path_factory.mktemp("dense")
+    densify_(AutoModelForMaskedLM.from_pretrained(finished)).to_dense().save_pretrained(folder)
+    AutoTokenizer.from_pretrained(finished).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
+    return folder
+
+
+def test_a_dense_checkpoint_is_pruned_step_by_step(run: Callable[..., Path], dense_bert: Path, tmp_path: Path) -> None:
+    flags = (
+        f"--model_name_or_path {dense_bert} --method prune_ofa --topology_update_every 2 --sparsity 0.75"
+        " --block_size 1x4 --learning_rate_rewinding --max_steps 10 --save_steps 3 --save_total_limit 9"
+        f" --teacher {dense_bert} --distillation_positions all"
+    )
+    toy = TOY.replace("--num_topology_updates 2", "")
+    whole = run(tmp_path / "whole", flags, toy=toy)
+    summary = summary_of(whole)
+    assert (summary["sparsity"], summary["topology_updates"]) == (0.75, 4)
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["sparsity"], config["nnzb"], config["block_size"]) == (0.75, None, [1, 4])
+    begun = AutoModelForMaskedLM.from_pretrained(whole / "checkpoint-3").config
+    assert begun.sparsity == pytest.approx(0.75 - 0.75 * 0.6**3, abs=1e-3)
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
+    part = run(tmp_path / "part", f"{flags} --resume_from_checkpoint last", toy=toy)
+    assert_same_weights(part, whole)
+    assert config["sparse_prediction"]
+    with pytest.raises(SystemExit, match="A resumed run must have the model of its checkpoint"):
+        run(tmp_path / "part", f"{flags} --block_size 1 --resume_from_checkpoint last", toy=toy)
+
+
+def test_a_dense_checkpoint_trains_on_as_it_is(run: Callable[..., Path], dense_bert: Path, tmp_path: Path) -> None:
+    flags = f"--model_name_or_path {dense_bert} --learning_rate 0 --max_steps 1 --dense_baseline"
+    dense, before = run(tmp_path / "dense", flags), load_file(dense_bert / "model.safetensors")
+    after = load_file(dense / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+# What a checkpoint becomes: which, flags, then its sparsity, the side of its blocks and where the run leads.
+ON = {
+    "sparse, as it is": ("sparse", {}, (0.5, 8, None)),
+    "sparse, said again": ("sparse", {"sparsity": 0.5, "block_size": "8x8"}, (0.5, 8, None)),
+    "sparse, pruned further": ("sparse", {"sparsity": 0.9, "method": "gmp"}, (0.5, 8, 0.9)),
+    "sparse, to an end that nobody says": ("sparse", {"method": "gmp"}, (0.5, 8, "refused")),
+    "dense, as it is": ("dense", {}, (0.0, 16, None)),
+    "dense, a baseline": ("dense", {"sparsity": 0.9, "block_size": "4", "dense_baseline": True}, (0.0, 16, None)),
+    "dense, pruned at once": ("dense", {"sparsity": 0.9, "block_size": "4"}, (0.9, 4, None)),
+    "dense, pruned gradually": ("dense", {"sparsity": 0.9, "block_size": "4", "method": "gmp"}, (0.0, 4, 0.9)),
+}
+
+
+@pytest.mark.parametrize("case", ON)
+def test_what_a_checkpoint_becomes(finished: Path, dense_bert: Path, tmp_path: Path, case: str) -> None:
+    kind, flags, (sparsity, side, final) = ON[case]
+    script = runpy.run_path(str(SCRIPT))
+    of_model = {name: value for name, value in flags.items() if name != "method"}
+    model_args = script["ModelArguments"](
+        model_name_or_path=str(finished if kind == "sparse" else dense_bert), **of_model
+    )
+    args = script["RunArguments"](
+        output_dir=str(tmp_path), method=flags.get("method", "dynsparse"), use_cpu=True, eval_strategy="no"
+    )
+    if final == "refused":
+        with pytest.raises(ValueError, match="needs one `sparsity`, that of the end. Got sparsity=None"):
+            script["build_config"](model_args, args, None)
+        return
+    config = script["build_config"](model_args, args, None)
+    kept = "that of the checkpoint" if kind == "sparse" else "the blocks of largest L1 norm"
+    assert script["first_pattern"](model_args) == kept
+    assert (config.sparsity, config.block_size, args.final_sparsity) == (sparsity, side, final)
+    assert bool(config.nnzb_per_layer()) == (sparsity > 0 or final is not None)
+    if kind == "dense" and final:
+        blocks = {config.hidden_size**2 // 16, config.hidden_size * config.intermediate_size // 16}
+        assert {*config.nnzb.values()} == blocks
+
+
+def test_arguments_from_a_file(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path) -> None:
+    words = shlex.split(f"{TOY} --train_file {text / 'train.txt'} --output_dir {tmp_path / 'out'}")
+    settings = dict(zip((flag.removeprefix("--") for flag in words[::2]), words[1::2], strict=True))
+    numbers = {}
+    for name, value in settings.items():
+        try:
+            numbers[name] = json.loads(value) if name != "block_size" else value
+        except ValueError:
+            numbers[name] = value
+    (tmp_path / "run.json").write_text(json.dumps(numbers))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "run.json")])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert_same_weights(tmp_path / "out", finished)
+
+
+def clean_environment(folder: Path) -> dict[str, str]:
+    source = str(Path(hf_dynsparse.__file__).parents[1])
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf"),
+        "HOME": str(folder / "hf"),  # where timings of kernels are kept
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def test_long_lines_are_tokenized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    script, tokenizer, lengths = runpy.run_path(str(SCRIPT)), toy_tokenizer(), []
+    tokenize = type(tokenizer).__call__
+
+    def watched(self: Any, lines: list[str], **arguments: Any) -> Any:
+        lengths.extend(map(len, lines))
+        return tokenize(self, lines, **arguments)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", watched)
+    rows = datasets.Dataset.from_dict({"text": ["w1 w2 , w3 w4 " * 2000, "", "w5"]})
+    raw, args = datasets.DatasetDict(train=rows, validation=rows), argparse.Namespace(seed=0)
+    for flags, count in (({}, 10_001 // 28), ({"line_by_line": True}, 2), ({"nsp": True}, None)):
+        data = script["DataArguments"](max_seq_length=30, overwrite_cache=True, **flags)
+        sequences = script["prepare_sequences"](raw, tokenizer, data, args)["train"]
+        assert count in (None, len(sequences)), flags
+    assert max(lengths) <= 10_000
+
+
+@pytest.mark.slow
+def test_accelerate_launch(text: Path, tmp_path: Path, finished: Path) -> None:
+    """As the first line of the README types it."""
+    flags = shlex.split(f"{TOY} --train_file {text / 'train.txt'} --output_dir {tmp_path / 'out'}")
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(SCRIPT), *flags],
+        env=clean_environment(tmp_path),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "evaluation loss" in done.stdout
+    assert "2 topology updates" in done.stdout
+    assert_same_weights(tmp_path / "out", finished)
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "hf"}
+
+
+def test_help_explains_every_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    theirs = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    classes = (script["ModelArguments"], script["DataArguments"], script["RunArguments"], DynSparseTrainingArguments)
+    ours = {field.name for cls in classes for field in dataclasses.fields(cls)} - theirs
+    assert {"sparsity", "train_file", "num_threads", "pruning_ratio"} <= ours
+
+    explained = {}
+    add_argument = argparse.ArgumentParser.add_argument
+
+    def record(parser: Any, *names: str, **options: Any) -> Any:
+        explained.update(dict.fromkeys(names, options.get("help")))
+        return add_argument(parser, *names, **options)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "add_argument", record)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit:
+        script["main"]()
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    for name in ours:
+        assert f"--{name}" in shown
+        assert len(explained[f"--{name}"] or "") > 15, name
+
+
+# Flags that cannot work, and words that the one line must hold: the argument and what it was given.
+BAD = {
+    "no such file": ("--train_file {text}/nothing.txt", ("train_file", "nothing.txt")),
+    "no such validation file": ("--validation_file {text}/nothing.txt", ("validation_file", "nothing.txt")),
+    "wrong ending": ("--train_file {text}/train.doc", ("train_file", "train.doc", "txt")),
+    "a folder": ("--train_file {text}", ("train_file",)),
+    "empty file": ("--train_file {text}/empty.txt", ("train_file", "empty.txt")),
+    "blank gz": ("--train_file {text}/blank.txt.gz", ("train_file", "blank.txt.gz")),
+    "sparsity 1": ("--sparsity 1.0", ("sparsity", "1.0")),
+    "negative sparsity": ("--sparsity -0.1", ("sparsity", "-0.1")),
+    "sparsity in words": ("--sparsity much", ("sparsity", "much")),
+    "not a number": ("--sparsity nan", ("sparsity", "nan")),
+    "block size 3": ("--block_size 3", ("block_size", "3")),
+    "block size 0": ("--block_size 0", ("block_size", "0")),
+    "block size abc": ("--block_size abc", ("block_size", "abc")),
+    "empty block size": ("--block_size ''", ("block_size",)),
+    "block size of three": ("--block_size 2x2x2", ("block_size", "2")),
+    "preset": ("--preset enormous", ("preset", "enormous", "tiny")),
+    "score": ("--prune_score l7", ("prune_score", "l7")),
+    "rule": ("--regrow_rule hope", ("regrow_rule", "hope")),
+    "pruning ratio": ("--pruning_ratio 2", ("pruning_ratio", "2")),
+    "negative lasso": ("--group_lasso -1", ("group_lasso", "-1")),
+    "too many updates": ("--num_topology_updates 40", ("updates", "40")),
+    "updates twice": ("--topology_update_every 2", ("num_topology_updates", "topology_update_every")),
+    "config override": ("--config_overrides hidden_sise=32", ("hidden_sise",)),
+    "heads": ("--config_overrides num_attention_heads=3", ("heads",)),
+    "vocabulary": ("--vocab_size 3", ("vocab_size", "3")),
+    "mlm probability": ("--mlm_probability 1.5", ("mlm_probability", "1.5")),
+    "split": ("--validation_split_percentage 100", ("validation_split_percentage", "100")),
+    "no checkpoint": ("--resume_from_checkpoint {text}", ("resume_from_checkpoint", "{text}")),
+    "another model": (
+        "--resume_from_checkpoint {finished}/checkpoint-2 --block_size 4",
+        ("block_size", "4", "8"),
+    ),
+    "another sparsity": (
+        "--resume_from_checkpoint {finished}/checkpoint-2 --sparsity 0.9",
+        ("sparsity", "0.9", "0.5"),
+    ),
+    "other updates": (
+        "--resume_from_checkpoint {finished}/checkpoint-2 --pruning_ratio 0.1",
+        ("pruning_ratio", "0.1", "0.5"),
+    ),
+    "another sparsity of a sparse model": (
+        "--model_name_or_path {finished} --sparsity 0.8",
+        ("--sparsity 0.8", "0.5", "prune_ofa"),
+    ),
+    "other blocks of a sparse model": ("--model_name_or_path {finished} --block_size 4", ("--block_size 4",)),
+    "a dense twin of a sparse model": ("--model_name_or_path {finished} --dense_baseline", ("--dense_baseline",)),
+    "a density that a dense twin cannot reach": (
+        "--sparsity 0 --method gmp --final_sparsity 0.8",
+        ("`--final_sparsity`", "Got 0.8"),
+    ),
+    "rewinding without pruning": ("--learning_rate_rewinding", ("density_schedule='constant'",)),
+    "pruning without updates": (
+        "--model_name_or_path {finished} --sparsity 0.8 --method gmp --static",
+        ("pruned in topology updates", "0.8"),
+    ),
+    "no such model": ("--model_name_or_path {text}/nothing", ("nothing",)),
+    "nsp and streaming": ("--nsp --streaming", ("--nsp", "--streaming")),
+    "streaming without end": ("--streaming --max_steps -1", ("--streaming", "--max_steps")),
+    "short sequences": ("--max_seq_length 4", ("max_seq_length", "4")),
+    "long sequences": ("--max_seq_length 1000", ("max_seq_length", "1000")),
+    "more sequence than text": (
+        "--train_file {text}/valid.txt --validation_split_percentage 1 --max_seq_length 512",
+        ("512",),
+    ),
+    "unknown flag": ("--sparsness 0.5", ("--sparsness",)),
+    "invalid UTF-8": ("--train_file {text}/latin1.txt", ("latin1.txt", "0xe9 in line 3000", "UTF-8")),
+    "cut gz": ("--train_file {text}/cut.txt.gz", ("cut.txt.gz", "gzip that is cut")),
+    "ragged": ("--train_file {text}/ragged.csv", ("ragged.csv", "2 fields", "line 3")),
+    "no text": ("--train_file {text}/null.jsonl", ("null.jsonl", "Got None in row 2")),
+    "numbers for text": ("--train_file {text}/numbers.csv", ("numbers.csv", "Got 1 in column `id`", "id, sentence")),
+    "lists for text, for validation": ("--validation_file {text}/lists.jsonl", ("lists.jsonl", "Got list", "row 1")),
+    "too few rows to stream": ("--train_file {text}/valid.txt --streaming", ("valid.txt", "first 500 rows")),
+    "too few tokens to stream": (
+        "--train_file {text}/null.jsonl --validation_file {text}/valid.txt --streaming",
+        ("null.jsonl", "Got None in row 2"),
+    ),
+    "more positions than the model's": (
+        "--config_overrides hidden_size=32,intermediate_size=64,max_position_embeddings=16",
+        ("--max_seq_length", "32", "The model has 16"),
+    ),
+    "another vocabulary": (
+        "--model_name_or_path {finished} --tokenizer_name {text}/large",
+        ("the vocabulary of the model", "{text}/large", "300"),
+    ),
+    "no token to mask with": ("--tokenizer_name {text}/maskless", ("mask_token", "{text}/maskless")),
+    "no token to begin with": ("--tokenizer_name {text}/clsless", ("cls_token", "{text}/clsless")),
+    "the configuration of a stock BERT": ("--config_name {text}/stock", ("--config_name", "dynsparse_bert", "bert")),
+    "types of tokens": (
+        "--nsp --config_overrides hidden_size=32,intermediate_size=64,type_vocab_size=1",
+        ("type_vocab_size", "1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(
+    run: Callable[..., Path],
+    text: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
+) -> None:
+    flags, wanted = BAD[case]
+    places = {"text": text, "finished": finished}
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path / "out", flags.format(**places))
+    code = exit.value.code
+    if code == 2:  # argparse has written its own line, after the usage
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+    else:  # what Python writes to stderr, with exit code 1
+        assert isinstance(code, str)
+        line = code
+    assert line.startswith("run_mlm_dynsparse.py: error: ")
+    assert "\n" not in line
+    for word in wanted:
+        assert word.format(**places) in line, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_of_another_run(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(
+        SystemExit, match=r"^run_mlm_dynsparse\.py: error: .*output_dir.*--resume_from_checkpoint last"
+    ):
+        run(finished)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_no_traceback_on_the_terminal(text: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--train_file", str(text / "train.doc"), "--output_dir", str(tmp_path / "out")],
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("run_mlm_dynsparse.py: error: ")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout

@@ -1,0 +1,460 @@
+"""Model cards: every figure is that of the model or the run, examples run, and the Hub takes the metadata."""
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import (
+    AutoModelForMaskedLM,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+from hf_dynsparse import (
+    DynSparseBertForMaskedLM,
+    DynSparseBertForMultipleChoice,
+    DynSparseBertForPreTraining,
+    DynSparseBertForQuestionAnswering,
+    DynSparseBertForSequenceClassification,
+    DynSparseBertForTokenClassification,
+    DynSparseBertModel,
+    DynSparseTrainer,
+    densify_,
+    inference_flops_per_sequence,
+    sparse_layers,
+    sparsify_,
+)
+from hf_dynsparse.checkpoints.loading import empty_model
+from hf_dynsparse.reports.facts import checkpoint_bytes, dense_bytes, describe_data, describe_start
+from hf_dynsparse.reports.model_card import create_model_card, write_model_card
+from hf_dynsparse.training.summary import summarize_run
+from tests.toy import toy_arguments, toy_collator, toy_model, toy_tokenizer, toy_trainer
+
+
+ROOT = Path(__file__).parents[2]
+HUB_SERVER = ROOT / "tests" / "hub_server" / "hub_server.py"
+
+
+def finish_run(folder: Path, model: Any = None) -> Path:
+    """What run_mlm_dynsparse.py leaves, but for pictures that show something."""
+    trainer = toy_trainer(folder, model, eval_strategy="steps", eval_steps=4)
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    toy_tokenizer().save_pretrained(folder)
+    about = {"start": None, "pattern": "uniformly random blocks", "data": {"name": "words.txt", "split": "validation"}}
+    summary = about | {"license": "mit", "language": "en"} | summarize_run(trainer, metrics, seq_len=16)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for picture in ("training.png", "block_map.png"):
+        (folder / picture).write_bytes(picture.encode())
+    trainer.create_model_card()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sparse run, pre-trained from scratch. Not to be changed."""
+    return finish_run(tmp_path_factory.mktemp("runs") / "toy-s75-b4")
+
+
+@pytest.fixture(scope="module")
+def finished_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its dense twin."""
+    return finish_run(tmp_path_factory.mktemp("runs") / "toy-dense", toy_model(sparsity=0))
+
+
+def tiny_roberta() -> RobertaForMaskedLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return RobertaForMaskedLM(RobertaConfig(vocab_size=64, max_position_embeddings=40, **sizes))
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, eos_token_id=0))
+
+
+def tiny_distilbert() -> DistilBertForSequenceClassification:
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=64, dim=32, hidden_dim=64, n_layers=2, n_heads=2)
+    )
+
+
+def save(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def card_of(folder: Path) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+def tables(text: str) -> dict[tuple[str, ...], list[list[str]]]:
+    """The rows of every table, by its columns."""
+    found: dict[tuple[str, ...], list[list[str]]] = {}
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        columns, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.strip().splitlines()]
+        assert all(len(row) == len(columns) for row in rows)
+        found[tuple(columns)] = rows
+    return found
+
+
+def sections(text: str) -> list[str]:
+    return re.findall(r"^## (.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_the_folder_alone_gives_the_same_card(finished: Path, tmp_path: Path, with_model: bool) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(finished) if with_model else None
+    again = write_model_card(finished, tmp_path / "cards" / "again", model=model)
+    assert again.read_text() == (finished / "README.md").read_text()
+    assert {path.name for path in again.parent.iterdir()} == {"README.md", "training.png", "block_map.png"}
+    assert (again.parent / "training.png").read_bytes() == b"training.png"
+
+
+def test_metadata(finished: Path) -> None:
+    data = card_of(finished).data
+    summary = json.loads((finished / "summary.json").read_text())
+    assert data.to_dict().keys() == {
+        *("language", "library_name", "license", "metrics", "model-index", "pipeline_tag", "tags"),
+    }
+    assert (data.license, data.language, data.library_name) == ("mit", "en", "transformers")
+    assert (data.pipeline_tag, data.tags, data.metrics) == ("fill-mask", ["dynsparse", "block-sparse"], ["perplexity"])
+    assert data.model_name == "toy-s75-b4"
+    results = {result.metric_type: result for result in data.eval_results}
+    assert {name: result.metric_value for name, result in results.items()} == {
+        "loss": summary["eval_loss"],
+        "perplexity": summary["perplexity"],
+    }
+    assert {(x.task_type, x.dataset_name, x.dataset_split) for x in results.values()} == {
+        ("fill-mask", "words.txt", "validation")
+    }
+
+
+def test_layout_table(finished: Path) -> None:
+    layers = sparse_layers(AutoModelForMaskedLM.from_pretrained(finished))
+    found = tables(card_of(finished).text)
+    assert found["layer", "shape", "block", "active blocks", "density"] == [
+        [
+            f"`{name}`",
+            f"{layer.out_features} x {layer.in_features}",
+            "4 x 4",
+            str(layer.block_index.numel()),
+            f"{layer.values.numel() / layer.to_dense().numel():.4f}",
+        ]
+        for name, layer in layers.items()
+    ]
+    kinds = found["layers", "shape", "block", "active blocks", "density", "number"]
+    assert kinds[0] == ["`bert.encoder.layer.*.attention.self.query`", "32 x 32", "4 x 4", "16", "0.2500", "2"]
+    assert [row[0].rpartition("*.")[2] for row in kinds] == [
+        f"{name}`"
+        for name in (
+            *(f"attention.self.{x}" for x in ("query", "key", "value")),
+            "attention.output.dense",
+            "intermediate.dense",
+            "output.dense",
+        )
+    ]
+
+
+def test_layers_of_one_kind_that_differ() -> None:
+    names = [f"layer.{number}.attention.self.query" for number in range(2)]
+    model = toy_model(nnzb=dict(zip(names, (16, 32), strict=True)))
+    text = create_model_card(model).text
+    assert (
+        "| `bert.encoder.layer.*.attention.self.query` | 32 x 32 | 4 x 4 | 16 to 32 | 0.2500 to 0.5000 | 2 |" in text
+    )
+    assert "2 of the 12 linear layers between" in text
+
+
+def test_size_and_flops(finished: Path) -> None:
+    model, twin = AutoModelForMaskedLM.from_pretrained(finished), toy_model(sparsity=0)
+    summary = json.loads((finished / "summary.json").read_text())
+    share = {
+        "parameters": (model.num_parameters(), twin.num_parameters()),
+        "MB of the checkpoint": (checkpoint_bytes(finished) / 1e6, dense_bytes(model) / 1e6),
+        "MB of its sparse matrices": (2 * 2 * 4096 * 17 / 16 / 1e6, 2 * 8192 * 4 / 1e6),
+        "FLOPs of a forward pass, 16 tokens": tuple(inference_flops_per_sequence(x, 16) for x in (model, twin)),
+        "FLOPs of the training": (summary["flops"], summary["dense_flops"]),
+    }
+    rows = tables(card_of(finished).text)["quantity", "this model", "with dense layers", "share"]
+    assert [row[0] for row in rows] == list(share)
+    for (what, ours, dense, part), expected in zip(rows, share.values(), strict=True):
+        shown = [float(number.replace(",", "")) for number in (ours, dense)]
+        assert shown == pytest.approx(expected, rel=1e-3, abs=0.005), what
+        assert part == f"{expected[0] / expected[1]:.1%}", what
+
+
+def test_training_and_topology(finished: Path) -> None:
+    text = card_of(finished).text
+    summary = json.loads((finished / "summary.json").read_text())
+    found = tables(text)
+    told = dict(found["argument", "value"])
+    assert (told["`steps`"], told["`tokens`"], told["`epochs`"]) == ("12", str(12 * 4 * 16), "2")
+    assert (told["`train_sequences`"], told["`eval_sequences`"]) == ("24", "6")
+    assert (told["`learning_rate`"], told["`weight_decay`"], told["`adam_epsilon`"]) == ("0.01", "0.01", "1e-06")
+    assert "`bf16`" not in told
+    topology = dict(found["topology updates", "3"])
+    assert (topology["`prune_score`"], topology["`regrow_rule`"], topology["`schedule`"]) == ("l1", "random", "cosine")
+    assert (topology["`pruning_ratio`"], topology["`num_updates`"]) == ("0.5", "3")
+    assert f"{summary['coverage']:.1%}" in text
+    evaluations = found["step", "training loss", "loss"]
+    assert [row[0] for row in evaluations] == ["4", "8", "12"]
+    assert evaluations[-1][2] == f"{summary['eval_loss']:.4g}"
+    assert found["data", "split", "metric", "value", "seed"][0] == [
+        *("words.txt", "validation", "loss", f"{summary['eval_loss']:.4f}", "42")
+    ]
+    assert "Trained from scratch on `words.txt`." in text
+    assert "The pattern began as uniformly random blocks." in text
+    assert f"torch {torch.__version__}" in text
+    assert re.findall(r"!\[.*?\]\((.*?)\)", text) == ["training.png", "block_map.png"]
+
+
+def test_a_dense_run(finished_dense: Path) -> None:
+    card = card_of(finished_dense)
+    assert card.data.tags == ["dynsparse"]
+    assert "dense: it has no block-sparse layer." in card.text
+    assert "What is sparse" not in sections(card.text)
+    assert "Citation" not in sections(card.text)
+    found = tables(card.text)
+    costs = dict(found["quantity", "this model"])
+    assert costs["parameters"] == f"{toy_model(sparsity=0).num_parameters():,}"
+    assert costs.keys() >= {"FLOPs of the training", "FLOPs of a forward pass, 16 tokens"}
+    assert not any("topology updates" in columns for columns in found)
+    assert "did not change" not in card.text
+
+
+def test_a_model_without_a_run(tmp_path: Path) -> None:
+    toy_model().save_pretrained(tmp_path)
+    text = write_model_card(tmp_path).read_text()
+    assert sections(text) == ["How to load", "What is sparse", "Size and FLOPs", "Limits", "Licence", "Citation"]
+    assert "Nothing was evaluated." in text
+    assert "Not stated" in text
+    assert "Trained" not in text
+    assert ModelCard(text).data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
+
+
+def test_a_checkpoint_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    toy_trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=4, num_topology_updates=1).train()
+    text = write_model_card(tmp_path / "checkpoint-4").read_text()
+    assert "It was trained for 4 steps" in text
+    assert "Topology updates while training: 1." in text
+
+
+@pytest.mark.parametrize("folder", ["finished", "finished_dense"])
+def test_nothing_unknown_is_printed(folder: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(request.getfixturevalue(folder), tmp_path / "run"))
+    for gone in ("nothing", "summary.json", "trainer_state.json", "training.png"):
+        (run / gone).unlink(missing_ok=True)
+        text = write_model_card(run).read_text()
+        assert not re.search(r"\bNone\b|Undefined|nan\b|\{\{|\{%|\| +\|", text)
+        assert not re.search(r"\n{3,}| $", text, re.MULTILINE)
+
+
+CLASSES = {
+    "fill-mask": DynSparseBertForMaskedLM,
+    "pre-training": DynSparseBertForPreTraining,
+    "text-classification": DynSparseBertForSequenceClassification,
+    "token-classification": DynSparseBertForTokenClassification,
+    "question-answering": DynSparseBertForQuestionAnswering,
+    "multiple-choice": DynSparseBertForMultipleChoice,
+    "feature-extraction": DynSparseBertModel,
+}
+MODELS = {
+    **{task: lambda cls=cls: toy_model(cls=cls) for task, cls in CLASSES.items()},
+    "dense": lambda: toy_model(sparsity=0),
+    "roberta": lambda: sparsify_(tiny_roberta(), block_size=4, sparsity=0.75),
+    "roberta made dense": lambda: densify_(sparsify_(tiny_roberta(), block_size=4)),
+    "gpt2": lambda: sparsify_(tiny_gpt2(), block_size=(4, 8), sparsity=0.5),
+    "distilbert": lambda: sparsify_(tiny_distilbert(), block_size=16, sparsity=0.5),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_example_works(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = MODELS[kind]()
+    text = write_model_card(save(model, tmp_path / "saved")).read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert ("import hf_dynsparse" in example) == (kind != "roberta made dense")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert type(names["model"]).__name__ == type(model).__name__
+    assert not sparse_layers(names["model"])
+    shown = capsys.readouterr().out
+    assert shown.strip()
+    assert ("sparse layers" in shown) == bool(sparse_layers(model))
+    task = {"pre-training": "fill-mask", "gpt2": "text-generation", "distilbert": "text-classification"}
+    assert ModelCard(text).data.pipeline_tag == task.get(kind, kind if kind in CLASSES else "fill-mask")
+
+
+@pytest.mark.parametrize("kind", ["fill-mask", "roberta", "gpt2"])
+def test_an_empty_model_is_the_saved_one_without_weights(kind: str, tmp_path: Path) -> None:
+    model = MODELS[kind]()
+    model.half().save_pretrained(tmp_path)
+    empty = empty_model(tmp_path)
+    assert {name: (x.shape, x.dtype) for name, x in empty.state_dict().items()} == {
+        name: (x.shape, x.dtype) for name, x in model.state_dict().items()
+    }
+    assert {x.device.type for x in empty.parameters()} == {"meta"}
+
+
+def test_a_fine_tuned_model(tmp_path: Path) -> None:
+    metrics = {"loss": 0.5, "accuracy": 0.75, "mm_accuracy": 0.7, "pearson": 0.25, "HasAns_f1": 0.5, "total": 12}
+    data = describe_data("nyu-mll/glue", config="mnli", split="validation_matched") | {"name": "GLUE MNLI"}
+    start = describe_start("prajjwal1/bert-tiny")
+    model = toy_model(cls=DynSparseBertForSequenceClassification)
+    model.add_model_tags(["mine"])
+    facts = {"mode": "locked", "teacher": "big", "metrics": metrics, "data": data, "seed": 3, "steps": 5, **start}
+    card = create_model_card(model, **facts, tags=["more"], repo_id="me/tuned")
+    assert 'from_pretrained("me/tuned")' in card.text
+    assert card.data.base_model == "prajjwal1/bert-tiny"
+    assert card.data.datasets == ["nyu-mll/glue"]
+    assert card.data.metrics == ["accuracy", "pearsonr"]
+    assert card.data.tags == ["dynsparse", "block-sparse", "mine", "more"]
+    found = {(x.metric_type, x.dataset_split): x.metric_value for x in card.data.eval_results}
+    assert found == {
+        ("loss", "validation_matched"): 0.5,
+        ("accuracy", "validation_matched"): 0.75,
+        ("accuracy", "validation_mismatched"): 0.7,
+        ("pearsonr", "validation_matched"): 0.25,
+        ("HasAns_f1", "validation_matched"): 0.5,
+    }
+    assert {(x.dataset_type, x.dataset_config, x.dataset_name) for x in card.data.eval_results} == {
+        ("nyu-mll/glue", "mnli", "GLUE MNLI")
+    }
+    assert "Trained from [prajjwal1/bert-tiny](https://huggingface.co/prajjwal1/bert-tiny)" in card.text
+    assert "on [GLUE MNLI](https://huggingface.co/datasets/nyu-mll/glue), with `big` as teacher." in card.text
+    assert "locked: the pattern stays fixed" in card.text
+    assert ["GLUE MNLI", "validation_mismatched", "mm accuracy", "0.7000", "3"] in tables(card.text)[
+        "data", "split", "metric", "value", "seed"
+    ]
+
+
+def test_where_names_come_from(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    assert describe_start(str(tmp_path / "model")) == {"start": "model"}
+    assert describe_start(None) == {"start": None}
+    (tmp_path / "train.txt").touch()
+    assert describe_data(str(tmp_path / "train.txt"), evaluated_on="valid.txt") == {
+        **{"name": "train.txt", "split": "validation", "evaluated_on": "valid.txt"}
+    }
+
+
+def test_arguments_of_transformers(tmp_path: Path) -> None:
+    trainer = DynSparseTrainer(toy_model(), toy_arguments(tmp_path / "out"))
+    trainer.create_model_card(
+        language="de",
+        license="mit",
+        tags="mine",
+        model_name="a name",
+        finetuned_from="user/start",
+        tasks=["feature-extraction"],
+        dataset_tags=["user/data", "user/other"],
+        dataset="The data",
+        dataset_args="part",
+    )
+    card = card_of(tmp_path / "out")
+    assert (card.data.language, card.data.license, card.data.base_model) == ("de", "mit", "user/start")
+    assert (card.data.pipeline_tag, card.data.datasets) == ("feature-extraction", ["user/data", "user/other"])
+    assert "mine" in card.data.tags
+    assert "# a name" in card.text
+    assert (
+        "from [user/start](https://huggingface.co/user/start) on [The data](https://huggingface.co/datasets/user/data)"
+        in card.text
+    )
+
+
+# PEFT asks for it under an old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_gets_the_card_of_transformers(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(toy_model(sparsity=0), peft.LoraConfig(target_modules=["query"]))
+    DynSparseTrainer(model, toy_arguments(tmp_path), data_collator=toy_collator()).create_model_card()
+    assert "generated automatically" in (tmp_path / "README.md").read_text()
+
+
+def test_facts_of_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each script tells beside what the trainer knows; their own tests run them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.txt", "valid.txt"):
+        Path(name).touch()
+    mlm, glue, qa = (
+        runpy.run_path(str(ROOT / "examples" / f"run_{name}_dynsparse.py")) for name in ("mlm", "glue", "qa")
+    )
+
+    def about(script: dict[str, Any], model: dict[str, Any], data: dict[str, Any], *rest: str) -> dict[str, Any]:
+        return script["about_run"](script["ModelArguments"](**model), script["DataArguments"](**data), *rest)
+
+    facts = about(mlm, {"license": "mit"}, {"train_file": "train.txt", "language": "en"}, "train")
+    assert (facts["start"], facts["license"], facts["language"]) == (None, "mit", "en")
+    assert facts["data"] == {"name": "train.txt", "split": "train", "evaluated_on": "held out of train.txt"}
+    both = {"train_file": "train.txt", "validation_file": "valid.txt"}
+    assert about(mlm, {}, both, "validation")["data"]["evaluated_on"] == "valid.txt"
+    assert about(mlm, {}, {}, "validation")["data"]["name"] == "embedded corpus of hf_dynsparse"
+    facts = about(glue, {"model_name_or_path": "me/start", "sparsity": 0.5}, {"task_name": "mnli"})
+    assert (facts["base_model"], facts["pattern"]) == ("me/start", "the blocks of largest L1 norm")
+    assert facts["language"] == "en"
+    assert facts["data"]["split"] == "validation_matched"
+    facts = about(glue, {"model_name_or_path": "me/start"}, both)
+    assert facts["data"] == {"name": "train.txt", "split": "validation", "evaluated_on": "valid.txt"}
+    assert facts["language"] is None
+    facts = about(qa, {"model_name_or_path": "me/start"}, {"dataset_name": "rajpurkar/squad"})
+    assert (facts["data"]["id"], facts["pattern"]) == ("rajpurkar/squad", "that of the checkpoint")
+
+
+VALIDATE = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+from hub_server import Hub
+os.environ["HF_ENDPOINT"] = Hub(sys.argv[2]).start().url
+from huggingface_hub import ModelCard
+def verdict(path):
+    try:
+        ModelCard.load(path).validate()
+    except ValueError as error:
+        return str(error)
+print(json.dumps([verdict(path) for path in sys.argv[3:]]))
+"""
+
+
+def test_the_hub_accepts_the_metadata(finished: Path, finished_dense: Path, tmp_path: Path) -> None:
+    """By the loopback Hub; a card with a licence that there is none of shows that it looks."""
+    bare = save(MODELS["roberta"](), tmp_path / "bare")
+    write_model_card(bare)
+    tuned = save(toy_model(cls=DynSparseBertForQuestionAnswering), tmp_path / "tuned")
+    write_model_card(
+        tuned,
+        metrics={"exact": 50.0, "f1": 60.0, "HasAns_exact": 40.0, "total": 9},
+        data=describe_data("rajpurkar/squad_v2"),
+        language="en",
+        license="apache-2.0",
+        **describe_start("google-bert/bert-base-uncased"),
+    )
+    wrong = write_model_card(finished, tmp_path / "wrong", license="free as in beer")
+    cards = [str(folder / "README.md") for folder in (finished, finished_dense, bare, tuned)]
+    done = subprocess.run(
+        [sys.executable, "-c", VALIDATE, str(HUB_SERVER.parent), str(tmp_path / "store"), *cards, str(wrong)],
+        env={**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_test_write"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    *accepted, refused = json.loads(done.stdout.splitlines()[-1])
+    assert accepted == [None] * 4
+    assert "free as in beer" in refused

@@ -1,0 +1,219 @@
+"""Distillation: the loss by hand, the rows that are compared, and its place in the Trainer."""
+
+import math
+
+import pytest
+import torch
+from transformers.modeling_outputs import MaskedLMOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput
+
+from hf_dynsparse import (
+    DynSparseBertForMaskedLM,
+    DynSparseBertForPreTraining,
+    DynSparseBertForQuestionAnswering,
+    DynSparseBertForSequenceClassification,
+    DynSparseTrainer,
+)
+from hf_dynsparse.training.distillation import Distillation, distillation_loss
+from tests.toy import toy_arguments, toy_batch, toy_collator, toy_examples, toy_model
+
+
+def test_two_classes_by_hand():
+    # Temperature 2 halves the logits: the teacher says 3 : 1, the student 1 : 1.
+    teacher, student = torch.tensor([[2 * math.log(3.0), 0.0]]), torch.zeros(1, 2)
+    by_hand = 4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
+    assert float(distillation_loss(student, teacher, 2.0)) == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_regression_is_a_squared_difference():
+    loss = distillation_loss(torch.tensor([[1.0], [2.0]]), torch.tensor([[4.0], [2.5]]), 2.0)
+    assert loss.tolist() == [9.0, 0.25]
+
+
+class Echo(torch.nn.Module):
+    """A teacher that answers with what it was made with."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.weight = answer, torch.nn.Parameter(torch.zeros(1))
+        self.config = type("Config", (), {})()
+
+    def forward(self, input_ids=None, attention_mask=None):
+        assert not torch.is_grad_enabled()
+        return self.answer
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+
+
+LABELS = torch.tensor([[-100, 1, -100], [2, -100, 3]])
+
+
+@pytest.mark.parametrize("masked_only", [True, False])
+def test_masked_language_modelling_compares_labelled_positions(logits, masked_only):
+    student = torch.zeros(2, 3, 5)
+    teacher = Distillation(Echo(MaskedLMOutput(logits=logits)))
+    given = student[LABELS != -100] if masked_only else student
+    rows = distillation_loss(torch.zeros(3, 5), torch.stack([logits[0, 1], logits[1, 0], logits[1, 2]]))
+    outputs = MaskedLMOutput(logits=given)
+    assert teacher.loss({"labels": LABELS}, outputs) == pytest.approx(float(rows.mean()), rel=1e-6)
+    assert teacher.loss({"labels": LABELS}, outputs, 12) == pytest.approx(float(rows.sum()) / 12, rel=1e-6)
+    assert teacher.take_mean() == pytest.approx(float(rows.mean() + rows.sum() / 12) / 2, rel=1e-6)
+    assert teacher.take_mean() is None
+
+
+def test_all_real_tokens(logits):
+    teacher = Distillation(Echo(MaskedLMOutput(logits=logits)), positions="all")
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    rows = distillation_loss(torch.zeros(5, 5), torch.cat([logits[0], logits[1, :2]]))
+    outputs, given = MaskedLMOutput(logits=torch.zeros(2, 3, 5)), {"labels": LABELS, "attention_mask": mask}
+    assert teacher.loss(given, outputs) == pytest.approx(float(rows.mean()), rel=1e-6)
+    # Three labels of twelve are in this micro-batch: a quarter of its mean.
+    assert teacher.loss(given, outputs, 12) == pytest.approx(float(rows.mean()) / 4, rel=1e-6)
+    del given["attention_mask"]
+    every = distillation_loss(torch.zeros(6, 5), logits.flatten(0, 1))
+    assert teacher.loss(given, outputs) == pytest.approx(float(every.mean()), rel=1e-6)
+    sequence = SequenceClassifierOutput(logits=logits[:, 1])
+    whole = Distillation(Echo(SequenceClassifierOutput(logits=logits[:, 0])), positions="all")
+    expected = distillation_loss(logits[:, 1], logits[:, 0]).mean()
+    assert whole.loss({"labels": torch.tensor([0, 1])}, sequence) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_at_all_tokens_the_student_predicts_them_too(tmp_path):
+    args, teacher = toy_arguments(tmp_path, distillation_positions="all"), toy_model(9, sparsity=0.0)
+    student = toy_model().train()
+    trainer = DynSparseTrainer(student, args, teacher=teacher)
+    batch = toy_batch()
+    loss, outputs = trainer.compute_loss(student, batch, return_outputs=True)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    distilled = distillation_loss(outputs.logits[real], wanted[real]).mean()
+    assert loss.item() == pytest.approx((0.5 * outputs.loss + 0.5 * distilled).item(), rel=1e-6)
+    assert student.config.sparse_prediction  # what the run asked for does not stay
+
+
+def test_spans_leave_padding_out(logits):
+    spans = logits[:, :, 0], logits[:, :, 1]
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    teacher = Distillation(Echo(QuestionAnsweringModelOutput(start_logits=spans[0], end_logits=spans[1])))
+    zeros = QuestionAnsweringModelOutput(start_logits=torch.zeros(2, 3), end_logits=torch.zeros(2, 3))
+    expected = [
+        distillation_loss(torch.zeros(1, length), part[row : row + 1, :length])
+        for part in spans
+        for row, length in ((0, 3), (1, 2))
+    ]
+    assert teacher.loss({"attention_mask": mask}, zeros) == pytest.approx(float(torch.cat(expected).mean()), rel=1e-5)
+
+
+def test_sequences(logits):
+    teacher = Distillation(Echo(SequenceClassifierOutput(logits=logits[:, 0])))
+    loss = teacher.loss({"labels": torch.tensor([0, 1])}, SequenceClassifierOutput(logits=logits[:, 1]))
+    assert loss == pytest.approx(float(distillation_loss(logits[:, 1], logits[:, 0]).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"weight": 1.5}, r"must lie in \[0, 1\]. Got 1.5"),
+        ({"temperature": 0.0}, "must be positive. Got 0.0"),
+        ({"positions": "some"}, "must be one of labelled, all. Got 'some'"),
+    ],
+)
+def test_bad_arguments(arguments, error, tmp_path):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"^`{name}` {error}"):
+        Distillation(torch.nn.Linear(2, 2), **arguments)
+    with pytest.raises(ValueError, match=f"^`distillation_{name}` {error}"):
+        toy_arguments(tmp_path, **{f"distillation_{name}": value for name, value in arguments.items()})
+
+
+def test_a_teacher_of_another_vocabulary(tmp_path):
+    teacher = toy_model(1, vocab_size=99)
+    with pytest.raises(ValueError, match="the same `vocab_size`. Got 99 and 64"):
+        DynSparseTrainer(toy_model(), toy_arguments(tmp_path), teacher=teacher)
+
+
+def test_a_teacher_that_was_named_only(tmp_path):
+    with pytest.raises(ValueError, match="'somewhere': load that model"):
+        DynSparseTrainer(toy_model(), toy_arguments(tmp_path, teacher="somewhere"))
+
+
+def masked_trainer(folder, **arguments):
+    teacher = toy_model(9, sparsity=0.0)
+    return DynSparseTrainer(
+        toy_model(),
+        toy_arguments(folder, **arguments),
+        teacher=teacher,
+        data_collator=toy_collator(seed=3),
+        train_dataset=toy_examples(24),
+        eval_dataset=toy_examples(6),
+    )
+
+
+def losses(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def test_training_moves_towards_the_teacher(tmp_path):
+    trainer = masked_trainer(tmp_path, distillation_weight=1.0, max_steps=30)
+    before = [parameter.clone() for parameter in trainer.distillation.teacher.parameters()]
+    trainer.train()
+    distance = losses(trainer, "dynsparse/distillation_loss")
+    assert distance[-1] < 0.5 * distance[0]
+    assert losses(trainer) == pytest.approx(distance, rel=1e-4)  # weight 1: nothing else is in the loss
+    assert all(torch.equal(x, y) for x, y in zip(before, trainer.distillation.teacher.parameters(), strict=True))
+    # Evaluation measures the task: at weight 1 nothing was learned from the labels.
+    assert trainer.evaluate()["eval_loss"] > 3
+
+
+@pytest.mark.parametrize("cls", [DynSparseBertForMaskedLM, DynSparseBertForPreTraining])
+def test_weight_zero_is_training_without_a_teacher(tmp_path, cls):
+    def run(teacher, **arguments):
+        model = toy_model(0, cls)
+        trainer = DynSparseTrainer(model, toy_arguments(tmp_path, **arguments), teacher=teacher)
+        batch = toy_batch()
+        if cls is DynSparseBertForPreTraining:
+            batch["next_sentence_label"] = torch.tensor([0, 1, 1, 0])
+        model.train()
+        return trainer.compute_loss(model, batch).detach()
+
+    teacher = toy_model(9, cls)
+    assert float(run(teacher, distillation_weight=0.0)) == pytest.approx(float(run(None)), rel=1e-6)
+    assert float(run(teacher, distillation_weight=0.5)) != pytest.approx(float(run(None)), rel=1e-3)
+
+
+def test_accumulation_equals_one_batch(tmp_path):
+    """Rows hold different numbers of masked tokens, so a mean of means would show."""
+    short = {"max_steps": 3, "num_topology_updates": 1}
+    whole = masked_trainer(tmp_path / "one", per_device_train_batch_size=8, **short)
+    parts = masked_trainer(tmp_path / "two", gradient_accumulation_steps=4, per_device_train_batch_size=2, **short)
+    whole.train()
+    parts.train()
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("cls", "labels"),
+    [
+        (DynSparseBertForSequenceClassification, {"labels": torch.tensor([0, 1, 1, 0])}),
+        (
+            DynSparseBertForQuestionAnswering,
+            {"start_positions": torch.tensor([1, 2, 3, 4]), "end_positions": torch.tensor([2, 2, 5, 6])},
+        ),
+    ],
+)
+def test_other_heads(tmp_path, cls, labels):
+    model, teacher = toy_model(0, cls), toy_model(9, cls, sparsity=0.0)
+    trainer = DynSparseTrainer(model, toy_arguments(tmp_path, distillation_weight=1.0), teacher=teacher)
+    batch = {name: x for name, x in toy_batch().items() if name != "labels"} | labels
+    model.train()
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    assert float(loss.detach()) > 0
+    assert all(layer.grad is not None for name, layer in model.named_parameters() if name.endswith("values"))
+    twin = toy_model(9, cls, sparsity=0.0)  # a student that agrees with its teacher has nothing to learn
+    assert float(trainer.compute_loss(twin.train(), batch).detach()) == pytest.approx(0.0, abs=1e-6)
