@@ -75,8 +75,8 @@ class PlatformWheel(bdist_wheel):
 
 # What the package was tested with stands in constraints.txt; these are the ranges it is meant for.
 install_requires = [
-    "torch>=2.9",
-    "transformers>=5.23,<5.24",  # one minor version: the models build on how this one loads and initialises weights
+    "torch>=2.13",  # the oldest that compiles the masked LM loss and exports to ONNX here
+    "transformers>=5.23,<6",  # the newest tested minor is in src/hf_dynsparse/_transformers.py
     "accelerate>=1.15",
     "datasets>=5.2",
     "evaluate>=0.4.6",

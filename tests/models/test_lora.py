@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
+from packaging.version import Version
 from test_stock import ARCHITECTURES, HOW, assert_equal_states, build, outputs
 from toy import toy_arguments, toy_collator, toy_examples, toy_model
 from transformers import AutoModelForMaskedLM, Trainer
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_dynsparse import DynSparseTrainer, densify_, sparse_layers, sparsify_
 
 
-pytest.importorskip("peft", reason="peft is optional")
+peft = pytest.importorskip("peft", reason="peft is optional")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 from hf_dynsparse.models.lora import BlockSparseLora, register_lora  # noqa: E402
@@ -125,6 +127,7 @@ def test_unload_gives_the_sparse_model_back():
     assert torch.equal(outputs(model.unload()), outputs(sparse_model()))
 
 
+@pytest.mark.skipif(Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason="transformers asks for a newer PEFT")
 def test_adapters_through_transformers(tmp_path):
     model = sparse_model()
     model.add_adapter(lora())

@@ -12,8 +12,8 @@ from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from huggingface_hub import HfFileSystem, is_offline_mode, snapshot_download
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .._transformers import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..blocks.layout import BlockLayout
 from ..compress.int8.index_coding import decode_index
 from ..compress.int8.layers import Int8BlockSparseLinear

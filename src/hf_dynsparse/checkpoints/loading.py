@@ -12,10 +12,9 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
-from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .. import models
+from .._transformers import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file, extract_commit_hash
 from ..compress.int8.quantizer import METHOD as INT8_METHOD
 from ..compress.int8.quantizer import DynSparseInt8Config, put_int8_layers_
 from ..files import parse_object, read_object

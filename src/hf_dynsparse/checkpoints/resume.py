@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
+from .._transformers import TRAINER_STATE_NAME
 from ..models.checksums import open_weights
 from ..models.density import sizes_of
 from ..nn.linear import TRAINING_BUFFERS, sparse_layers

@@ -11,8 +11,7 @@ from contextlib import suppress
 from fnmatch import filter as matching
 from pathlib import Path
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
-
+from .._transformers import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from ..files import flush, flush_tree, write_atomically
 from ..models.checksums import verify_weights
 

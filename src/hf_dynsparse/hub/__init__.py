@@ -16,8 +16,8 @@ from huggingface_hub import (
     run_as_future,
     snapshot_download,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
+from .._transformers import TRAINER_STATE_NAME
 from ..checkpoints.loading import split_revision
 from ..models.readme import SHORT, is_ours
 from ..reports.facts import read_facts

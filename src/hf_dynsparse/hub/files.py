@@ -6,9 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import CONFIG_NAME
 
+from .._transformers import CONFIG_NAME, TRAINER_STATE_NAME
 from ..checkpoints.loading import load_model
 from ..checkpoints.remote_code import AUTO_MAP, add_code
 from ..checkpoints.saving import CHECKSUM_FILE, STAGING_FOLDER, STATE_FILES

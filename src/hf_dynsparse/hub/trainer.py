@@ -8,9 +8,8 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, run_as_future
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy
-from transformers.utils.hub import PushInProgress
 
+from .._transformers import HubStrategy, PushInProgress
 from . import commit_files, open_repository, push_checkpoint
 from .errors import HubError
 from .files import LAST_CHECKPOINT, PENDING, model_files

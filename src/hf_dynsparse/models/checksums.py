@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.modeling_utils import remove_tied_weights_from_state_dict, str_to_torch_dtype
-from transformers.quantizers.base import HfQuantizer
+
+from .._transformers import HfQuantizer, remove_tied_weights_from_state_dict, str_to_torch_dtype
 
 
 logger = logging.getLogger(__name__)

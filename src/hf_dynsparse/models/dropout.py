@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from .._transformers import sdpa_attention_forward, sdpa_mask
 from ..ops.dropout import dropout as seeded
 
 

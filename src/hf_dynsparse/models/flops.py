@@ -3,8 +3,7 @@
 from typing import Any
 
 from torch import nn
-from transformers import BertConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import BertConfig, Conv1D, PreTrainedModel
 
 from ..nn.linear import BlockSparseLinear
 from .bert.configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes, layer_sizes

@@ -10,13 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
 
+from .._transformers import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from ..blocks.sizes import block_grid
 from ..nn.linear import BlockSparseLinear, sparse_layers
 from .body import in_head

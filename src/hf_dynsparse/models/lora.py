@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from ..nn.linear import BlockSparseLinear
 

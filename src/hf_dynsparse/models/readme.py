@@ -7,8 +7,8 @@ from string import Template
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .._transformers import PREFIX_CHECKPOINT_DIR
 from ..nn.linear import sparse_layers
 
 

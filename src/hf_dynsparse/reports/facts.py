@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import safe_open
 from transformers import BertConfig, PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
 
+from .._transformers import TRAINER_STATE_NAME
 from ..files import Kinds, check_object, read_object
 from ..models import DynSparseBertConfig
 from ..ops.tuning import processor_name

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from ..compress.int8.embedding import Int8Embedding
 from ..compress.int8.layers import Int8BlockSparseLinear

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
+from transformers import SchedulerType, TrainingArguments
 
+from .._transformers import OptimizerNames
 from ..ops.choice import TUNING_MODES
 from ..topology import ALLOCATIONS, METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, TopologySettings, method_settings
 from .distillation import DISTILLATION_POSITIONS, check_distillation

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from .._transformers import OPTIMIZER_NAME, SCHEDULER_NAME
 from ..checkpoints.saving import weight_files
 from ..nn.shards import load_whole_model_, load_whole_optimizer_, whole_optimizer_state
 

@@ -15,8 +15,8 @@ import datasets
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, PreTrainedModel, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
+from .._transformers import TRAINER_STATE_NAME
 from ..checkpoints.resume import check_final_sizes, check_same_model, find_run_to_resume
 from ..checkpoints.run_lock import run_lock
 from ..hub import fetch_checkpoint

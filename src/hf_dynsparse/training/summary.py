@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import accelerate
 import torch
 import transformers
-from transformers.trainer_utils import has_length
 
+from .._transformers import has_length
 from ..models import DynSparseBertConfig
 from ..models.flops import flops_per_sequence
 from ..reports.facts import checkpoint_bytes, dense_bytes, describe_hardware, task_metrics

@@ -15,9 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, has_length
 
+from .._transformers import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME, SaveStrategy, TrainOutput, has_length
 from ..checkpoints.resume import check_final_sizes, check_same_model, resize_to_checkpoint_
 from ..checkpoints.run_lock import run_lock
 from ..checkpoints.saving import (

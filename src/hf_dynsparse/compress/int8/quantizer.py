@@ -10,10 +10,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..._transformers import HfQuantizer, QuantizationConfigMixin, register_quantization_config, register_quantizer
 from ...files import Kinds, check_object
 from ...models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ...models.checksums import separate_, verify_weights, warn_of_nonfinite, with_checksums

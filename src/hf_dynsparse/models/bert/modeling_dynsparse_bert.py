@@ -20,18 +20,19 @@ from transformers import (
     BertPreTrainedModel,
     PreTrainedModel,
 )
-from transformers import initialization as init
-from transformers.modeling_outputs import MaskedLMOutput, QuestionAnsweringModelOutput
-from transformers.models.bert.modeling_bert import (
+
+from ..._transformers import (
     BertEmbeddings,
     BertEncoder,
     BertForPreTrainingOutput,
     BertOnlyMLMHead,
     BertPooler,
     BertPreTrainingHeads,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    can_return_tuple,
+    init,
 )
-from transformers.utils.generic import can_return_tuple
-
 from ...blocks.layout import BlockLayout
 from ...blocks.sizes import BlockSize
 from ...nn.linear import (

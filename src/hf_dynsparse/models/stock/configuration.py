@@ -3,9 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from transformers.quantizers.auto import register_quantization_config
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
+from ..._transformers import QuantizationConfigMixin, register_quantization_config
 from ...blocks.distributions import DISTRIBUTIONS
 from ...blocks.sizes import as_block_shape, check_sparsity
 from ...files import Kinds, check_object

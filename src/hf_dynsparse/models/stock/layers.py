@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from ...blocks.distributions import active_blocks
 from ...blocks.sizes import block_grid

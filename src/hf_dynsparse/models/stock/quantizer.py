@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantizer
-from transformers.quantizers.base import HfQuantizer
 
 from ... import nn as plain
+from ..._transformers import HfQuantizer, register_quantizer
 from ...nn.linear import TRAINING_BUFFERS, BlockSparseLinear, sparse_layers
 from ..bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..checksums import separate_, verify_weights, warn_of_nonfinite, with_checksums
@@ -141,7 +140,8 @@ class DynSparseQuantizer(HfQuantizer):
         """Make `model` forget that it was sparse."""
         super().remove_quantization_config(model)
         separate_(model)
-        del model._weight_conversions, model.save_pretrained
+        model.__dict__.pop("_weight_conversions", None)  # transformers 5.24 has removed it already
+        del model.save_pretrained
         if self._dense_conversions is not None:
             model._weight_conversions = self._dense_conversions
 

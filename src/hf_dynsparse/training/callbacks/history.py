@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
 
+from ..._transformers import TensorBoardCallback, TrackioCallback
 from ...nn.linear import sparse_layers
 from ...reports.pictures.blocks import paint_blocks
 from ...topology import ever_active

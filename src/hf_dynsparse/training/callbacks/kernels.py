@@ -11,8 +11,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
+from ..._transformers import ExportableState
 from ...nn.linear import sparse_layers
 from ...ops import choose_backend, configure_kernels
 from ...ops.choice import (

@@ -9,9 +9,8 @@ from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import has_length
 
+from ..._transformers import ExportableState, has_length
 from ...compress.slimming.gates import Gates, add_gates_, gates_of
 from ...compress.slimming.ticket import Kept, Ticket, draw_ticket, ticket_distance, tied_share
 from ...nn.linear import SEARCH_GATES

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+
+from ..._transformers import ExportableState
 
 
 Callback = TypeVar("Callback", bound=TrainerCallback)

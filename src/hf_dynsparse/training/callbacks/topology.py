@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
+from ..._transformers import ExportableState
 from ...models.density import configured, distribution_of, sizes_of, tell_config_
 from ...nn.linear import sparse_layers
 from ...optim.lasso import group_lasso_
