@@ -201,29 +201,29 @@ class Products:
         self.index, self.values, self.dense = layer.block_index, layer.values.detach(), layer.to_dense().detach()
         copies = 1 + 3 * torch.cuda.get_device_properties(0).L2_cache_size // (2 * tokens * min(shape))
         self.operands = [(drawn(tokens, shape[1]), drawn(tokens, shape[0])) for _ in range(max(2, copies))]
-        self.rows, self.columns = (triton.line_order(self.index, layer.grid, by_column) for by_column in (False, True))
+        self.layout = layer.layout
         group = triton.sample_tile(self.capability, side, torch.bfloat16).group
-        self.groups = triton.group_order(self.index, layer.grid, group)
+        self.groups = triton.group_order(self.layout, group)
         self.tile = triton.gather_tile(self.capability, side, torch.bfloat16, tokens)
 
     def ways(self) -> dict[str, dict[str, Call]]:
         """Product -> how it is computed -> function of input and gradient; the dense one first, then ours."""
-        index, values, shape = self.index, self.values, self.shape
+        layout, values = self.layout, self.values
         return {
             "output": {
                 "dense": lambda input, grad: linear(input, self.dense),
-                "triton": lambda input, grad: triton.gather(input, values, self.rows, None, False),
-                "densify": lambda input, grad: reference.dds(input, values, index, None, shape, False),
+                "triton": lambda input, grad: triton.gather(input, values, layout.by_row, None),
+                "densify": lambda input, grad: reference.dds(input, values, layout, None, False),
             },
             "input gradient": {
                 "dense": lambda input, grad: grad @ self.dense,
-                "triton": lambda input, grad: triton.gather(grad, values, self.columns, None, True),
-                "densify": lambda input, grad: reference.dds(grad, values, index, None, shape, True),
+                "triton": lambda input, grad: triton.gather(grad, values, layout.by_column, None),
+                "densify": lambda input, grad: reference.dds(grad, values, layout, None, True),
             },
             "values gradient": {
                 "dense": lambda input, grad: grad.T @ input,
                 "triton": lambda input, grad: triton.sample(grad, input, self.groups, self.side),
-                "dense, then sample": lambda input, grad: reference.sdd(grad, input, index, shape, (self.side,) * 2),
+                "dense, then sample": lambda input, grad: reference.sdd(grad, input, layout),
             },
         }
 
@@ -238,7 +238,7 @@ class Products:
         others += [replace(self.tile, tokens=size, warps=8 if size == 256 else 4) for size in (64, 128, 256)]
         return {
             tile: graph_seconds(
-                lambda input, grad, tile=tile: triton.gather(input, self.values, self.rows, None, False, tile),
+                lambda input, grad, tile=tile: triton.gather(input, self.values, self.layout.by_row, None, tile),
                 self.operands,
             )
             for tile in dict.fromkeys([self.tile, *others])
@@ -277,7 +277,7 @@ def measure_layers(plan: Plan) -> Iterator[Row]:
         operands = drawn(tokens, shape[1]).requires_grad_(), drawn(tokens, shape[0])
         dense = layer_seconds(layer.to_linear(), *operands)
         ratios = {}
-        for backend in BACKENDS:
+        for backend in BACKENDS.values():
             serves = backend.why_not(operands[0].device, torch.bfloat16, (side, side)) is None
             if serves and backend.name != "reference":
                 with use_backend(backend.name):

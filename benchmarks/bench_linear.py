@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="sides, or rows x columns (1 1x4 4 8 16 32 64)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both sides (float32)")
-    parser.add_argument(
-        "--backend", choices=("auto", *(backend.name for backend in BACKENDS)), default="auto", help="(auto)"
-    )
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="(auto)")
     parser.add_argument("--variant", choices=native.VARIANTS.values(), help="instruction set of the native backend")
     parser.add_argument("--forward_only", action="store_true", help="inference mode, no backward pass")
     parser.add_argument("--peers", action="store_true", help="also sparselab and sparseprop, at B = 1")

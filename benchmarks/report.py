@@ -50,7 +50,7 @@ def keeps(content: dict[str, Any]) -> bool:
 
 def arm_of(row: Row) -> str:
     """The column of a row: a block size of ours, or what it is compared with."""
-    ours = {backend.name for backend in BACKENDS}
+    ours = set(BACKENDS)
     return f"B={row['block_size']}" if ours & set(row["backend"].replace("/", " ").split()) else row["backend"]
 
 

@@ -46,7 +46,9 @@ needs_kernels = pytest.mark.skipif(
 def serving(block_size: int | tuple[int, int], dtype: torch.dtype) -> list[str]:
     """Names of the backends that serve such blocks here, on a processor: tests are made for these and no others."""
     return [
-        backend.name for backend in BACKENDS if backend.why_not(torch.device("cpu"), dtype, sides(block_size)) is None
+        backend.name
+        for backend in BACKENDS.values()
+        if backend.why_not(torch.device("cpu"), dtype, sides(block_size)) is None
     ]
 
 

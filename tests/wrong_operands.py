@@ -65,8 +65,7 @@ class Operands:
 
     def is_served(self, backend: str) -> bool:
         """Whether the backend can do it at all."""
-        reason = {found.name: found.why_not for found in BACKENDS}[backend]
-        return reason(self.input.device, self.input.dtype, tuple(self.values.shape[1:])) is None
+        return BACKENDS[backend].why_not(self.input.device, self.input.dtype, tuple(self.values.shape[1:])) is None
 
 
 def draw(dice: random.Random) -> Operands:

@@ -22,21 +22,28 @@ def test_orders_by_hand() -> None:
     assert (example.grid, example.num_blocks, example.nnzb, example.density) == ((3, 4), 12, 4, 1 / 3)
     assert example.rows.tolist() == [2, 2, 0, 2]
     assert example.columns.tolist() == [1, 3, 1, 0]
-    assert example.row_order.tolist() == [2, 3, 0, 1]
-    assert example.row_offsets.tolist() == [0, 1, 1, 4]
-    assert example.column_order.tolist() == [3, 2, 0, 1]
-    assert example.column_offsets.tolist() == [0, 1, 3, 3, 4]
+    by_row, by_column = example.by_row, example.by_column
+    assert by_row.slots.tolist() == [2, 3, 0, 1]
+    assert by_row.offsets.tolist() == [0, 1, 1, 4]
+    assert by_row.rows.tolist() == [0, 2, 2, 2]
+    assert by_row.sources.tolist() == by_row.columns.tolist() == [1, 0, 1, 3]
+    assert by_row.heaviest.tolist() == [2, 0, 1]
+    assert by_column.slots.tolist() == [3, 2, 0, 1]
+    assert by_column.offsets.tolist() == [0, 1, 3, 3, 4]
+    assert by_column.columns.tolist() == [0, 1, 1, 3]
+    assert by_column.sources.tolist() == by_column.rows.tolist() == [2, 0, 2, 2]
+    assert by_column.heaviest.tolist() == [1, 0, 3, 2]
     assert example.to_mask().int().tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1]]
 
 
 def test_orders_of_a_random_layout() -> None:
     index = torch.randperm(35, generator=generator())[:17].int()
     drawn = BlockLayout(index, (10, 21), (2, 3))
-    assert index[drawn.row_order].tolist() == sorted(index.tolist())
-    places = [(drawn.columns[slot].item(), drawn.rows[slot].item()) for slot in drawn.column_order]
+    assert index[drawn.by_row.slots].tolist() == sorted(index.tolist())
+    places = [(drawn.columns[slot].item(), drawn.rows[slot].item()) for slot in drawn.by_column.slots]
     assert places == sorted((place % 7, place // 7) for place in index.tolist())
     for row in range(5):
-        slots = drawn.row_order[drawn.row_offsets[row] : drawn.row_offsets[row + 1]]
+        slots = drawn.by_row.slots[drawn.by_row.offsets[row] : drawn.by_row.offsets[row + 1]]
         assert sorted(index[slots].tolist()) == sorted(place for place in index.tolist() if place // 7 == row)
     drawn.validate()
 

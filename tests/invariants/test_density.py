@@ -200,7 +200,7 @@ def test_new_sizes_are_timed_now_and_then_and_kept(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(tuning, "time_backends", time_backends)
     trainer = toy_trainer(tmp_path, method="gmp", num_topology_updates=11, kernel_tuning="force", **SAVED)
     trainer.train()
-    met = {(problem.shape, problem.backward, problem.nnzb) for problem in choice.choices_made()}
+    met = {(problem.shape, problem.backward, problem.nnzb) for problem in choice.plan.choices}
     assert 6 * 2 <= len(set(timed)) < len(met)  # three shapes of layers, both ways
     # A resumed run has all choices from its checkpoint, those for the update of that very step included.
     state = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())

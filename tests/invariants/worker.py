@@ -148,7 +148,7 @@ def describe(trainer: DynSparseTrainer) -> dict[str, Any]:
         },
         "best": trainer.state.best_model_checkpoint,
         "masked": trainer.data_collator.masked,
-        "backends": {str(problem): chosen.backend for problem, chosen in choice.choices_made().items()},
+        "backends": {str(problem): chosen.backend for problem, chosen in choice.plan.choices.items()},
     }
 
 

@@ -136,9 +136,9 @@ def test_copies_are_equal_and_separate(duplicate: object) -> None:
 
 def test_the_layout_is_never_stale() -> None:
     layer = place_(make_layer((2, 2), 1, 2), [2, 1], [1.0, 2.0])
-    assert layer.layout.row_order.tolist() == [1, 0]
+    assert layer.layout.by_row.slots.tolist() == [1, 0]
     layer.block_index[1] = 3
-    assert layer.layout.row_order.tolist() == [0, 1]
+    assert layer.layout.by_row.slots.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

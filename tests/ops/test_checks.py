@@ -10,14 +10,14 @@ from helpers import generator, make_layer, needs_kernels
 from torch import nn
 from wrong_operands import FORMS, Operands, change, draw, must_be_right_or_refused, run
 
-from hf_dynsparse import use_backend
-from hf_dynsparse.ops import BACKENDS, block_sparse_linear, checks
+from hf_dynsparse import BlockLayout, use_backend
+from hf_dynsparse.ops import BACKENDS, block_sparse_linear
 from hf_dynsparse.ops.dropout import seeded_dropout
 from hf_dynsparse.ops.operators import linear, linear_backward
 
 
 # That of GPUs has its turn in test_triton.py.
-BACKEND_NAMES = [backend.name for backend in BACKENDS if backend.name != "triton"]
+BACKEND_NAMES = [name for name in BACKENDS if name != "triton"]
 SEEDS = 500
 
 
@@ -161,7 +161,7 @@ def test_ids_are_checked_once_after_every_change(
 
 def test_ids_are_looked_at_once_per_topology(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
-    monkeypatch.setattr(checks, "check_topology", lambda *of: looked.append(of))
+    monkeypatch.setattr(BlockLayout, "validate", lambda layout: looked.append(layout))
     layer = make_layer((3, 5), 4, 3)
     for tokens in (1, 7, 7):
         layer(torch.ones(tokens, 20, requires_grad=True)).sum().backward()
@@ -201,12 +201,12 @@ def test_memory_that_was_freed_is_not_read(operand: str) -> None:
 def test_dropout_takes_what_its_kernel_reads() -> None:
     input, seed = torch.ones(8), torch.tensor(3)
     for dtype in (torch.float64, torch.float16, torch.int8, torch.bool):
-        with pytest.raises(ValueError, match=f"float32 or bfloat16 on the processor. Got {dtype} on cpu"):
+        with pytest.raises(ValueError, match=f"float32 or bfloat16 on the CPU. Got {dtype} on cpu"):
             seeded_dropout(input.to(dtype), seed, 0.5)
     with pytest.raises(ValueError, match="Got torch.float32 on cpu .torch.sparse_coo"):
         seeded_dropout(input.to_sparse(), seed, 0.5)
     for wrong in (torch.tensor([1, 2]), torch.tensor(1.0), torch.tensor(3, dtype=torch.int32)):
-        with pytest.raises(ValueError, match="`seed` must be one int64 on the processor"):
+        with pytest.raises(ValueError, match="`seed` must be one int64 on the CPU"):
             seeded_dropout(input, wrong, 0.5)
     for p in (0.0, 1.0, -0.5, 1.5, float("nan")):
         with pytest.raises(ValueError, match=f"`p` must lie in .0, 1.. Got {p}"):

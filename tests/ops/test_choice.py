@@ -31,10 +31,16 @@ def backend(name: str, reason: str | None = None, break_even: float = 1.0) -> Ba
     )
 
 
+def by_name(*backends: Backend) -> dict[str, Backend]:
+    return {entry.name: entry for entry in backends}
+
+
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three backends, of which the first does not serve."""
-    monkeypatch.setattr(choice, "BACKENDS", (backend("fast", "needs B >= 16"), backend("plain"), backend("slow")))
+    monkeypatch.setattr(
+        choice, "BACKENDS", by_name(backend("fast", "needs B >= 16"), backend("plain"), backend("slow"))
+    )
 
 
 class Stopwatch:
@@ -70,9 +76,8 @@ def start_again(tuning: str = "once") -> None:
 
 
 def test_names_are_unique_and_the_reference_comes_last() -> None:
-    names = [entry.name for entry in BACKENDS]
-    assert len(set(names)) == len(names)
-    assert names[-1] == "reference"
+    assert [entry.name for entry in BACKENDS.values()] == list(BACKENDS)
+    assert list(BACKENDS)[-1] == "reference"
 
 
 def test_a_problem_rounds_its_tokens() -> None:
@@ -95,7 +100,7 @@ def test_the_first_that_serves_is_chosen_unless_another_is_asked_for(table: None
 
 
 def test_the_rule_passes_over_a_backend_above_its_break_even(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "BACKENDS", (backend("sparse", break_even=0.4), backend("dense")))
+    monkeypatch.setattr(choice, "BACKENDS", by_name(backend("sparse", break_even=0.4), backend("dense")))
     assert choose_backend(PROBLEM).name == "dense"
     assert choose_backend(replace(PROBLEM, nnzb=1)).name == "sparse"
 
@@ -113,7 +118,7 @@ def test_a_backend_that_was_asked_for_and_does_not_serve_says_why(table: None) -
 
 
 def test_every_reason_is_given_when_none_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "BACKENDS", (backend("fast", "needs B >= 16"), backend("gpu", "needs CUDA")))
+    monkeypatch.setattr(choice, "BACKENDS", by_name(backend("fast", "needs B >= 16"), backend("gpu", "needs CUDA")))
     with pytest.raises(ValueError, match="fast: needs B >= 16; gpu: needs CUDA"):
         choose_backend(PROBLEM)
 
@@ -169,7 +174,7 @@ def test_a_timing_that_a_glance_contradicts_is_made_again(
 def test_scattered_timings_leave_it_to_the_rule_and_are_not_kept(stopwatch: Stopwatch) -> None:
     stopwatch.steady = False
     assert choose_backend(PROBLEM).name == "plain"
-    (made,) = choice.choices_made().values()
+    (made,) = choice.plan.choices.values()
     assert made.why == "by rule: density 0.5 is at most 1; timings were scattered"
     assert not tuning.cache_file().exists()
 
@@ -177,7 +182,7 @@ def test_scattered_timings_leave_it_to_the_rule_and_are_not_kept(stopwatch: Stop
 def test_timings_of_a_busy_machine_are_used_but_not_kept(stopwatch: Stopwatch) -> None:
     stopwatch.calm = False
     assert choose_backend(PROBLEM).name == "slow"
-    (made,) = choice.choices_made().values()
+    (made,) = choice.plan.choices.values()
     assert made.why == "timed: plain 2e+03 ms, slow 1e+03 ms; not kept, the machine was busy"
     assert not tuning.cache_file().exists()
     start_again()
@@ -193,7 +198,7 @@ def test_the_rule_decides_a_tie(stopwatch: Stopwatch, seconds: float, best: str)
 
 def test_backends_that_were_not_there_are_timed(stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch) -> None:
     choose_backend(PROBLEM)
-    monkeypatch.setattr(choice, "BACKENDS", (backend("fast"), backend("plain"), backend("slow")))
+    monkeypatch.setattr(choice, "BACKENDS", by_name(backend("fast"), backend("plain"), backend("slow")))
     stopwatch.seconds["fast"] = 0.5
     start_again()
     assert choose_backend(PROBLEM).name == "fast"
@@ -272,24 +277,24 @@ def test_a_user_without_a_home_is_no_error(
 
 def test_choices_that_are_kept_are_used_and_no_others_timed(stopwatch: Stopwatch) -> None:
     choose_backend(PROBLEM)
-    kept = [choice.choice_to_json(*item) for item in choice.choices_made().items()]
+    kept = [choice.choice_to_json(*item) for item in choice.plan.choices.items()]
     kept = json.loads(json.dumps(kept))
     stopwatch.seconds["slow"] = 3.0
     configure_kernels(tuning="force")
     made = dict(map(choice.choice_from_json, kept))
-    choice.keep_choices(made)
+    choice.plan.fix(made)
     assert choose_backend(PROBLEM).name == "slow"
     assert made[PROBLEM].timed is not None
     assert choose_backend(replace(PROBLEM, tokens=4096)).name == "slow"  # as for the nearest number of tokens
     assert choose_backend(replace(PROBLEM, backward=True)).name == "plain"  # nothing like it: by rule
     assert stopwatch.timed == 1
-    choice.allow_new_choices()
+    choice.plan.is_fixed = False
     assert choose_backend(replace(PROBLEM, tokens=1)).name == "plain"
     assert stopwatch.timed == 2
 
 
 def test_the_workspace_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "BACKENDS", (backend("workspace"), backend("tiled")))
+    monkeypatch.setattr(choice, "BACKENDS", by_name(backend("workspace"), backend("tiled")))
     assert choose_backend(PROBLEM).name == "workspace"
     configure_kernels(dense_workspace=False)
     assert choose_backend(PROBLEM).name == "tiled"
@@ -316,11 +321,9 @@ def test_the_summary_shows_what_was_chosen_why_and_when(stopwatch: Stopwatch, mo
 def test_the_kernels_of_the_device_that_do_not_serve_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = replace(backend("fast", "is not built"), device="cpu")
     other = replace(backend("other", "runs elsewhere"), device="cuda")
-    monkeypatch.setattr(choice, "BACKENDS", (fast, other, backend("plain")))
+    monkeypatch.setattr(choice, "BACKENDS", by_name(fast, other, backend("plain")))
     (row,) = topology_summary(make_layer((3, 5), 4, 6)).layers
     assert row.why == "not used yet; by rule: density 0.4 is at most 1; not fast: is not built"
     configure_kernels(tuning="once")
     choose_backend(PROBLEM)
-    assert set(choice.choices_made().values()) == {
-        choice.Choice("plain", "no other can serve; not fast: is not built")
-    }
+    assert set(choice.plan.choices.values()) == {choice.Choice("plain", "no other can serve; not fast: is not built")}

@@ -8,6 +8,7 @@ from helpers import error_bound, generator
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_dynsparse.blocks.layout import layout_of
 from hf_dynsparse.ops import gather, reference, workspace
 
 
@@ -47,10 +48,11 @@ def operands(shape, block_shape, nnzb, tokens, dtype=torch.float64):
 
 def products(backend, shape, input, grad, values, index, bias):
     """Output and gradients of input and values."""
+    layout = layout_of(index, shape, tuple(values.shape[1:]))
     return (
-        backend.dds(input, values, index, bias, shape, False),
-        backend.dds(grad, values, index, None, shape, True),
-        backend.sdd(grad, input, index, shape, tuple(values.shape[1:])),
+        backend.dds(input, values, layout, bias, False),
+        backend.dds(grad, values, layout, None, True),
+        backend.sdd(grad, input, layout),
     )
 
 
@@ -58,7 +60,7 @@ def products(backend, shape, input, grad, values, index, bias):
 @pytest.mark.parametrize("chunk", [(4, 1), (4, 4 * 16 * 8 * 3), (5, 1 << 20)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 13])
 def test_gather_in_chunks_of_tokens_and_lines(monkeypatch: pytest.MonkeyPatch, tokens, chunk, block_shape) -> None:
-    monkeypatch.setattr(gather, "PROCESSOR_CHUNK", chunk)
+    monkeypatch.setattr(gather, "CPU_CHUNK", chunk)
     shape = 7 * block_shape[0], 5 * block_shape[1]
     arguments = operands(shape, block_shape, 12, tokens)
     expected = products(reference, shape, *arguments)
@@ -68,7 +70,7 @@ def test_gather_in_chunks_of_tokens_and_lines(monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gather_sums_many_chunks_in_float32(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(gather, "PROCESSOR_CHUNK", (8, 1 << 20))
+    monkeypatch.setattr(gather, "CPU_CHUNK", (8, 1 << 20))
     arguments = operands((64, 96), (16, 16), 12, 512, dtype)
     *operands_, index, bias = arguments
     exact, sizes = (
@@ -132,9 +134,10 @@ def test_the_workspace_is_one_buffer_that_grows_and_is_released() -> None:
 
 def test_a_workspace_made_by_inference_serves_training() -> None:
     input, _, values, index, bias = operands((8, 12), (4, 4), 3, 5)
+    layout = layout_of(index, (8, 12), (4, 4))
     with torch.inference_mode():
-        output = workspace.dds(input, values, index, bias, (8, 12), False)
-    torch.testing.assert_close(workspace.dds(input, values, index, bias, (8, 12), False), output)
+        output = workspace.dds(input, values, layout, bias, False)
+    torch.testing.assert_close(workspace.dds(input, values, layout, bias, False), output)
 
 
 def test_results_do_not_share_the_workspace() -> None:
@@ -166,4 +169,5 @@ def test_threads_take_turns_with_the_workspace() -> None:
 def test_the_workspace_does_what_the_dense_layer_does() -> None:
     input, _, values, index, bias = operands((8, 12), (4, 4), 3, 5, torch.float32)
     weight = reference.to_dense(values, index, (8, 12))
-    assert torch.equal(workspace.dds(input, values, index, bias, (8, 12), False), linear(input, weight, bias))
+    output = workspace.dds(input, values, layout_of(index, (8, 12), (4, 4)), bias, False)
+    assert torch.equal(output, linear(input, weight, bias))

@@ -122,7 +122,7 @@ def test_a_damaged_index_is_refused_before_memory_is_touched() -> None:
 
 
 def test_an_instruction_set_must_be_there() -> None:
-    message = "This processor runs .*portable.* up to .*Got 'sse9'"
+    message = "This CPU runs .*portable.* up to .*Got 'sse9'"
     with pytest.raises(native.LibraryUnavailable, match=message), native.use_variant("sse9"):
         pass
 

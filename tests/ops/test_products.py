@@ -23,6 +23,7 @@ from helpers import (
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_dynsparse import BlockLayout
 from hf_dynsparse.ops import BACKENDS, block_sparse_linear, tiled, use_backend
 from hf_dynsparse.ops.operators import linear as sparse_linear
 from hf_dynsparse.ops.operators import linear_backward
@@ -231,8 +232,8 @@ def test_low_precision_of_a_layer_of_many_tiles(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("backend", serving(16, torch.float32))
 def test_each_gradient_can_be_wanted_alone(backend: str, wanted: tuple[bool, bool, bool]) -> None:
     case = make_case((3, 5), 16, 0.4, torch.float32)
-    served = next(entry for entry in BACKENDS if entry.name == backend)
-    found = served.backward(case.grad, case.input, case.values, case.block_index, (48, 80), wanted)
+    layout = BlockLayout(case.block_index, (48, 80), (16, 16))
+    found = BACKENDS[backend].backward(case.grad, case.input, case.values, layout, wanted)
     for ours, exact, want in zip(found, case.dense()[1:], wanted, strict=True):
         assert (ours is not None) == want
         if ours is not None:
@@ -332,11 +333,11 @@ def test_only_reference_and_workspace_make_a_tensor_as_large_as_the_weight(
     rows, columns = sides(block_size)
     grid = 64 // rows, 128 // columns
     case = make_case(grid, block_size, 0.1, torch.float32, (5,))
-    served = next(entry for entry in BACKENDS if entry.name == backend)
+    served, layout = BACKENDS[backend], BlockLayout(case.block_index, (64, 128), (rows, columns))
     for run, arguments in (
-        (served.dds, (case.input, case.values, case.block_index, case.bias, (64, 128), False)),
-        (served.dds, (case.grad, case.values, case.block_index, None, (64, 128), True)),
-        (served.sdd, (case.grad, case.input, case.block_index, (64, 128), (rows, columns))),
+        (served.dds, (case.input, case.values, layout, case.bias, False)),
+        (served.dds, (case.grad, case.values, layout, None, True)),
+        (served.sdd, (case.grad, case.input, layout)),
     ):
         with Recorder() as recorder:
             run(*arguments)

@@ -18,6 +18,8 @@ from helpers import error_bound, generator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from wrong_operands import FORMS, must_be_right_or_refused
 
+from hf_dynsparse import BlockLayout
+from hf_dynsparse.blocks.layout import layout_of
 from hf_dynsparse.ops import reference, triton
 
 
@@ -69,10 +71,11 @@ class Case:
         input, grad, values, bias = (
             self.operands[name].to(**to).clone() for name in ("input", "grad", "values", "bias")
         )
+        layout = layout_of(block_index, self.shape, self.block_shape)
         return (
-            products.dds(input, values, block_index, bias, self.shape, False),
-            products.dds(grad, values, block_index, None, self.shape, True),
-            products.sdd(grad, input, block_index, self.shape, self.block_shape),
+            products.dds(input, values, layout, bias, False),
+            products.dds(grad, values, layout, None, True),
+            products.sdd(grad, input, layout),
         )
 
     def absolute(self) -> "Case":
@@ -201,8 +204,9 @@ def test_nothing_waits_for_the_gpu(device: str) -> None:
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        triton.dds(operands["input"], operands["values"], case.on_device, operands["bias"], case.shape, False)
-        triton.sdd(operands["grad"], operands["input"], case.on_device, case.shape, case.block_shape)
+        layout = layout_of(case.on_device, case.shape, case.block_shape)
+        triton.dds(operands["input"], operands["values"], layout, operands["bias"], False)
+        triton.sdd(operands["grad"], operands["input"], layout)
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
@@ -214,7 +218,7 @@ def test_a_captured_graph_follows_the_topology(device: str) -> None:
     case.ours()  # compiles, and fills the cache with orders that must not end up in the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = triton.dds(input, values, case.on_device, bias, case.shape, False)
+        output = triton.dds(input, values, layout_of(case.on_device, case.shape, case.block_shape), bias, False)
     for topology in (TOPOLOGIES["some"], [1, 5, 11, 3, 8]):
         case.block_index.copy_(torch.tensor(topology))
         case.on_device.copy_(case.block_index)
@@ -258,9 +262,10 @@ def test_offsets_beyond_32_bits(device: str) -> None:
     grad = torch.zeros(tokens, case.shape[0], dtype=torch.float16, device=device)
     input[-5:], grad[-5:] = case.operands["input"], case.operands["grad"]
     values, bias = case.operands["values"].to(device), case.operands["bias"].to(device)
-    output = triton.dds(input, values, case.on_device, bias, case.shape, False)[-5:]
-    of_input = triton.dds(grad, values, case.on_device, None, case.shape, True)[-5:]
-    of_values = triton.sdd(grad, input, case.on_device, case.shape, case.block_shape)
+    layout = layout_of(case.on_device, case.shape, case.block_shape)
+    output = triton.dds(input, values, layout, bias, False)[-5:]
+    of_input = triton.dds(grad, values, layout, None, True)[-5:]
+    of_values = triton.sdd(grad, input, layout)
     for ours, exact in zip((output, of_input, of_values), expected, strict=True):
         assert (ours.cpu().double() - exact).norm() <= 1e-3 * exact.norm()
 
@@ -273,21 +278,11 @@ def test_operands_drawn_at_random_give_the_right_result_or_an_error(form: str, d
     assert min(outcomes["right"], outcomes["refused"]) > 5
 
 
-def test_line_order_worked_example() -> None:
+def test_groups_by_hand() -> None:
     #   . 1 .      slots: 3 of block 1, 0 of block 5, 2 of block 3, 1 of block 4
     #   2 3 0
-    index = torch.tensor([5, 4, 3, 1], dtype=torch.int32)
-    rows = triton.line_order(index, (2, 3), False)
-    assert rows.offsets.tolist() == [0, 1, 4]
-    assert rows.sources.tolist() == [1, 0, 1, 2]
-    assert rows.slots.tolist() == [3, 2, 1, 0]
-    assert rows.heaviest.tolist() == [1, 0]
-    columns = triton.line_order(index, (2, 3), True)
-    assert columns.offsets.tolist() == [0, 1, 3, 4]
-    assert columns.sources.tolist() == [1, 0, 1, 1]
-    assert columns.slots.tolist() == [2, 3, 1, 0]
-    assert columns.heaviest.tolist() == [1, 0, 2]
-    groups = triton.group_order(index, (2, 3), 2)
+    layout = BlockLayout(torch.tensor([5, 4, 3, 1], dtype=torch.int32), (2, 3), (1, 1))
+    groups = triton.group_order(layout, 2)
     assert groups.rows.tolist() == [0, 1, 1, -1]
     assert groups.starts.tolist() == [0, 1, 3, 0]
 
@@ -298,7 +293,7 @@ def test_groups_hold_every_entry_once(grid: tuple[int, int], group: int) -> None
     for seed in range(20):
         nnzb = 1 + seed * (grid[0] * grid[1] - 1) // 19
         index = torch.randperm(grid[0] * grid[1], generator=generator(seed))[:nnzb].int()
-        order = triton.group_order(index, grid, group)
+        order = triton.group_order(BlockLayout(index, grid, (1, 1)), group)
         entries = []
         for row, start in zip(order.rows.tolist(), order.starts.tolist(), strict=True):
             if row >= 0:
@@ -312,9 +307,10 @@ def test_groups_hold_every_entry_once(grid: tuple[int, int], group: int) -> None
 def test_orders_have_shapes_that_no_topology_changes() -> None:
     # A tensor without data: whatever would look at the topology, and so wait for a GPU, raises.
     with FakeTensorMode():
-        index = torch.empty(9, dtype=torch.int32)
-        order = triton.group_order(index, (5, 7), 4)
-        assert triton.line_order(index, (5, 7), True).offsets.shape == (8,)
+        layout = BlockLayout(torch.empty(9, dtype=torch.int32), (5, 7), (1, 1))
+        order = triton.group_order(layout, 4)
+        assert layout.by_column.offsets.shape == (8,)
+        assert layout.by_column.heaviest.shape == (7,)
     assert order.order.offsets.shape == (6,)
     assert order.rows.shape == order.starts.shape == (7,)
     assert order.rows.dtype == order.starts.dtype == order.order.sources.dtype == torch.int32

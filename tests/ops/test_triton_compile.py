@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_dynsparse import BlockLayout
 from hf_dynsparse.ops import triton as backend
 
 
@@ -108,12 +109,13 @@ def record(
     shape = 3 * side, 4 * side
     input, grad = (torch.empty(tokens, width, dtype=dtype) for width in shape[::-1])
     values, index = torch.empty(5, side, side, dtype=dtype), torch.tensor([9, 0, 11, 3, 8], dtype=torch.int32)
+    layout = BlockLayout(index, shape, (side, side))
     if product == "output":
-        backend.dds(input, values, index, torch.empty(shape[0], dtype=dtype), shape, False)
+        backend.dds(input, values, layout, torch.empty(shape[0], dtype=dtype), False)
     elif product == "input gradient":
-        backend.dds(grad, values, index, None, shape, True)
+        backend.dds(grad, values, layout, None, True)
     else:
-        backend.sdd(grad, input, index, shape, (side, side))
+        backend.sdd(grad, input, layout)
     return [launch for kernel in kernels for launch in kernel.made]
 
 

@@ -113,7 +113,7 @@ def test_each_thread_has_its_share_of_the_tokens(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("backward", [False, True])
 def test_real_backends_are_timed(backward: bool) -> None:
     problem = Problem.make(CPU, torch.float32, (16, 16), (64, 64), 4, 100, backward)
-    served = [entry for entry in BACKENDS if entry.why_not(CPU, torch.float32, (16, 16)) is None]
+    served = [entry for entry in BACKENDS.values() if entry.why_not(CPU, torch.float32, (16, 16)) is None]
     with torch.inference_mode():
         timing = time_backends(problem, served)
         glance = tuning.glance(problem, served)
@@ -150,7 +150,11 @@ def test_a_busy_machine_chooses_as_an_idle_one_and_keeps_nothing() -> None:
         for backward in (False, True):
             nnzb = round(0.1 * shape[0] * shape[1] / side**2)
             problem = Problem.make(CPU, torch.float32, (side, side), shape, nnzb, 1024, backward)
-            rivals = [entry for entry in BACKENDS[:4] if entry.why_not(CPU, torch.float32, (side, side)) is None]
+            rivals = [
+                entry
+                for entry in list(BACKENDS.values())[:4]
+                if entry.why_not(CPU, torch.float32, (side, side)) is None
+            ]
             timing = time_backends(problem, rivals)
             assert timing.fastest == "native", timing
             assert not timing.calm, timing

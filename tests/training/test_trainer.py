@@ -364,7 +364,7 @@ def test_a_resumed_run_keeps_the_backends_of_the_interrupted_one(tmp_path, monke
     settings = {"kernel_tuning": "force", "save_steps": 6, "save_strategy": "steps"}
     fastest("workspace")
     toy_trainer(tmp_path, **settings).train()
-    made = set(choice.choices_made().values())
+    made = set(choice.plan.choices.values())
     assert {made_choice.backend for made_choice in made} == {"workspace"}
     saved = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
     kept = saved["stateful_callbacks"]["KernelCallback"]["attributes"]["choices"]
@@ -372,17 +372,17 @@ def test_a_resumed_run_keeps_the_backends_of_the_interrupted_one(tmp_path, monke
 
     fastest("native")
     toy_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert {made_choice.backend for made_choice in choice.choices_made().values()} == {"workspace"}
+    assert {made_choice.backend for made_choice in choice.plan.choices.values()} == {"workspace"}
     # What the interrupted run used is not allowed any more: chosen anew, and said.
     settings["dense_workspace"] = False
     fastest("tiled")
     toy_trainer(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert {made_choice.backend for made_choice in choice.choices_made().values()} == {"tiled"}
+    assert {made_choice.backend for made_choice in choice.plan.choices.values()} == {"tiled"}
     assert "6 backends of the interrupted run are not to be had here" in caplog.text
     # A run of its own times for itself.
     fastest("native")
     toy_trainer(tmp_path / "other", **settings).train()
-    assert {made_choice.backend for made_choice in choice.choices_made().values()} <= {"native", "tiled"}
+    assert {made_choice.backend for made_choice in choice.plan.choices.values()} <= {"native", "tiled"}
 
 
 def test_kernel_arguments_are_checked_before_work_starts(tmp_path):

@@ -192,8 +192,8 @@ def export_bsr(source: Source, file: str | Path) -> None:
         }
         shapes = {f"{name}.weight": layer.shape for name, layer in layers.items()}
         for name, layer in layers.items():
-            layout, order = layer.layout, layer.layout.row_order
-            parts = layout.row_offsets.int(), layout.columns[order].int(), layer.values.detach()[order]
+            order = layer.layout.by_row
+            parts = order.offsets, order.columns, layer.values.detach()[order.slots]
             tensors |= {f"{name}.weight.{part}": tensor for part, tensor in zip(BSR_PARTS, parts, strict=True)}
         save_file(tensors, aside, {"shapes": json.dumps(shapes)})
 

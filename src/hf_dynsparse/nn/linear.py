@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..blocks.dense import to_blocks
 from ..blocks.draw import balanced_block_index, random_block_index
-from ..blocks.layout import BlockLayout
+from ..blocks.layout import BlockLayout, layout_of
 from ..blocks.sizes import as_block_shape, block_grid, check_sparsity, count_active_blocks
-from ..ops import Problem, block_sparse_linear, take_blocks, to_dense
+from ..ops import Problem, block_sparse_linear, to_dense
 
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class BlockSparseLinear(nn.Module):
     @property
     def layout(self) -> BlockLayout:
         """The topology and the orders derived from it."""
-        return BlockLayout(self.block_index, self.shape, self.block_shape)
+        return layout_of(self.block_index, self.shape, self.block_shape)
 
     def problem(self, tokens: int = 1, *, backward: bool = False, dtype: torch.dtype | None = None) -> Problem:
         """What a backend is chosen by when `tokens` rows pass through the layer, in `dtype` (default: its own)."""
@@ -166,7 +167,9 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` of shape `(..., in_features)` to `(..., out_features)`."""
-        return self.multiply(input, self.values, self.bias)
+        if input.shape[-1:] != (self.in_features,):
+            raise self._wrong_width(input)
+        return block_sparse_linear(input, self.values, self.block_index, self.bias, self.out_features)
 
     def multiply(self, input: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """
@@ -175,13 +178,16 @@ class BlockSparseLinear(nn.Module):
         Raises:
             ValueError: if the sizes, dtypes or devices do not fit together.
         """
-        # The operator takes the last side of `input` for the width of the matrix: only the layer knows better.
-        if not input.dim() or input.shape[-1] != self.in_features:
-            raise ValueError(
-                f"`input` must be of shape (..., {self.in_features}). Got {tuple(input.shape)}. Give the layer the "
-                "features that it was made for."
-            )
+        if input.shape[-1:] != (self.in_features,):
+            raise self._wrong_width(input)
         return block_sparse_linear(input, values, self.block_index, bias, self.out_features)
+
+    def _wrong_width(self, input: torch.Tensor) -> ValueError:
+        # The operator takes the last side of `input` for the width of the matrix: only the layer knows better.
+        return ValueError(
+            f"`input` must be of shape (..., {self.in_features}). Got {tuple(input.shape)}. Give the layer the "
+            "features that it was made for."
+        )
 
     def to_dense(self) -> torch.Tensor:
         """The dense weight of shape `(out_features, in_features)`, differentiable in `values`."""
@@ -189,10 +195,10 @@ class BlockSparseLinear(nn.Module):
 
     def to_sparse_bsr(self) -> torch.Tensor:
         """A copy of the weight as `torch.sparse_bsr_tensor` of shape `(out_features, in_features)`."""
-        layout = self.layout
-        order = layout.row_order
+        order = self.layout.by_row
+        values = self.values.detach()[order.slots]
         return torch.sparse_bsr_tensor(
-            layout.row_offsets, layout.columns[order], self.values.detach()[order], self.shape, check_invariants=True
+            order.offsets.long(), order.columns.long(), values, self.shape, check_invariants=True
         )
 
     @torch.no_grad()
@@ -232,8 +238,7 @@ class BlockSparseLinear(nn.Module):
         if weight.device.type == "meta":
             return layer
         layer.to_empty(device=weight.device)
-        every_block = torch.arange(layer.num_blocks, device=weight.device)
-        blocks = take_blocks(weight.contiguous(), every_block, layer.block_shape)
+        blocks = to_blocks(weight, layer.block_shape).flatten(0, 1)  # [num_blocks, rows, columns]
         norm = blocks.abs().sum((1, 2), dtype=torch.float64)
         kept = norm.sort(descending=True, stable=True).indices[: layer.nnzb].sort().values
         layer.block_index.copy_(kept)

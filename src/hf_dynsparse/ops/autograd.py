@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 
+from ..blocks.layout import layout_of
 from .backends import BACKENDS, Gradients
 from .operators import compute_linear, compute_linear_backward, linear, linear_backward
-from .transforms import is_recorded, is_transformed
+from .transforms import is_plain, is_transformed
 
 
 Wanted = tuple[bool, bool, bool]  # gradients of input, values and bias
-
-# Of plain differentiable PyTorch.
-REFERENCE = next(backend for backend in BACKENDS if backend.name == "reference")
 
 
 def block_sparse_linear(
@@ -58,23 +56,15 @@ def block_sparse_linear(
     return _linear(flat, values, block_index, bias, out_features).view(*input.shape[:-1], out_features)
 
 
-def _linear(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_features: int,
-) -> torch.Tensor:
-    """`linear` by the shortest way: an operator costs more than a small product."""
-    if torch.compiler.is_compiling():
-        return linear(input, values, block_index, bias, out_features)
-    if is_transformed():
-        return _Linear.apply(input, values, block_index, bias, out_features)
-    if is_recorded(input):
-        return linear(input, values, block_index, bias, out_features)
-    if torch.is_grad_enabled():
-        return _EagerLinear.apply(input, values, block_index, bias, out_features)
-    return compute_linear(input, values, block_index, bias, out_features)
+def _linear(input: torch.Tensor, *others: Any) -> torch.Tensor:
+    """`linear` by the shortest way."""
+    product: Callable[..., torch.Tensor] = linear
+    if not torch.compiler.is_compiling():
+        if is_plain(input):
+            product = _EagerLinear.apply if torch.is_grad_enabled() else compute_linear
+        elif is_transformed():
+            product = _Linear.apply
+    return product(input, *others)
 
 
 def _linear_backward(
@@ -90,14 +80,14 @@ def _linear_backward(
     if torch.compiler.is_compiling():
         results: Sequence[torch.Tensor] = linear_backward(*operands)
     elif torch._C._functorch.is_legacy_batchedtensor(grad):  # several at once, by `is_grads_batched`
-        shape = grad.shape[1], input.shape[1]
-        return REFERENCE.backward(grad, input, values, block_index, shape, wanted)
+        # PyTorch's own products know what to do.
+        _, rows, columns = values.shape
+        layout = layout_of(block_index, (grad.shape[1], input.shape[1]), (rows, columns))
+        return BACKENDS["reference"].backward(grad, input, values, layout, wanted)
     elif torch.is_grad_enabled() or is_transformed():
         results = _LinearBackward.apply(*operands)
-    elif is_recorded(grad):
-        results = linear_backward(*operands)
     else:
-        results = compute_linear_backward(*operands)
+        results = (compute_linear_backward if is_plain(grad) else linear_backward)(*operands)
     rest = iter(results)
     of_input, of_values, of_bias = (next(rest) if want else None for want in wanted)
     return of_input, of_values, of_bias

@@ -1,10 +1,11 @@
-"""The implementations of the products: an ordered table, each with what it can serve."""
+"""The implementations of the products: a table, each with what it can serve."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ..blocks.layout import BlockLayout
 from . import gather, native, reference, tiled, triton, workspace
 from .reference import Shape
 
@@ -43,8 +44,7 @@ class Backend:
         grad: torch.Tensor,
         input: torch.Tensor,
         values: torch.Tensor,
-        block_index: torch.Tensor,
-        shape: Shape,
+        layout: BlockLayout,
         wanted: tuple[bool, bool, bool],
     ) -> Gradients:
         """
@@ -53,26 +53,45 @@ class Backend:
         Args:
             grad (`torch.Tensor` of shape `(tokens, out_features)`): gradient of the output.
             input (`torch.Tensor` of shape `(tokens, in_features)`).
-            values, block_index: the weight, of `shape` `(out_features, in_features)`.
+            values (`torch.Tensor` of shape `(nnzb, rows, columns)`), layout: the weight.
             wanted (`tuple[bool, bool, bool]`): whether those of input, values and bias are wanted.
 
         Returns:
             Gradients of input, values and bias; `None` where not wanted.
         """
         if self.fused_backward is not None:
-            return self.fused_backward(grad, input, values, block_index, shape, wanted)
+            return self.fused_backward(grad, input, values, layout, wanted)
         return (
-            self.dds(grad, values, block_index, None, shape, True) if wanted[0] else None,
-            self.sdd(grad, input, block_index, shape, tuple(values.shape[1:])) if wanted[1] else None,
+            self.dds(grad, values, layout, None, True) if wanted[0] else None,
+            self.sdd(grad, input, layout) if wanted[1] else None,
             grad.sum(0) if wanted[2] else None,
         )
 
 
-# In order of preference while nothing has been timed.
-BACKENDS: tuple[Backend, ...] = (
+# By name, in order of preference while nothing has been timed.
+BACKENDS: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend) -> None:
+    """
+    Add an implementation of the products, also from outside the package: it is timed beside the others from the next
+    product of a new kind on. While nothing is timed, those of the package go first.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+    if (taken := BACKENDS.get(backend.name)) is not None:
+        raise ValueError(
+            f"A backend must have a name of its own. Got {backend.name!r}, which is taken by: {taken.summary}. Choose "
+            "another."
+        )
+    BACKENDS[backend.name] = backend
+
+
+for _backend in (
     Backend(
         "native",
-        "compiled kernels of the processor",
+        "compiled kernels of the CPU",
         native.why_not,
         native.dds,
         native.sdd,
@@ -93,4 +112,5 @@ BACKENDS: tuple[Backend, ...] = (
     Backend("workspace", "a transient dense weight", workspace.why_not, workspace.dds, workspace.sdd),
     Backend("tiled", "dense tiles, never a whole dense weight", tiled.why_not, tiled.dds, tiled.sdd),
     Backend("reference", "the slow truth of the tests", reference.why_not, reference.dds, reference.sdd),
-)
+):
+    register_backend(_backend)

@@ -2,8 +2,8 @@
 What a product may be given. All sizes, dtypes, devices and block ids are compared here, at the operator, so that no
 backend reads or writes beyond its operands, in eager, compiled and exported form.
 
-A product of one token takes microseconds: the verdict about sizes is remembered by them, that about block ids by the
-tensor that holds them.
+A product of one token takes microseconds, so nothing is compared twice: what is right is remembered, sizes beside the
+backend that serves them (`ops/choice.py`), block ids beside the tensor that holds them (`blocks/layout.py`).
 """
 
 from dataclasses import dataclass
@@ -13,127 +13,22 @@ from typing import Any
 
 import torch
 
+from ..blocks.layout import BlockLayout, layout_of, layouts_of
 from ..blocks.sizes import block_grid
-from .orders import check_once, check_topology
-from .problem import Problem
 from .reference import Shape
 
 
-__all__ = ["check_linear", "check_linear_backward", "check_linear_backward_sizes", "check_linear_sizes"]
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# What the rules look at of a tensor. `True` stands for the processor: it is read faster than a device.
+# What the rules look at of a tensor. `True` stands for the CPU: it is read faster than a device.
 Facts = tuple[torch.Size, torch.dtype, torch.device | bool]
 
 MOST_BLOCKS = 2**31 - 1
 
-# Sizes that are remembered; each number of tokens counts.
-REMEMBERED = 4096
-
-
-def check_linear(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_features: int,
-) -> Problem:
-    """
-    The problem that `linear` is asked to solve.
-
-    Raises:
-        ValueError: if the operands do not fit together, or `block_index` is not that of a matrix of this size.
-    """
-    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.is_cpu or bias.device)
-    problem, weight = _linear_problem(
-        (input.shape, input.dtype, input.is_cpu or input.device),
-        (values.shape, values.dtype, values.is_cpu or values.device),
-        of_bias,
-        out_features,
-        torch.get_num_threads(),
-    )
-    check_once(_check_block_index, block_index, weight)
-    return problem
-
-
-def check_linear_backward(
-    grad: torch.Tensor, input: torch.Tensor, values: torch.Tensor, block_index: torch.Tensor
-) -> Problem:
-    """
-    The problem that `linear_backward` is asked to solve.
-
-    Raises:
-        ValueError: as `check_linear`.
-    """
-    problem, weight = _linear_backward_problem(
-        (grad.shape, grad.dtype, grad.is_cpu or grad.device),
-        (input.shape, input.dtype, input.is_cpu or input.device),
-        (values.shape, values.dtype, values.is_cpu or values.device),
-        torch.get_num_threads(),
-    )
-    check_once(_check_block_index, block_index, weight)
-    return problem
-
-
-def check_linear_sizes(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_features: int,
-) -> None:
-    """What `check_linear` can see of tensors without contents."""
-    _check_operands(_facts(input), _facts(values), out_features)
-    if bias is not None:
-        _check_bias(_facts(input), _facts(bias), out_features)
-    _check_index_sizes(block_index, values.shape[0], input.device)
-
-
-def check_linear_backward_sizes(
-    grad: torch.Tensor, input: torch.Tensor, values: torch.Tensor, block_index: torch.Tensor
-) -> None:
-    """What `check_linear_backward` can see of tensors without contents."""
-    _check_grad(_facts(grad), _facts(input))
-    _check_operands(_facts(input), _facts(values), grad.shape[1])
-    _check_index_sizes(block_index, values.shape[0], input.device)
-
-
-@lru_cache(REMEMBERED)
-def _linear_problem(input: Facts, values: Facts, bias: Facts | None, out_features: int, threads: int) -> "_Known":
-    try:
-        out_features = int(as_integer(out_features))
-    except TypeError:
-        raise ValueError(f"`out_features` must be an integer. Got {out_features!r}. Give that of the layer.") from None
-    _check_operands(input, values, out_features)
-    if bias is not None:
-        _check_bias(input, bias, out_features)
-    return _known(input, values, out_features, backward=False)
-
-
-@lru_cache(REMEMBERED)
-def _linear_backward_problem(grad: Facts, input: Facts, values: Facts, threads: int) -> "_Known":
-    _check_grad(grad, input)
-    _check_operands(input, values, grad[0][1])
-    return _known(input, values, grad[0][1], backward=True)
-
-
-def _known(input: Facts, values: Facts, out_features: int, *, backward: bool) -> "_Known":
-    ((tokens, in_features), dtype, place), ((nnzb, rows, columns), _, _) = input, values
-    device = _device(place)
-    shape, block_shape = (out_features, in_features), (rows, columns)
-    problem = Problem.make(device, dtype, block_shape, shape, nnzb, tokens, backward)
-    return problem, _weight(shape, block_shape, nnzb, device)
-
-
-@lru_cache(REMEMBERED)
-def _weight(shape: Shape, block_shape: Shape, nnzb: int, device: torch.device) -> "_Weight":
-    return _Weight(shape, block_shape, nnzb, device)
-
 
 @dataclass(frozen=True, eq=False)  # one object for each: found by its identity, which costs least
-class _Weight:
-    """What a `block_index` must fit."""
+class Weight:
+    """What a `block_index` must fit: `(out_features, in_features)`, sides of a block, active blocks, device."""
 
     shape: Shape
     block_shape: Shape
@@ -141,15 +36,93 @@ class _Weight:
     device: torch.device
 
 
-_Known = tuple[Problem, _Weight]
+find_weight = lru_cache(4096)(Weight)
 
 
-def _facts(tensor: torch.Tensor) -> Facts:
+def facts_of(tensor: torch.Tensor) -> Facts:
+    """What the rules look at."""
     return tensor.shape, tensor.dtype, tensor.is_cpu or tensor.device
 
 
-def _device(place: torch.device | bool) -> torch.device:
-    return place if isinstance(place, torch.device) else torch.device("cpu")
+def device_of(facts: Facts) -> torch.device:
+    """Where the tensor is."""
+    return facts[2] if isinstance(facts[2], torch.device) else torch.device("cpu")
+
+
+def check_integer(out_features: int) -> int:
+    """
+    `out_features` as an `int`.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return int(as_integer(out_features))
+    except TypeError:
+        raise ValueError(f"`out_features` must be an integer. Got {out_features!r}. Give that of the layer.") from None
+
+
+def check_linear(input: Facts, values: Facts, bias: Facts | None, out_features: int) -> None:
+    """
+    Check the operands of `linear`, all but `block_index`.
+
+    Raises:
+        ValueError: if they do not fit together.
+    """
+    _check_operands(input, values, out_features)
+    if bias is not None:
+        _check_bias(input, bias, out_features)
+
+
+def check_linear_backward(grad: Facts, input: Facts, values: Facts) -> None:
+    """
+    Check the operands of `linear_backward`, all but `block_index`.
+
+    Raises:
+        ValueError: if they do not fit together.
+    """
+    _check_grad(grad, input)
+    _check_operands(input, values, grad[0][1])
+
+
+def check_block_index(block_index: torch.Tensor, weight: Weight) -> BlockLayout:
+    """
+    The layout of `block_index` for a product with `weight`; found in `layouts_of(block_index)` from now on.
+
+    Raises:
+        ValueError: if it does not fit, or names a block that the matrix does not have, or one twice.
+    """
+    check_index_sizes(block_index, weight.nnzb, weight.device)
+    layout = layout_of(block_index, weight.shape, weight.block_shape)
+    # While a graph is captured nobody may wait for the GPU: its kernel has run before, and was checked then.
+    if not block_index.is_meta and not (block_index.is_cuda and torch.cuda.is_current_stream_capturing()):
+        layout.validate()
+    layouts_of(block_index)[weight] = layout
+    return layout
+
+
+def check_index_sizes(block_index: torch.Tensor, nnzb: int, device: torch.device) -> None:
+    """
+    Check what can be seen of a `block_index` without its contents.
+
+    Raises:
+        ValueError: if it does not fit `nnzb` blocks on `device`.
+    """
+    if block_index.dtype != torch.int32 or block_index.dim() != 1:
+        raise ValueError(
+            f"`block_index` must be a 1-D int32 tensor. Got {block_index.dtype} of shape {_sizes(block_index.shape)}. "
+            "Convert it with `.flatten().int()`."
+        )
+    if block_index.shape[0] != nnzb:
+        raise ValueError(
+            f"`block_index` must name one block for each of the `values`. Got {block_index.shape[0]} ids for {nnzb} "
+            "blocks. Change both together."
+        )
+    if block_index.device != device:
+        raise ValueError(
+            f"`input` and the layer's `block_index` must be on one device. Got {device} and {block_index.device}. "
+            "Move one with `.to(...)`."
+        )
 
 
 def _check_operands(input: Facts, values: Facts, out_features: int) -> None:
@@ -205,34 +178,8 @@ def _check_alike(input: Facts, other: Facts, name: str) -> None:
         )
     if other_place != place:
         raise ValueError(
-            f"`input` and {name} must be on one device. Got {_device(place)} and {_device(other_place)}. Move one "
+            f"`input` and {name} must be on one device. Got {device_of(input)} and {device_of(other)}. Move one "
             "with `.to(...)`."
-        )
-
-
-def _check_block_index(block_index: torch.Tensor, weight: _Weight) -> None:
-    _check_index_sizes(block_index, weight.nnzb, weight.device)
-    if block_index.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # nobody may wait for the GPU now; a kernel that is captured has run before, and was checked then
-    if not block_index.is_meta:
-        check_topology(block_index, weight.shape, weight.block_shape)
-
-
-def _check_index_sizes(block_index: torch.Tensor, nnzb: int, device: torch.device) -> None:
-    if block_index.dtype != torch.int32 or block_index.dim() != 1:
-        raise ValueError(
-            f"`block_index` must be a 1-D int32 tensor. Got {block_index.dtype} of shape {_sizes(block_index.shape)}. "
-            "Convert it with `.flatten().int()`."
-        )
-    if block_index.shape[0] != nnzb:
-        raise ValueError(
-            f"`block_index` must name one block for each of the `values`. Got {block_index.shape[0]} ids for {nnzb} "
-            "blocks. Change both together."
-        )
-    if block_index.device != device:
-        raise ValueError(
-            f"`input` and the layer's `block_index` must be on one device. Got {device} and {block_index.device}. "
-            "Move one with `.to(...)`."
         )
 
 

@@ -1,5 +1,5 @@
 """
-Dropout on a processor without its cost: the mask is a hash of a seed and of each entry's place.
+Dropout on a CPU without its cost: the mask is a hash of a seed and of each entry's place.
 
 PyTorch draws every entry of a mask from one serial generator, which takes as long as a sparse product. Here only the
 seed comes from that generator, so saving and restoring its state repeats a run, and no mask is kept for the backward
@@ -18,7 +18,7 @@ def seeded_dropout(input: torch.Tensor, seed: torch.Tensor, p: float) -> torch.T
     `input` with entries zeroed with probability `p` and the others divided by `1 - p`.
 
     Args:
-        input (`torch.Tensor`, float32 or bfloat16, on the processor).
+        input (`torch.Tensor`, float32 or bfloat16, on the CPU).
         seed (`torch.Tensor` of shape `()`, `torch.int64`): the same seed zeroes the same places.
         p (`float`): in (0, 1).
     """
@@ -30,12 +30,12 @@ def seeded_dropout(input: torch.Tensor, seed: torch.Tensor, p: float) -> torch.T
 def _check(input: torch.Tensor, seed: torch.Tensor, p: float) -> None:
     if input.dtype not in native.DTYPES or input.device.type not in ("cpu", "meta") or input.layout != torch.strided:
         raise ValueError(
-            "Seeded dropout takes float32 or bfloat16 on the processor. Got "
+            "Seeded dropout takes float32 or bfloat16 on the CPU. Got "
             f"{input.dtype} on {input.device} ({input.layout}). Use `torch.nn.functional.dropout`."
         )
     if seed.dtype != torch.int64 or seed.dim() or seed.device.type not in ("cpu", "meta"):
         raise ValueError(
-            f"`seed` must be one int64 on the processor, of shape (). Got {seed.dtype} of shape {tuple(seed.shape)} "
+            f"`seed` must be one int64 on the CPU, of shape (). Got {seed.dtype} of shape {tuple(seed.shape)} "
             f"on {seed.device}. Draw it with `torch.randint(..., ())`."
         )
     if not 0.0 < p < 1.0:
@@ -63,7 +63,7 @@ seeded_dropout.register_autograd(_backward, setup_context=_setup_context)
 
 
 def dropout(input: torch.Tensor, p: float, training: bool = True) -> torch.Tensor:
-    """`torch.nn.functional.dropout`, by a seeded mask where the kernels of the processor can: other draws."""
+    """`torch.nn.functional.dropout`, by a seeded mask where the kernels of the CPU can: other draws."""
     possible = input.device.type == "cpu" and input.dtype in native.DTYPES and _has_kernels()
     # What `torch.func` and forward mode need to know of dropout, PyTorch knows of its own.
     transformed = not torch.compiler.is_compiling() and is_transformed()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .orders import block_order, derived
+from ..blocks.layout import BlockLayout
 from .reference import Shape
 
 
@@ -20,7 +20,7 @@ __all__ = ["break_even", "dds", "sdd", "why_not"]
 SMALLEST_SIDE = 16
 
 # Tokens multiplied at a time, and bytes that are gathered at once: what a core's cache holds, what fills a GPU.
-PROCESSOR_CHUNK = 256, 1 << 20
+CPU_CHUNK = 256, 1 << 20
 DEVICE_CHUNK = 8192, 1 << 26
 
 
@@ -51,7 +51,7 @@ def why_not(device: torch.device, dtype: torch.dtype, block_shape: Shape) -> str
 
 def break_even(device: torch.device, block_shape: Shape) -> float:
     """
-    Density above which the dense product is taken for faster: measured at 768 x 768, 1,024 tokens, on a processor.
+    Density above which the dense product is taken for faster: measured at 768 x 768, 1,024 tokens, on a CPU.
     """
     if device.type != "cpu":
         return 0.0  # not measured
@@ -60,20 +60,12 @@ def break_even(device: torch.device, block_shape: Shape) -> float:
 
 
 def dds(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    shape: Shape,
-    transposed: bool,
+    input: torch.Tensor, values: torch.Tensor, layout: BlockLayout, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
-    """
-    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `reference.dds`.
-    """
-    _, rows, columns = values.shape
-    width, side, across = (shape[1], columns, rows) if transposed else (shape[0], rows, columns)
+    """`input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `reference.dds`."""
+    width, side, across = layout.shape[transposed], layout.block_shape[transposed], layout.block_shape[not transposed]
     tokens, lines = input.shape[0], width // side
-    step, groups = _plan(input, block_index, shape, (rows, columns), transposed)
+    step, groups = _chunks(input, layout, transposed)
     blocks = values if transposed else values.transpose(1, 2)
     weights = [blocks[group.slots].reshape(group.lines.numel(), group.count * across, side) for group in groups]
     # The groups write their lines one after the other: where does each line of the output come from?
@@ -97,13 +89,10 @@ def dds(
     return output
 
 
-def sdd(
-    grad: torch.Tensor, input: torch.Tensor, block_index: torch.Tensor, shape: Shape, block_shape: Shape
-) -> torch.Tensor:
+def sdd(grad: torch.Tensor, input: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
     """The active blocks of `grad.T @ input`; see `reference.sdd`."""
-    rows, columns = block_shape
-    tokens, nnzb = input.shape[0], block_index.numel()
-    step, groups = _plan(input, block_index, shape, block_shape, False)
+    (rows, columns), tokens = layout.block_shape, input.shape[0]
+    step, groups = _chunks(input, layout, False)
     # Sums over chunks are at least float32: low precision is rounded once more, no matter how many there are.
     dtype = torch.promote_types(grad.dtype, torch.float32)
     sums = [grad.new_zeros(group.lines.numel(), rows, group.count * columns, dtype=dtype) for group in groups]
@@ -114,28 +103,25 @@ def sdd(
         for group, total in zip(groups, sums, strict=True):
             of_lines = grad_chunk.index_select(1, group.lines).permute(1, 2, 0)  # [lines, rows, tokens]
             total += torch.bmm(of_lines, _gather(chunk, group))
-    output = input.new_empty(nnzb, rows, columns)
+    output = input.new_empty(layout.nnzb, rows, columns)
     for group, total in zip(groups, sums, strict=True):
         split = total.view(group.lines.numel(), rows, group.count, columns).transpose(1, 2)
         output[group.slots] = split.flatten(0, 1).to(output.dtype)
     return output
 
 
-def _plan(
-    features: torch.Tensor, block_index: torch.Tensor, shape: Shape, block_shape: Shape, by_column: bool
-) -> tuple[int, list[_Group]]:
+def _chunks(features: torch.Tensor, layout: BlockLayout, by_column: bool) -> tuple[int, list[_Group]]:
     """How many tokens to multiply at a time, and the groups to do it by."""
-    step, limit = PROCESSOR_CHUNK if features.device.type == "cpu" else DEVICE_CHUNK
+    step, limit = CPU_CHUNK if features.device.type == "cpu" else DEVICE_CHUNK
     # Of the layer alone, not of the number of tokens: the groups are kept until the topology changes.
-    entries = limit // (step * block_shape[not by_column] * features.element_size())
-    return step, derived(_groups, block_index, shape, block_shape, by_column, entries)
+    entries = limit // (step * layout.block_shape[not by_column] * features.element_size())
+    return step, layout.derived(_groups, by_column, entries)
 
 
-def _groups(block_index: torch.Tensor, shape: Shape, block_shape: Shape, by_column: bool, limit: int) -> list[_Group]:
+def _groups(layout: BlockLayout, by_column: bool, limit: int) -> list[_Group]:
     """Groups of at most `limit` blocks, or of one line."""
-    order = block_order(block_index, shape, block_shape, by_column)
-    offsets, slots = order.offsets.long(), order.slots.long()
-    sources = (order.rows if by_column else order.columns).long()
+    order = layout.by_column if by_column else layout.by_row
+    offsets, slots, sources = order.offsets.long(), order.slots.long(), order.sources.long()
     counts = offsets.diff()
     groups = []
     for count in counts.unique().tolist():

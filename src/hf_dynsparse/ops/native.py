@@ -1,5 +1,5 @@
 """
-The backend of the processor: the kernels of `csrc/`, compiled once per instruction set and called through ctypes.
+The backend of the CPU: the kernels of `csrc/`, compiled once per instruction set and called through ctypes.
 
 The library shares PyTorch's OpenMP threads and obeys `torch.set_num_threads`. Bit-reproducible for a given number of
 threads. Sums are float32 for every dtype.
@@ -7,14 +7,15 @@ threads. Sums are float32 for every dtype.
 
 import ctypes
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
-from .orders import BlockOrder, block_order, derived
+from ..blocks.layout import BlockLayout, BlockOrder
 from .reference import Shape
 
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 BLOCK_SHAPES = ((1, 1), (1, 4), (4, 4), (8, 8), (16, 16), (32, 32), (64, 64))
 DTYPES = (torch.float32, torch.bfloat16)
 
-# What `best_variant` of the portable library answers -> the library for that processor; the best first.
+# What `best_variant` of the portable library answers -> the library for that CPU; the best first.
 VARIANTS = {5: "x86_64_v4_bf16", 4: "x86_64_v4", 3: "x86_64_v3", 0: "portable"}
 
 INTERFACE_VERSION = 3
@@ -47,7 +48,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Order(ctypes.Structure):
-    """`Order` of csrc/orders.hpp: the addresses of a `BlockOrder`, which it keeps alive."""
+    """`Order` of csrc/orders.hpp: the addresses of a [`BlockOrder`], which it keeps alive."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("offsets", "rows", "columns", "slots")]
 
@@ -90,12 +91,12 @@ def use_variant(variant: str) -> Iterator[None]:
     Use the kernels for another instruction set inside the `with` block, to test or to measure them.
 
     Raises:
-        LibraryUnavailable: if they are not built, or the processor lacks the instructions.
+        LibraryUnavailable: if they are not built, or the CPU lacks the instructions.
     """
     levels = {name: level for level, name in VARIANTS.items()}
     best = load_variant("portable").best_variant()
     if levels.get(variant, best + 1) > best:
-        raise LibraryUnavailable(f"This processor runs {', '.join(levels)} up to {VARIANTS[best]}. Got {variant!r}.")
+        raise LibraryUnavailable(f"This CPU runs {', '.join(levels)} up to {VARIANTS[best]}. Got {variant!r}.")
     global _forced
     before, _forced = _forced, (variant, load_variant(variant))
     try:
@@ -108,7 +109,7 @@ _forced: tuple[str, ctypes.CDLL] | None = None
 
 
 def _best() -> tuple[str, ctypes.CDLL] | str:
-    """The library for this processor under its name, or why there is none."""
+    """The library for this CPU under its name, or why there is none."""
     return _forced or _find_best()
 
 
@@ -130,7 +131,7 @@ def _find_best() -> tuple[str, ctypes.CDLL] | str:
 def why_not(device: torch.device, dtype: torch.dtype, block_shape: Shape) -> str | None:
     """Why these operands cannot be served, or `None` if they can."""
     if device.type != "cpu":
-        return "runs on the processor"
+        return "runs on the CPU"
     if dtype not in DTYPES:
         return f"needs {' or '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}"
     if block_shape not in BLOCK_SHAPES:
@@ -142,47 +143,60 @@ def why_not(device: torch.device, dtype: torch.dtype, block_shape: Shape) -> str
 def break_even(device: torch.device, block_shape: Shape) -> float:
     """
     Density above which the dense product is faster: measured at 256 x 256 and 768 x 768, 4,096 tokens, on
-    an AVX-512 processor.
+    an AVX-512 CPU.
     """
     return 0.6 if block_shape[0] > 1 else 0.25
 
 
+@dataclass(frozen=True, eq=False)
+class _Kernels:
+    """
+    What the kernels need to know of a layout, whatever passes through the layer.
+
+    Args:
+        dtype (`torch.dtype`): of the operands that they read.
+        format (`tuple[int, int, int]`): rows, columns and depth, as in `_Layer`.
+        sizes (`tuple[int, int, int]`): out_features, in_features and nnzb.
+        forward, backward: the functions of csrc/block_sparse.cpp.
+        by_row (`_Order`): the order of the blocks that both read.
+    """
+
+    dtype: torch.dtype
+    format: tuple[int, int, int]
+    sizes: tuple[int, int, int]
+    forward: Callable[..., int]
+    backward: Callable[..., int]
+    by_row: _Order
+
+
+_layer = lru_cache(4096)(_Layer)  # the kernels do not write to it
+
+
 def dds(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    shape: Shape,
-    transposed: bool,
+    input: torch.Tensor, values: torch.Tensor, layout: BlockLayout, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
-    """
-    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `hf_dynsparse.ops.reference.dds`.
-    """
+    """`input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `reference.dds`."""
     if transposed:
-        grad_input, _, _ = backward(input, None, values, block_index, shape, (True, False, False))
+        grad_input, _, _ = backward(input, None, values, layout, (True, False, False))
         assert grad_input is not None
         return grad_input if bias is None else grad_input.add_(bias)
-    dtype, block_shape = input.dtype, _block_shape(values)
-    kernel = _kernel_dtype(dtype, block_shape)
-    # Named, so that copies live until the call has returned.
-    input, values = _readable(input, kernel), _readable(values, kernel)
-    bias = None if bias is None else _readable(bias, torch.float32)
-    output = input.new_empty(input.shape[0], shape[0])
-    _call(
-        "forward",
-        _layer(input.shape[0], shape, block_shape, block_index, kernel),
-        [derived(_order, block_index, shape, block_shape, False)],
-        [input, values, bias, output],
-    )
-    return output if kernel == dtype else output.to(dtype)
+    dtype = input.dtype
+    kernels: _Kernels = layout.results.get((_kernels, dtype, _forced)) or layout.derived(_kernels, dtype, _forced)
+    if dtype != kernels.dtype:
+        input, values = input.to(kernels.dtype), values.to(kernels.dtype)
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.to(torch.float32)
+    output = input.new_empty(input.shape[0], layout.shape[0])
+    readable, addresses = _readable(input, values, bias, output)
+    layer = _layer(*kernels.format, torch.get_num_threads(), input.shape[0], *kernels.sizes)
+    if kernels.forward(layer, kernels.by_row, *addresses):
+        raise RuntimeError(f"The native backend has no forward for {layer.rows} x {layer.columns} blocks.")
+    return output if dtype == kernels.dtype else output.to(dtype)
 
 
-def sdd(
-    grad: torch.Tensor, input: torch.Tensor, block_index: torch.Tensor, shape: Shape, block_shape: Shape
-) -> torch.Tensor:
-    """The active blocks of `grad.T @ input`; see `hf_dynsparse.ops.reference.sdd`."""
-    values = grad.new_empty(block_index.numel(), *block_shape)  # only its shape is read
-    _, grad_values, _ = backward(grad, input, values, block_index, shape, (False, True, False))
+def sdd(grad: torch.Tensor, input: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    """The active blocks of `grad.T @ input`; see `reference.sdd`."""
+    _, grad_values, _ = backward(grad, input, None, layout, (False, True, False))
     assert grad_values is not None
     return grad_values
 
@@ -190,32 +204,38 @@ def sdd(
 def backward(
     grad: torch.Tensor,
     input: torch.Tensor | None,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    shape: Shape,
+    values: torch.Tensor | None,
+    layout: BlockLayout,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """
-    The gradients of input, values and bias, each `None` unless wanted: one pass over `grad`; see
-    `Backend.backward`. `input` may be `None` if only others than `values` want one.
+    The gradients of input, values and bias, each `None` unless wanted, in one pass over `grad`; see
+    `Backend.backward`. Only the gradient of `values` needs `input`, only that of `input` needs `values`.
     """
-    dtype, block_shape = grad.dtype, _block_shape(values)
-    kernel = _kernel_dtype(dtype, block_shape)
-    grad, values = _readable(grad, kernel), _readable(values, kernel)
-    input = None if input is None else _readable(input, kernel)
-    grad_input = grad.new_empty(grad.shape[0], shape[1]) if wanted[0] else None
-    grad_values = grad.new_empty(values.shape, dtype=torch.float32) if wanted[1] else None
-    grad_bias = grad.new_empty(shape[0], dtype=torch.float32) if wanted[2] else None
-    _call(
-        "backward",
-        _layer(grad.shape[0], shape, block_shape, block_index, kernel),
-        [derived(_order, block_index, shape, block_shape, by_column) for by_column in (False, True)],
-        [grad, input, values, grad_input, grad_values, grad_bias],
+    dtype = grad.dtype
+    kernels: _Kernels = layout.derived(_kernels, dtype, _forced)
+    if dtype != kernels.dtype:
+        grad = grad.to(kernels.dtype)
+        input = None if input is None else input.to(kernels.dtype)
+        values = None if values is None else values.to(kernels.dtype)
+    tokens, (out_features, in_features) = grad.shape[0], layout.shape
+    results = (
+        grad.new_empty(tokens, in_features) if wanted[0] else None,
+        grad.new_empty(layout.nnzb, *layout.block_shape, dtype=torch.float32) if wanted[1] else None,
+        grad.new_empty(out_features, dtype=torch.float32) if wanted[2] else None,
     )
-    grad_input, grad_values, grad_bias = (
-        None if result is None else result.to(dtype) for result in (grad_input, grad_values, grad_bias)
+    readable, addresses = _readable(grad, input, values, *results)
+    layer = _layer(*kernels.format, torch.get_num_threads(), tokens, *kernels.sizes)
+    if kernels.backward(layer, kernels.by_row, layout.derived(_column_order), *addresses):
+        raise RuntimeError(f"The native backend has no backward for {layer.rows} x {layer.columns} blocks.")
+    of_input, of_values, of_bias = results
+    if dtype == torch.float32:
+        return results
+    return (
+        None if of_input is None else of_input.to(dtype),
+        None if of_values is None else of_values.to(dtype),
+        None if of_bias is None else of_bias.to(dtype),
     )
-    return grad_input, grad_values, grad_bias
 
 
 def dropout(input: torch.Tensor, seed: int, p: float) -> torch.Tensor:
@@ -223,64 +243,67 @@ def dropout(input: torch.Tensor, seed: int, p: float) -> torch.Tensor:
     `input` with entries zeroed with probability `p` in (0, 1) and the others divided by `1 - p`. The same `seed` (64
     bits) zeroes the same places, whatever the number of threads.
     """
-    best = _best()
-    if isinstance(best, str):
-        raise RuntimeError(f"The native backend cannot run: {best}.")
-    input = _readable(input, input.dtype)
-    output = torch.empty_like(input)
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+    readable, addresses = _readable(input, output)
     depth = 2 if input.dtype == torch.bfloat16 else 1
     threshold, scale = min(round(p * 2**32), 2**32 - 1), 1 / (1 - p)
-    best[1].dropout(
-        *(depth, torch.get_num_threads(), input.numel(), seed & (2**64 - 1), threshold, scale),
-        *_addresses(input, output),
-    )
+    numbers = depth, torch.get_num_threads(), input.numel(), seed & (2**64 - 1), threshold, scale
+    _library()[1].dropout(*numbers, *addresses)
     return output
 
 
-def _block_shape(values: torch.Tensor) -> Shape:
-    _, rows, columns = values.shape
-    return rows, columns
-
-
-def _kernel_dtype(dtype: torch.dtype, block_shape: Shape) -> torch.dtype:
-    """bfloat16 is multiplied as such where the processor can and blocks hold pairs both ways; else it is widened."""
-    best = _best()
-    paired = not isinstance(best, str) and best[0].endswith("bf16") and block_shape[0] > 1
-    return dtype if paired else torch.float32
-
-
-def _readable(tensor: torch.Tensor, kernel: torch.dtype) -> torch.Tensor:
-    """`tensor` as the kernels read it: in rows, and in units of four bytes, which pairs may lie across."""
-    if tensor.dtype != kernel:
-        tensor = tensor.to(kernel)
-    if tensor.is_neg():  # a view whose signs PyTorch turns when it reads
-        tensor = tensor.resolve_neg()
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 4 else tensor
-
-
-def _order(block_index: torch.Tensor, shape: Shape, block_shape: Shape, by_column: bool) -> _Order:
-    return _Order(block_order(block_index, shape, block_shape, by_column))
-
-
-def _layer(tokens: int, shape: Shape, block_shape: Shape, block_index: torch.Tensor, kernel: torch.dtype) -> _Layer:
-    depth = 2 if kernel == torch.bfloat16 else 1
-    return _Layer(*block_shape, depth, torch.get_num_threads(), tokens, *shape, block_index.numel())
-
-
-def _call(product: str, layer: _Layer, orders: list[_Order], tensors: list[torch.Tensor | None]) -> None:
+def _library() -> tuple[str, ctypes.CDLL]:
     best = _best()
     if isinstance(best, str):
         raise RuntimeError(f"The native backend cannot run: {best}.")
-    if getattr(best[1], product)(layer, *orders, *_addresses(*tensors)):
-        raise RuntimeError(f"The native backend has no {product} for {layer.rows} x {layer.columns} blocks.")
+    return best
 
 
-def _addresses(*tensors: torch.Tensor | None) -> list[int | None]:
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    if 0 in addresses and any(tensor is not None and tensor.numel() and not tensor.data_ptr() for tensor in tensors):
-        raise ValueError(
-            "The operands of a product must be in memory. Got one whose storage has been freed. Bring it back first, "
-            "as FSDP does before a layer runs."
-        )
-    return addresses
+def _kernels(layout: BlockLayout, dtype: torch.dtype, forced: object) -> _Kernels:
+    """Those for operands of `dtype`, of the variant that is `forced` or the best."""
+    variant, library = _library()
+    rows, columns = layout.block_shape
+    # bfloat16 is multiplied as such where the CPU can and blocks hold pairs both ways; else it is widened.
+    paired = dtype == torch.bfloat16 and variant.endswith("bf16") and rows > 1
+    return _Kernels(
+        dtype=dtype if paired else torch.float32,
+        format=(rows, columns, 2 if paired else 1),
+        sizes=(*layout.shape, layout.nnzb),
+        forward=library.forward,
+        backward=library.backward,
+        by_row=_Order(layout.by_row),
+    )
+
+
+def _column_order(layout: BlockLayout) -> _Order:
+    return _Order(layout.by_column)
+
+
+def _readable(*tensors: torch.Tensor | None) -> tuple[list[torch.Tensor | None], list[int | None]]:
+    """
+    `tensors` as the kernels read them, in rows and in units of four bytes, which pairs may lie across; and their
+    addresses. Keep the tensors until the kernel has returned: some are copies. What the kernels write comes as it is.
+
+    Raises:
+        ValueError: if the storage of one has been freed.
+    """
+    readable: list[torch.Tensor | None] = []
+    addresses: list[int | None] = []
+    for tensor in tensors:
+        address = None
+        if tensor is not None:
+            if tensor.is_neg():  # a view whose signs PyTorch turns when it reads
+                tensor = tensor.resolve_neg()
+            tensor = tensor.contiguous()
+            address = tensor.data_ptr()
+            if address % 4:
+                tensor = tensor.clone()
+                address = tensor.data_ptr()
+            elif not address and tensor.numel():
+                raise ValueError(
+                    "The operands of a product must be in memory. Got one whose storage has been freed. Bring it back "
+                    "first, as FSDP does before a layer runs."
+                )
+        readable.append(tensor)
+        addresses.append(address)
+    return readable, addresses

@@ -1,14 +1,33 @@
 """
 The products of a block-sparse linear layer as PyTorch operators: opaque to `torch.compile`, so that a topology update
 changes no traced shape and causes no recompilation. Their derivatives are in `autograd.py`.
+
+`compute_linear` and `compute_linear_backward` do the work. Where nothing but a result is asked for they are called
+directly, since an operator costs more than a small product.
 """
 
 from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .checks import check_linear, check_linear_backward, check_linear_backward_sizes, check_linear_sizes
-from .choice import choose_backend
+from ..blocks.layout import layouts_of
+from . import choice
+from .checks import (
+    Facts,
+    check_block_index,
+    check_index_sizes,
+    check_integer,
+    check_linear,
+    check_linear_backward,
+    device_of,
+    facts_of,
+    find_weight,
+)
+from .choice import Served
+from .problem import Problem
 from .transforms import refuse_tangents
 
 
@@ -36,11 +55,23 @@ def compute_linear(
 
     Returns:
         `torch.Tensor` of shape `(tokens, out_features)`.
+
+    Raises:
+        ValueError: if the operands do not fit together, or `block_index` is not that of a matrix of this size.
     """
-    problem = check_linear(input, values, block_index, bias, out_features)
-    if input.is_meta:
+    operands = (  # `facts_of` each, without a call
+        (input.shape, input.dtype, input.is_cpu or input.device),
+        (values.shape, values.dtype, values.is_cpu or values.device),
+        None if bias is None else (bias.shape, bias.dtype, bias.is_cpu or bias.device),
+        out_features,
+        torch.get_num_threads(),
+        choice.requested,
+    )
+    backend, weight = choice.plan.served.get(operands) or _serve_linear(operands)
+    layout = layouts_of(block_index).get(weight) or check_block_index(block_index, weight)
+    if backend is None:
         return input.new_empty(input.shape[0], out_features)
-    return choose_backend(problem).dds(input, values, block_index, bias, problem.shape, False)
+    return backend.dds(input, values, layout, bias, False)
 
 
 def compute_linear_backward(
@@ -61,17 +92,45 @@ def compute_linear_backward(
 
     Returns:
         `list[torch.Tensor]` of the shapes of what they are gradients of.
+
+    Raises:
+        ValueError: as `compute_linear`.
     """
-    problem = check_linear_backward(grad, input, values, block_index)
+    operands = (
+        (grad.shape, grad.dtype, grad.is_cpu or grad.device),
+        (input.shape, input.dtype, input.is_cpu or input.device),
+        (values.shape, values.dtype, values.is_cpu or values.device),
+        torch.get_num_threads(),
+        choice.requested,
+    )
+    backend, weight = choice.plan.served.get(operands) or _serve_linear_backward(operands)
+    layout = layouts_of(block_index).get(weight) or check_block_index(block_index, weight)
     wanted = of_input, of_values, of_bias
-    if input.is_meta:
+    if backend is None:
         return _empty_gradients(grad, input, values, wanted)
-    if of_values:
-        observer = _observers.get(block_index.data_ptr())
-        if observer is not None:
-            observer(grad, input)
-    results = choose_backend(problem).backward(grad, input, values, block_index, problem.shape, wanted)
-    return [result for result in results if result is not None]
+    if of_values and _observers and (observer := _observers.get(block_index)) is not None:
+        observer(grad, input)
+    return [result for result in backend.backward(grad, input, values, layout, wanted) if result is not None]
+
+
+def _serve_linear(operands: Any) -> Served:
+    input, values, bias, out_features, *_ = operands
+    out_features = check_integer(out_features)
+    check_linear(input, values, bias, out_features)
+    return _serve(operands, input, values, out_features, backward=False)
+
+
+def _serve_linear_backward(operands: Any) -> Served:
+    grad, input, values, *_ = operands
+    check_linear_backward(grad, input, values)
+    return _serve(operands, input, values, grad[0][1], backward=True)
+
+
+def _serve(operands: Any, input: Facts, values: Facts, out_features: int, *, backward: bool) -> Served:
+    ((tokens, in_features), dtype, _), ((nnzb, rows, columns), _, _) = input, values
+    device, shape, block_shape = device_of(input), (out_features, in_features), (rows, columns)
+    problem = Problem.make(device, dtype, block_shape, shape, nnzb, tokens, backward)
+    return choice.plan.serve(operands, problem, find_weight(shape, block_shape, nnzb, device))
 
 
 def _empty_gradients(
@@ -81,36 +140,39 @@ def _empty_gradients(
     return [grad.new_empty(shape) for shape, want in zip(shapes, wanted, strict=True) if want]
 
 
-@torch.library.custom_op("hf_dynsparse::linear", mutates_args=())
-def linear(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_features: int,
-) -> torch.Tensor:
-    """`compute_linear` for those who record operators."""
+def _operator(name: str, compute: Callable[..., Any]) -> Any:
+    """`compute` as an operator, for those who record operators."""
+
+    @wraps(compute)
+    def run(*operands: Any) -> Any:
+        refuse_tangents(LAYER)
+        return compute(*operands)
+
+    return torch.library.custom_op(f"hf_dynsparse::{name}", run, mutates_args=())
+
+
+linear = _operator("linear", compute_linear)
+linear_backward = _operator("linear_backward", compute_linear_backward)
+
+
+@linear.register_fake
+def _(input, values, block_index, bias, out_features):  # type: ignore[no-untyped-def]
     refuse_tangents(LAYER)
-    return compute_linear(input, values, block_index, bias, out_features)
+    check_linear(facts_of(input), facts_of(values), None if bias is None else facts_of(bias), out_features)
+    check_index_sizes(block_index, values.shape[0], input.device)
+    return input.new_empty(input.shape[0], out_features)
 
 
-@torch.library.custom_op("hf_dynsparse::linear_backward", mutates_args=())
-def linear_backward(
-    grad: torch.Tensor,
-    input: torch.Tensor,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    of_input: bool,
-    of_values: bool,
-    of_bias: bool,
-) -> list[torch.Tensor]:
-    """`compute_linear_backward` for those who record operators."""
+@linear_backward.register_fake
+def _(grad, input, values, block_index, of_input, of_values, of_bias):  # type: ignore[no-untyped-def]
     refuse_tangents(LAYER)
-    return compute_linear_backward(grad, input, values, block_index, of_input, of_values, of_bias)
+    check_linear_backward(facts_of(grad), facts_of(input), facts_of(values))
+    check_index_sizes(block_index, values.shape[0], input.device)
+    return _empty_gradients(grad, input, values, (of_input, of_values, of_bias))
 
 
-# By the address of a layer's `block_index`: compiled code calls the operator with the buffer, not with the layer.
-_observers: dict[int, Observer] = {}
+# Compiled code calls the operator with the buffer of a layer, not with the layer.
+_observers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def observe_weight_gradient(block_index: torch.Tensor, observer: Observer) -> Callable[[], None]:
@@ -119,23 +181,9 @@ def observe_weight_gradient(block_index: torch.Tensor, observer: Observer) -> Ca
     what is returned is called. Works inside compiled and checkpointed models, where module hooks do not.
     """
 
-    def end() -> None:  # keeps the index, so that nobody else comes to its address meanwhile
-        if _observers.get(block_index.data_ptr()) is observer:
-            del _observers[block_index.data_ptr()]
+    def end() -> None:
+        if _observers.get(block_index) is observer:
+            del _observers[block_index]
 
-    _observers[block_index.data_ptr()] = observer
+    _observers[block_index] = observer
     return end
-
-
-@linear.register_fake
-def _(input, values, block_index, bias, out_features):  # type: ignore[no-untyped-def]
-    refuse_tangents(LAYER)
-    check_linear_sizes(input, values, block_index, bias, out_features)
-    return input.new_empty(input.shape[0], out_features)
-
-
-@linear_backward.register_fake
-def _(grad, input, values, block_index, of_input, of_values, of_bias):  # type: ignore[no-untyped-def]
-    refuse_tangents(LAYER)
-    check_linear_backward_sizes(grad, input, values, block_index)
-    return _empty_gradients(grad, input, values, (of_input, of_values, of_bias))

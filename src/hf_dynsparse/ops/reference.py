@@ -2,6 +2,9 @@
 
 import torch
 
+from ..blocks.dense import from_blocks, to_blocks
+from ..blocks.layout import BlockLayout
+
 
 Shape = tuple[int, int]
 
@@ -22,30 +25,22 @@ def to_dense(values: torch.Tensor, block_index: torch.Tensor, shape: Shape) -> t
     block_rows, block_columns = shape[0] // rows, shape[1] // columns
     # Not `index_put`, which writes a single block in many places, and counts negative ids from the end.
     blocks = values.new_zeros(block_rows * block_columns, rows, columns).index_copy(0, block_index.long(), values)
-    return blocks.view(block_rows, block_columns, rows, columns).transpose(1, 2).reshape(shape)
+    return from_blocks(blocks.view(block_rows, block_columns, rows, columns))
 
 
 def take_blocks(dense: torch.Tensor, block_index: torch.Tensor, block_shape: Shape) -> torch.Tensor:
     """The blocks of `dense` `(out_features, in_features)` named by `block_index`: shape `(nnzb, rows, columns)`."""
-    rows, columns = block_shape
-    block_columns = dense.shape[1] // columns
-    index = block_index.long()
-    split = dense.view(dense.shape[0] // rows, rows, block_columns, columns)
-    return split[index // block_columns, :, index % block_columns]
+    blocks, index = to_blocks(dense, block_shape), block_index.long()
+    return blocks[index // blocks.shape[1], index % blocks.shape[1]]
 
 
 def why_not(device: torch.device, dtype: torch.dtype, block_shape: Shape) -> str | None:
-    """Always fits."""
+    """Why these operands cannot be served, or `None` if they can: they always can."""
     return None
 
 
 def dds(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    shape: Shape,
-    transposed: bool,
+    input: torch.Tensor, values: torch.Tensor, layout: BlockLayout, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
     """
     Dense = dense x sparse: `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient).
@@ -54,32 +49,28 @@ def dds(
 
     Args:
         input (`torch.Tensor` of shape `(tokens, in_features)`, or `(tokens, out_features)` if `transposed`).
-        values (`torch.Tensor` of shape `(nnzb, rows, columns)`): the active blocks, of the dtype of `input`.
-        block_index (`torch.Tensor` of shape `(nnzb,)`, `torch.int32`): their flat ids.
+        values (`torch.Tensor` of shape `(nnzb, rows, columns)`): the active blocks of `W`, of the dtype of `input`.
+        layout (`BlockLayout`): where they are.
         bias (`torch.Tensor` of shape `(out_features,)`, *optional*).
-        shape (`tuple[int, int]`): `(out_features, in_features)`.
 
     Returns:
         `torch.Tensor` of shape `(tokens, out_features)`, or `(tokens, in_features)` if `transposed`.
     """
-    weight = to_dense(values, block_index, shape)
+    weight = to_dense(values, layout.block_index, layout.shape)
     output = input @ (weight if transposed else weight.T)
     return output if bias is None else output + bias
 
 
-def sdd(
-    grad: torch.Tensor, input: torch.Tensor, block_index: torch.Tensor, shape: Shape, block_shape: Shape
-) -> torch.Tensor:
+def sdd(grad: torch.Tensor, input: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
     """
     Sparse = dense x dense: the active blocks of `grad.T @ input`, which are the gradient of `values`.
 
     Args:
         grad (`torch.Tensor` of shape `(tokens, out_features)`).
         input (`torch.Tensor` of shape `(tokens, in_features)`).
-        block_index (`torch.Tensor` of shape `(nnzb,)`, `torch.int32`): flat ids of the wanted blocks.
-        block_shape (`tuple[int, int]`): rows and columns of a block.
+        layout (`BlockLayout`): which blocks are wanted.
 
     Returns:
         `torch.Tensor` of shape `(nnzb, rows, columns)`.
     """
-    return take_blocks(grad.T @ input, block_index, block_shape)
+    return take_blocks(grad.T @ input, layout.block_index, layout.block_shape)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ..blocks.dense import from_blocks, to_blocks
+from ..blocks.layout import BlockLayout
 from .reference import Shape, why_not
 
 
@@ -20,38 +22,25 @@ TILE_ENTRIES = 1 << 20
 
 
 def dds(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    shape: Shape,
-    transposed: bool,
+    input: torch.Tensor, values: torch.Tensor, layout: BlockLayout, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
-    """
-    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `reference.dds`.
-    """
-    width = shape[1] if transposed else shape[0]
-    output = input.new_empty(input.shape[0], width)
+    """`input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `reference.dds`."""
+    output = input.new_empty(input.shape[0], layout.shape[transposed])
     # Tiles of block columns for the transposed product: each output column is written once, so never rounded twice.
-    for first, last in _tiles(shape, values.shape[1 + transposed], transposed):
-        tile = _scatter(values, block_index, shape, first, last, transposed)
+    for first, last in _tiles(layout.shape, layout.block_shape[transposed], transposed):
+        tile = _scatter(values, layout, first, last, transposed)
         torch.mm(input, tile if transposed else tile.T, out=output[:, first:last])
     return output if bias is None else output.add_(bias)
 
 
-def sdd(
-    grad: torch.Tensor, input: torch.Tensor, block_index: torch.Tensor, shape: Shape, block_shape: Shape
-) -> torch.Tensor:
+def sdd(grad: torch.Tensor, input: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
     """The active blocks of `grad.T @ input`; see `reference.sdd`."""
-    rows, columns = block_shape
-    block_columns = shape[1] // columns
-    index = block_index.long()
-    row, column = index // block_columns, index % block_columns
-    output = input.new_empty(block_index.numel(), rows, columns)
-    for first, last in _tiles(shape, rows, False):
-        tile = (grad[:, first:last].T @ input).view(-1, rows, block_columns, columns)
-        inside = (row >= first // rows) & (row < last // rows)
-        blocks = tile[torch.where(inside, row - first // rows, 0), :, column]  # [nnzb, rows, columns]
+    rows, columns = layout.block_shape
+    output = input.new_empty(layout.nnzb, rows, columns)
+    for first, last in _tiles(layout.shape, rows, False):
+        tile = to_blocks(grad[:, first:last].T @ input, layout.block_shape)
+        inside = (layout.rows >= first // rows) & (layout.rows < last // rows)
+        blocks = tile[torch.where(inside, layout.rows - first // rows, 0), layout.columns]  # [nnzb, rows, columns]
         output = torch.where(inside[:, None, None], blocks, output)
     return output
 
@@ -65,23 +54,17 @@ def _tiles(shape: Shape, side: int, by_column: bool) -> Iterator[tuple[int, int]
         yield first, min(first + step, length)
 
 
-def _scatter(
-    values: torch.Tensor, block_index: torch.Tensor, shape: Shape, first: int, last: int, by_column: bool
-) -> torch.Tensor:
+def _scatter(values: torch.Tensor, layout: BlockLayout, first: int, last: int, by_column: bool) -> torch.Tensor:
     """The dense rows, or columns, `first` to `last` of the weight."""
-    _, rows, columns = values.shape
-    block_rows, block_columns = shape[0] // rows, shape[1] // columns
-    index = block_index.long()
-    row, column = index // block_columns, index % block_columns
+    side = layout.block_shape[by_column]
+    start, stop = first // side, last // side
+    line = layout.columns if by_column else layout.rows
+    inside = (line >= start) & (line < stop)
     if by_column:
-        start, stop = first // columns, last // columns
-        inside = (column >= start) & (column < stop)
-        local, height, width = row * (stop - start) + column - start, block_rows, stop - start
+        local, height, width = layout.rows * (stop - start) + line - start, layout.grid[0], stop - start
     else:
-        start, stop = first // rows, last // rows
-        inside = (row >= start) & (row < stop)
-        local, height, width = index - start * block_columns, stop - start, block_columns
+        local, height, width = (line - start) * layout.grid[1] + layout.columns, stop - start, layout.grid[1]
     # Blocks of other tiles land in one spare block: no shape depends on the data, so nothing waits for a GPU.
     local = torch.where(inside, local, height * width)
-    blocks = values.new_zeros(height * width + 1, rows, columns).index_copy_(0, local, values)
-    return blocks[:-1].view(height, width, rows, columns).transpose(1, 2).reshape(height * rows, width * columns)
+    blocks = values.new_zeros(height * width + 1, *layout.block_shape).index_copy_(0, local, values)
+    return from_blocks(blocks[:-1].view(height, width, *layout.block_shape))

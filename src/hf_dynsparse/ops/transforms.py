@@ -7,18 +7,20 @@ from torch.autograd import forward_ad
 _RECORDING = torch._C._TorchDispatchModeKey.PROXY
 
 
-def is_transformed() -> bool:
-    """Whether `torch.func` or forward mode is at work, and wants tangents or products of a batch of operands."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def is_recorded(tensor: torch.Tensor) -> bool:
-    """Whether somebody writes down what runs, with tensors that may stand for others: operators are all he sees."""
-    return (
-        type(tensor) is not torch.Tensor
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether nothing but output and gradients is asked for: nobody transforms or records what runs."""
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or type(tensor) is not torch.Tensor  # may stand for another
         or torch._C._is_tracing()
         or torch._C._get_dispatch_mode(_RECORDING) is not None
     )
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward mode is at work, and wants tangents or products of a batch of operands."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def refuse_tangents(instead: str) -> None:

@@ -8,15 +8,13 @@ GPU: there are no atomic additions. Sums are float32 for every dtype; float32 op
 `torch.backends.cuda.matmul.fp32_precision` allows it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, TypeVar
 
 import torch
 
-from .orders import derived
+from ..blocks.layout import BlockLayout, BlockOrder
 from .reference import Shape
 
 
@@ -43,8 +41,6 @@ SUMMED_ENTRIES = 1024  # of one program of `sum_splits`
 
 # Float32 products multiply and add in one instruction: said aloud, since Triton 3.10 changes its default.
 FUSED = {"enable_fp_fusion": True}
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -143,48 +139,17 @@ def break_even(device: torch.device, block_shape: Shape) -> float:
 
 
 def dds(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    shape: Shape,
-    transposed: bool,
+    input: torch.Tensor, values: torch.Tensor, layout: BlockLayout, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
-    """
-    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `hf_dynsparse.ops.reference.dds`.
-    """
-    side = values.shape[1]
-    order = _derived(line_order, block_index, (shape[0] // side, shape[1] // side), transposed)
-    return gather(input, values, order, bias, transposed)
+    """`input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `reference.dds`."""
+    return gather(input, values, layout.by_column if transposed else layout.by_row, bias)
 
 
-def sdd(
-    grad: torch.Tensor, input: torch.Tensor, block_index: torch.Tensor, shape: Shape, block_shape: Shape
-) -> torch.Tensor:
-    """The active blocks of `grad.T @ input`; see `hf_dynsparse.ops.reference.sdd`."""
-    side = block_shape[0]
+def sdd(grad: torch.Tensor, input: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
+    """The active blocks of `grad.T @ input`; see `reference.sdd`."""
+    side = layout.block_shape[0]
     group = sample_tile(_capability(grad.device), side, grad.dtype).group
-    order = _derived(group_order, block_index, (shape[0] // side, shape[1] // side), group)
-    return sample(grad, input, order, side)
-
-
-@dataclass(frozen=True)
-class LineOrder:
-    """
-    The active blocks line by line, a line being a block row, or a block column for the transposed product: all
-    `torch.int32`.
-
-    Args:
-        offsets (`torch.Tensor` of shape `(lines + 1,)`): first entry of each line.
-        sources (`torch.Tensor` of shape `(nnzb,)`): the block across the line, i.e. of the input, of each entry.
-        slots (`torch.Tensor` of shape `(nnzb,)`): its place in `values`.
-        heaviest (`torch.Tensor` of shape `(lines,)`): lines with most entries first.
-    """
-
-    offsets: torch.Tensor
-    sources: torch.Tensor
-    slots: torch.Tensor
-    heaviest: torch.Tensor
+    return sample(grad, input, layout.derived(group_order, group), side)
 
 
 @dataclass(frozen=True)
@@ -193,39 +158,24 @@ class GroupOrder:
     The active blocks row by row, in groups of blocks of one row.
 
     Args:
-        order (`LineOrder`): of the rows.
+        order (`BlockOrder`): of the rows.
         rows (`torch.Tensor` of shape `(groups,)`, `torch.int32`): block row of each group; -1 for none, since the
             number of groups is the most that any topology of this `nnzb` needs.
         starts (`torch.Tensor` of shape `(groups,)`, `torch.int32`): first entry of each group.
     """
 
-    order: LineOrder
+    order: BlockOrder
     rows: torch.Tensor
     starts: torch.Tensor
 
 
-def line_order(block_index: torch.Tensor, grid: Shape, transposed: bool) -> LineOrder:
-    """The order of a topology on `grid` `(block rows, block columns)`."""
-    lines, across = grid[::-1] if transposed else grid
-    key = block_index
-    if transposed:
-        key = block_index % grid[1] * grid[0] + block_index // grid[1]
-    key, slots = key.sort()
-    # Not `bincount`, which waits for the GPU to learn its largest entry.
-    starts = torch.arange(lines + 1, dtype=key.dtype, device=key.device) * across
-    offsets = torch.searchsorted(key, starts, out_int32=True)
-    heaviest = offsets.diff().argsort(descending=True, stable=True)
-    return LineOrder(offsets, key % across, slots.int(), heaviest.int())
-
-
-def group_order(block_index: torch.Tensor, grid: Shape, group: int) -> GroupOrder:
-    """The order of a topology on `grid` `(block rows, block columns)`, in groups of up to `group` blocks."""
-    order = line_order(block_index, grid, False)
-    nnzb, lines = block_index.numel(), grid[0]
+def group_order(layout: BlockLayout, group: int) -> GroupOrder:
+    """The active blocks row by row, in groups of up to `group` blocks."""
+    order, nnzb, lines = layout.by_row, layout.nnzb, layout.grid[0]
     counts = (order.offsets.diff() + (group - 1)) // group
     ends = counts.cumsum(0, dtype=torch.int32)
     # Whole groups, and at most one more in each row that has a block.
-    number = torch.arange(nnzb // group + min(lines, nnzb), dtype=torch.int32, device=block_index.device)
+    number = torch.arange(nnzb // group + min(lines, nnzb), dtype=torch.int32, device=ends.device)
     row = torch.searchsorted(ends, number, right=True, out_int32=True)
     exists = row < lines
     row = row.clamp(max=lines - 1)
@@ -236,9 +186,8 @@ def group_order(block_index: torch.Tensor, grid: Shape, group: int) -> GroupOrde
 def gather(
     input: torch.Tensor,
     values: torch.Tensor,
-    order: LineOrder,
+    order: BlockOrder,
     bias: torch.Tensor | None,
-    transposed: bool,
     tile: GatherTile | None = None,
 ) -> torch.Tensor:
     """`dds` by the kernel of that name, the order given; without a `tile` by that of the table."""
@@ -268,7 +217,7 @@ def gather(
             SIDE=side,
             TOKENS=tile.tokens,
             DEPTH=tile.depth,
-            TRANSPOSED=transposed,
+            TRANSPOSED=order.by_column,
             HAS_BIAS=bias is not None,
             PRECISION=_precision(),
             UPCAST=kernels.INTERPRETED,
@@ -331,14 +280,6 @@ def split(tokens: int, groups: int, processors: int, tile_tokens: int) -> tuple[
     splits = max(1, min(wanted, tiles // 4))
     split_tokens = -(-tiles // splits) * tile_tokens
     return max(1, -(-tokens // max(1, split_tokens))), split_tokens
-
-
-def _derived(derive: Callable[..., Result], block_index: torch.Tensor, *arguments: Any) -> Result:
-    if block_index.is_cuda and torch.cuda.is_current_stream_capturing():
-        # A captured graph replays kernels and no Python: it makes its orders itself, or it would keep those of the
-        # topology at its capture.
-        return derive(block_index, *arguments)
-    return derived(derive, block_index, *arguments)
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:

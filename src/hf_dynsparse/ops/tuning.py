@@ -1,7 +1,7 @@
 """
 How long each backend takes for a product: timed on made-up operands, remembered on disk.
 
-A processor is timed by the CPU time of one thread that computes its share of the tokens. Wall time says nothing on a
+A CPU is timed by the CPU time of one thread that computes its share of the tokens. Wall time says nothing on a
 busy machine: threads that wait for each other at every step wait for whatever else runs, up to a hundred times the
 length of the product. CPU time counts this thread's work alone, so a busy machine chooses as an idle one does.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ..blocks.draw import random_block_index
+from ..blocks.layout import BlockLayout
 from ..files import write_atomically
 from . import native
 from .backends import Backend
@@ -35,7 +36,7 @@ Product = Callable[[Backend], object]
 # More tokens take longer, not another backend.
 MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
 
-# Enough on a processor to see an error of `CONTRADICTED`.
+# Enough on a CPU to see an error of `CONTRADICTED`.
 GLANCE_TOKENS = {**MOST_TOKENS, "cpu": 256}
 
 # At most; a disturbance lasts for some, seldom for all.
@@ -80,9 +81,9 @@ class Timing:
 
     Args:
         seconds (`dict[str, float]`): of each backend by name: the smallest sample, which nothing made smaller than the
-            work is. On a processor those of one thread for its share of the tokens.
+            work is. On a CPU those of one thread for its share of the tokens.
         steady (`bool`): whether the samples agree; else they must not decide.
-        calm (`bool`): whether nobody else wanted the processor; else they must not be kept.
+        calm (`bool`): whether nobody else wanted the CPU; else they must not be kept.
         when (`float`): seconds since the epoch.
     """
 
@@ -122,11 +123,11 @@ def compare(run: Product, backends: list[Backend], clock: Clock, rounds: int = R
         for backend in rivals:
             samples[backend.name].append(_sample(run, backend, clock))
         fastest = min(map(min, samples.values()))
-        settled = {backend for backend in rivals if _alike(samples[backend.name])}
-        steady = len(settled) == len(rivals)
+        certain = {backend for backend in rivals if _alike(samples[backend.name])}
+        steady = len(certain) == len(rivals)
         if steady:
             break
-        hopeless = {backend for backend in settled if min(samples[backend.name]) > HOPELESS * fastest}
+        hopeless = {backend for backend in certain if min(samples[backend.name]) > HOPELESS * fastest}
         rivals = [backend for backend in rivals if backend not in hopeless]
     worked, passed = clock.worked() - worked, clock.passed() - passed
     return Timing({name: min(times) for name, times in samples.items()}, steady, passed <= WAITED * worked)
@@ -163,7 +164,7 @@ def cache_file() -> Path:
 
 
 def processor_name() -> str:
-    """What the processor calls itself."""
+    """What the CPU calls itself."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -267,7 +268,8 @@ def _product(problem: Problem, tokens: int) -> Product:
     grid = out_features // rows, in_features // columns
     draw = torch.Generator().manual_seed(0)
     block_index = random_block_index(grid[0] * grid[1], problem.nnzb, draw, problem.device)
+    layout = BlockLayout(block_index, problem.shape, problem.block_shape)
     if not problem.backward:
-        return lambda backend: backend.dds(input, values, block_index, bias, problem.shape, False)
+        return lambda backend: backend.dds(input, values, layout, bias, False)
     grad = made(tokens, out_features)
-    return lambda backend: backend.backward(grad, input, values, block_index, problem.shape, (True, True, True))
+    return lambda backend: backend.backward(grad, input, values, layout, (True, True, True))

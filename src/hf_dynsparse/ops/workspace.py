@@ -14,7 +14,7 @@ from threading import Lock
 import torch
 from torch.nn.functional import linear
 
-from .orders import derived
+from ..blocks.layout import BlockLayout
 from .reference import Shape, why_not
 
 
@@ -40,36 +40,26 @@ def release_workspace() -> None:
 
 
 def dds(
-    input: torch.Tensor,
-    values: torch.Tensor,
-    block_index: torch.Tensor,
-    bias: torch.Tensor | None,
-    shape: Shape,
-    transposed: bool,
+    input: torch.Tensor, values: torch.Tensor, layout: BlockLayout, bias: torch.Tensor | None, transposed: bool
 ) -> torch.Tensor:
-    """
-    `input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `reference.dds`.
-    """
-    with _dense(input, shape) as weight:
+    """`input @ W.T + bias`, or `input @ W` if `transposed` (the input gradient); see `reference.dds`."""
+    with _dense(input, layout.shape) as weight:
         weight.zero_()
-        _, rows, columns = values.shape
-        position = _positions(block_index, shape, (rows, columns))
+        position, columns = _positions(layout), layout.block_shape[1]
         if columns == 1:
             weight.view(-1).scatter_(0, position, values.reshape(-1))  # a third of the time of the line below
-        else:
+        else:  # rows of blocks, [..., columns]
             weight.view(-1, columns).index_copy_(0, position, values.reshape(-1, columns))
         return linear(input, weight.T if transposed else weight, bias)
 
 
-def sdd(
-    grad: torch.Tensor, input: torch.Tensor, block_index: torch.Tensor, shape: Shape, block_shape: Shape
-) -> torch.Tensor:
+def sdd(grad: torch.Tensor, input: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
     """The active blocks of `grad.T @ input`; see `reference.sdd`."""
-    with _dense(input, shape) as gradient:
+    with _dense(input, layout.shape) as gradient:
         torch.mm(grad.T, input, out=gradient)
-        columns = block_shape[1]
+        columns = layout.block_shape[1]
         lines = gradient.view(-1) if columns == 1 else gradient.view(-1, columns)
-        return lines.index_select(0, _positions(block_index, shape, block_shape)).view(-1, *block_shape)
+        return lines.index_select(0, _positions(layout)).view(-1, *layout.block_shape)
 
 
 @contextmanager
@@ -87,17 +77,15 @@ def _dense(like: torch.Tensor, shape: Shape) -> Iterator[torch.Tensor]:
         yield workspace.buffer[:entries].view(shape)
 
 
-def _positions(block_index: torch.Tensor, shape: Shape, block_shape: Shape) -> torch.Tensor:
+def _positions(layout: BlockLayout) -> torch.Tensor:
     """
     Where each row of each block lies in the dense matrix, counted in rows of a block: integers of shape
     `(nnzb * rows,)`. Single entries are named by the index itself; another copy would be as large as the values.
     """
-    return block_index if block_shape == (1, 1) else derived(_derive_positions, block_index, shape, block_shape)
+    return layout.block_index if layout.block_shape == (1, 1) else layout.derived(_derive_positions)
 
 
-def _derive_positions(block_index: torch.Tensor, shape: Shape, block_shape: Shape) -> torch.Tensor:
-    rows, columns = block_shape
-    block_columns = shape[1] // columns
-    index = block_index.long()
-    first = index // block_columns * (rows * block_columns) + index % block_columns
-    return (first[:, None] + torch.arange(rows, device=index.device) * block_columns).flatten()
+def _derive_positions(layout: BlockLayout) -> torch.Tensor:
+    rows, block_columns = layout.block_shape[0], layout.grid[1]
+    first = layout.rows * (rows * block_columns) + layout.columns  # [nnzb]
+    return (first[:, None] + torch.arange(rows, device=first.device) * block_columns).flatten()

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from ..blocks.dense import to_blocks
 from ..nn.linear import BlockSparseLinear
 from ..ops import observe_weight_gradient
 
@@ -79,9 +80,7 @@ class DenseGradientProbe:
 
     def blocks(self, layer: BlockSparseLinear) -> torch.Tensor:
         """The gradient of every position, of shape `(block_rows * block_columns, rows, columns)`."""
-        dense = self.gradients[layer]
-        (block_rows, block_columns), (rows, columns) = layer.grid, layer.block_shape
-        return dense.view(block_rows, rows, block_columns, columns).transpose(1, 2).reshape(-1, rows, columns)
+        return to_blocks(self.gradients[layer], layer.block_shape).flatten(0, 1)
 
     def statistics(self, layer: BlockSparseLinear, needs: frozenset[str]) -> dict[str, torch.Tensor]:
         """The fields of `BlockStatistics` in `needs` that the probe knows: `gradient` and the scales."""

@@ -78,7 +78,7 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
     Attributes:
         topology (`TopologyCallback` or `None`): the callback that updates the topology; `None` for a dense model.
         early_bird (`EarlyBirdCallback` or `None`): the callback that searches for a ticket, if one was given.
-        kernels (`KernelCallback`): settles the backends of the run.
+        kernels (`KernelCallback`): chooses the backends of the run.
         throughput (`ThroughputCallback`): tokens and seconds of the run.
 
     Raises:
@@ -287,11 +287,11 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         return dataloader
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; counts the tokens of all ranks, and settles the backends at the first."""
+        """One forward and backward pass; counts the tokens of all ranks, and plans the kernels at the first."""
         tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 0
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         models = [model] if self.distillation is None else [model, self.distillation.teacher]
-        self.kernels.settle(nn.ModuleList(models), tokens, autocast)
+        self.kernels.plan(models, tokens, autocast)
         self.throughput.tokens += tokens * self.args.world_size
         loss = super().training_step(model, inputs, *rest, **kwargs)
         self._losses.append(loss)
@@ -431,7 +431,7 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         super()._load_best_model()
 
     def _after_resize(self) -> None:
-        self.kernels.settle_again(self.accelerator.unwrap_model(self.model))
+        self.kernels.plan_again(self.accelerator.unwrap_model(self.model))
         if isinstance(self.model_wrapped, DistributedDataParallel):
             rebuild_reducer_(self.model_wrapped, self.accelerator.ddp_handler)
 

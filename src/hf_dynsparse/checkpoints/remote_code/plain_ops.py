@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ...ops.reference import dds, sdd, take_blocks, to_dense
+from ...blocks.layout import BlockLayout
+from ...ops.reference import dds, sdd, to_dense
 
 
-__all__ = ["Problem", "block_sparse_linear", "describe_choice", "take_blocks", "to_dense"]
+__all__ = ["Problem", "block_sparse_linear", "describe_choice", "to_dense"]
 
 
 class _Linear(torch.autograd.Function):
@@ -19,18 +20,18 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, values, block_index, bias, shape):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(input, values, block_index)
-        ctx.shape = shape
-        return dds(input, values, block_index, bias, shape, False)
+        ctx.save_for_backward(input, values)
+        ctx.layout = BlockLayout(block_index, shape, tuple(values.shape[1:]))
+        return dds(input, values, ctx.layout, bias, False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        input, values, block_index = ctx.saved_tensors
+        input, values = ctx.saved_tensors
         of_input, of_values, _, of_bias, _ = ctx.needs_input_grad
         return (
-            dds(grad, values, block_index, None, ctx.shape, True) if of_input else None,
-            sdd(grad, input, block_index, ctx.shape, values.shape[1:]) if of_values else None,
+            dds(grad, values, ctx.layout, None, True) if of_input else None,
+            sdd(grad, input, ctx.layout) if of_values else None,
             None,
             grad.sum(0) if of_bias else None,
             None,

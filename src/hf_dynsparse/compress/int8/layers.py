@@ -246,7 +246,7 @@ class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[overr
     @torch.no_grad()
     def from_qat(cls, layer: QatBlockSparseLinear) -> "Int8BlockSparseLinear":
         """The layer that `layer` has been trained to be."""
-        order = layer.layout.row_order
+        order = layer.layout.by_row.slots
         code, bits = encode_index(layer.block_index[order])
         sides = layer.in_features, layer.out_features, layer.block_shape
         bias, device = layer.bias is not None, layer.values.device

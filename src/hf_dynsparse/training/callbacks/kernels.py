@@ -1,8 +1,8 @@
-"""`KernelCallback`: the backends of a run, settled once, the same on all ranks and in a resumed run."""
+"""`KernelCallback`: the backends of a run, chosen once, the same on all ranks and in a resumed run."""
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,15 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..._transformers import ExportableState
 from ...nn.linear import sparse_layers
 from ...ops import choose_backend, configure_kernels
-from ...ops.choice import (
-    Choice,
-    allow_new_choices,
-    choice_from_json,
-    choice_to_json,
-    choices_made,
-    is_allowed,
-    keep_choices,
-)
+from ...ops.choice import Choice, choice_from_json, choice_to_json, current_plan
 from ...ops.problem import Problem
 
 
@@ -35,7 +27,7 @@ INHERITED = "as for nnzb="
 
 class KernelCallback(TrainerCallback, ExportableState):
     """
-    Settles at the first step of a run which backend serves each product: timed on the first rank, the same on all of
+    Chooses at the first step of a run which backend serves each product: timed on the first rank, the same on all of
     them, kept in checkpoints. So ranks agree, and a resumed run repeats the undisturbed one bit for bit.
 
     Args:
@@ -45,8 +37,7 @@ class KernelCallback(TrainerCallback, ExportableState):
     def __init__(self, tuning: str = "once", dense_workspace: bool = True) -> None:
         self.tuning, self.dense_workspace = tuning, dense_workspace
         self._saved: list[dict[str, Any]] = []
-        self._settled = False
-        self._steps: tuple[int, torch.dtype | None] = (0, None)
+        self._steps: tuple[int, torch.dtype | None] | None = None  # tokens and dtype of a step, once it is planned for
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps in `trainer_state.json`."""
@@ -62,55 +53,54 @@ class KernelCallback(TrainerCallback, ExportableState):
         callbacks = cast(dict[str, Any], state.stateful_callbacks)
         saved = callbacks.get(type(self).__name__)
         self._saved = saved["attributes"]["choices"] if saved is not None and state.global_step > 0 else []
-        self._settled = False
+        self._steps = None
         callbacks.setdefault(type(self).__name__, self.state())
 
-    def settle(self, model: nn.Module, tokens: int, dtype: torch.dtype | None) -> None:
+    def plan(self, models: Iterable[nn.Module], tokens: int, dtype: torch.dtype | None) -> None:
         """
         Choose the backends of all layers for steps of `tokens` tokens (0: unknown, a fixed rule decides) in `dtype`
         (default: the layers' own); once a run. Every rank must call it.
         """
-        if self._settled:
+        if self._steps is not None:
             return
-        self._settled = True
-        choices = {
-            problem: choice for problem, choice in map(choice_from_json, self._saved) if is_allowed(problem, choice)
-        }
-        lost = len(self._saved) - len(choices)
-        if lost:
-            logger.warning("%d backends of the interrupted run are not to be had here; others serve.", lost)
-        keep_choices(choices)
         self._steps = tokens, dtype
-        self._add_choices(model)
+        saved, plan = dict(map(choice_from_json, self._saved)), current_plan()
+        choices = {problem: choice for problem, choice in saved.items() if plan.is_allowed(problem, choice)}
+        if lost := len(saved) - len(choices):
+            logger.warning("%d backends of the interrupted run are not to be had here; others serve.", lost)
+        self._complete(models, choices)
 
-    def settle_again(self, model: nn.Module) -> None:
+    def plan_again(self, model: nn.Module) -> None:
         """
-        After layers have changed their sizes: choose for the new ones. Every rank must call it. A density that was
-        timed within a factor of 1.25 speaks for its neighbours, or gradual pruning would time at every update.
+        After layers have changed their sizes: choose for the new ones. Every rank must call it. A number of blocks
+        that was timed decides for others within a factor of 1.25, or gradual pruning would time at every update.
         """
-        if not self._settled:
+        if self._steps is None:
             return
-        choices = choices_made()
-        for problem in self._problems(model):
+        choices = dict(current_plan().choices)
+        for problem in self._problems([model]):
             near = nearest_timed(problem, choices) if problem not in choices else None
             if near is not None:
                 choices[problem] = Choice(choices[near].backend, f"{INHERITED}{near.nnzb}")
-        keep_choices(choices)
-        self._add_choices(model)
+        self._complete([model], choices)
 
-    def _add_choices(self, model: nn.Module) -> None:
-        allow_new_choices()
-        if self._steps[0] and PartialState().is_main_process:
-            for problem in self._problems(model):
+    def _complete(self, models: Iterable[nn.Module], choices: dict[Problem, Choice]) -> None:
+        """Fix a plan of `choices` and of those that they lack for `models`, which the first rank makes."""
+        plan = current_plan()
+        plan.fix(choices)
+        if self._steps is not None and self._steps[0] and PartialState().is_main_process:
+            plan.is_fixed = False
+            for problem in self._problems(models):
                 choose_backend(problem)
-        self._saved = broadcast_object_list([[choice_to_json(*item) for item in choices_made().items()]])[0]
-        keep_choices(dict(map(choice_from_json, self._saved)))
+        self._saved = broadcast_object_list([[choice_to_json(*item) for item in plan.choices.items()]])[0]
+        plan.fix(dict(map(choice_from_json, self._saved)))
 
-    def _problems(self, model: nn.Module) -> Iterator[Problem]:
-        tokens, dtype = self._steps
-        for layer in sparse_layers(model).values():
-            for backward in (False, True):
-                yield layer.problem(tokens, backward=backward, dtype=dtype)
+    def _problems(self, models: Iterable[nn.Module]) -> Iterator[Problem]:
+        tokens, dtype = self._steps or (0, None)
+        for model in models:
+            for layer in sparse_layers(model).values():
+                for backward in (False, True):
+                    yield layer.problem(tokens, backward=backward, dtype=dtype)
 
 
 def nearest_timed(problem: Problem, choices: dict[Problem, Choice]) -> Problem | None:
