@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainerState
 from .._transformers import TRAINER_STATE_NAME
 from ..models.checksums import open_weights
 from ..models.density import sizes_of
-from ..nn.linear import TRAINING_BUFFERS, sparse_layers
+from ..nn.linear import TRAINING_BUFFERS, trainable_layers
 from ..topology.resize import set_size_
 from .saving import last_checkpoint, weight_files
 
@@ -64,7 +64,7 @@ def check_same_model(model: PreTrainedModel, checkpoint: str | Path, resized: bo
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
     # A run without these may be followed by one with them.
     recorded = tuple(f".{name}" for name in TRAINING_BUFFERS)
-    by_block = {f"{name}.{part}" for name in sparse_layers(model) for part in ("values", "block_index")}
+    by_block = {f"{name}.{part}" for name in trainable_layers(model) for part in ("values", "block_index")}
     for name, tensor in model.state_dict().items():
         if not saved or name in tied or name.endswith(recorded):
             continue
@@ -83,7 +83,7 @@ def resize_to_checkpoint_(model: nn.Module, checkpoint: str | Path, *, optimizer
     Give the sparse layers of `model`, and their moments in `optimizer`, the sizes that they have in a checkpoint,
     which is loaded next.
     """
-    layers = sparse_layers(model)
+    layers = trainable_layers(model)
     for name, nnzb in _saved_sizes(model, checkpoint).items():
         set_size_(layers[name], nnzb, optimizer=optimizer)
 
@@ -114,6 +114,6 @@ def _saved_sizes(model: nn.Module, checkpoint: str | Path) -> dict[str, int]:
     sizes = {}
     for file in weight_files(checkpoint):
         with open_weights(file) as weights:
-            for name in {f"{name}.values" for name in sparse_layers(model)} & set(weights.keys()):
+            for name in {f"{name}.values" for name in trainable_layers(model)} & set(weights.keys()):
                 sizes[name.removesuffix(".values")] = weights.get_slice(name).get_shape()[0]
     return sizes

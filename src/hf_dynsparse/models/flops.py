@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import BertConfig, Conv1D, PreTrainedModel
 
-from ..nn.linear import BlockSparseLinear
+from ..nn.linear import LinearLayer
 from .bert.configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes, layer_sizes
 from .body import body_modules
 
@@ -52,7 +52,7 @@ def _attention_width(config: Any) -> int:
 
 def _active_entries(model: PreTrainedModel) -> int:
     return sum(
-        module.values.numel() if isinstance(module, BlockSparseLinear) else module.weight.numel()
+        module.nnz if isinstance(module, LinearLayer) else module.weight.numel()
         for module in body_modules(model).values()
-        if isinstance(module, nn.Linear | Conv1D | BlockSparseLinear)
+        if isinstance(module, nn.Linear | Conv1D | LinearLayer)
     )

@@ -1,8 +1,8 @@
-"""`BlockSparseLinear`, and putting it into a model or taking it out."""
+"""`BlockSparseLinear`, and what it shares with sparse layers of other numbers."""
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from ..ops import Problem, block_sparse_linear, to_dense
 
 
 logger = logging.getLogger(__name__)
+
+Layer = TypeVar("Layer", bound="LinearLayer")
 
 # Buffers that training adds to a sparse layer to record what it needs; a loaded model has no use for them.
 TRAINING_BUFFERS = ("ever_active", "active_since", "gradient_momentum", "hidden_values", "input_range")
@@ -42,7 +44,123 @@ def fan_in_scale(layout: BlockLayout) -> torch.Tensor:
 SPARSE_INITS: dict[str, Callable[[BlockLayout], torch.Tensor] | None] = {"normal": None, "fan_in": fan_in_scale}
 
 
-class BlockSparseLinear(nn.Module):
+class LinearLayer(nn.Module):
+    """
+    What all linear layers of this package have, with weights in floating point or int8: where something is counted or
+    replaced, it is enough to know this.
+    """
+
+    in_features: int
+    out_features: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out_features, in_features)`."""
+        return self.out_features, self.in_features
+
+    @property
+    def nnz(self) -> int:
+        """Entries of the weight that are stored."""
+        raise NotImplementedError
+
+
+class SparseLayer(LinearLayer):
+    """
+    What all block-sparse layers have, those that train and int8 ones that do not.
+
+    Attributes:
+        block_shape (`tuple[int, int]`): rows and columns of a block.
+        grid (`tuple[int, int]`): block rows and block columns.
+        values (`torch.Tensor` of shape `(nnzb, rows, columns)`), block_index (`torch.Tensor` of shape `(nnzb,)`,
+            `torch.int32`), bias (`torch.Tensor` of shape `(out_features,)`, *optional*).
+    """
+
+    block_shape: tuple[int, int]
+    grid: tuple[int, int]
+
+    if TYPE_CHECKING:  # to be read only. At run time a property would be in the way of a parameter of that name.
+
+        @property
+        def values(self) -> torch.Tensor:
+            """One slot per active block."""
+
+        @property
+        def block_index(self) -> torch.Tensor:
+            """Flat id `row * block_columns + column` of each slot."""
+
+        @property
+        def bias(self) -> torch.Tensor | None:
+            """Dense, if there is one."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of positions a block can take."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def nnzb(self) -> int:
+        """Number of active blocks."""
+        return self.values.shape[0]
+
+    @property
+    def nnz(self) -> int:
+        """Number of active entries."""
+        return self.values.numel()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of inactive positions, as reached."""
+        return 1.0 - self.nnzb / self.num_blocks
+
+    @property
+    def layout(self) -> BlockLayout:
+        """The topology and the orders derived from it."""
+        return layout_of(self.block_index, self.shape, self.block_shape)
+
+    def problem(self, tokens: int = 1, *, backward: bool = False, dtype: torch.dtype | None = None) -> Problem:
+        """What a backend is chosen by when `tokens` rows pass through the layer, in `dtype` (default: its own)."""
+        return Problem.make(
+            self.values.device,
+            dtype or self.values.dtype,
+            self.block_shape,
+            self.shape,
+            self.nnzb,
+            tokens,
+            backward,
+        )
+
+    def multiply(self, input: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """
+        `forward` with `values` and `bias` that stand for the layer's own.
+
+        Raises:
+            ValueError: if the sizes, dtypes or devices do not fit together.
+        """
+        if input.shape[-1:] != (self.in_features,):
+            raise self._wrong_width(input)
+        return block_sparse_linear(input, values, self.block_index, bias, self.out_features)
+
+    def _wrong_width(self, input: torch.Tensor) -> ValueError:
+        # The operator takes the last side of `input` for the width of the matrix: only the layer knows better.
+        return ValueError(
+            f"`input` must be of shape (..., {self.in_features}). Got {tuple(input.shape)}. Give the layer the "
+            "features that it was made for."
+        )
+
+    def to_dense(self) -> torch.Tensor:
+        """The dense weight of shape `(out_features, in_features)`, differentiable in `values`."""
+        return to_dense(self.values, self.block_index, self.shape)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        rows, columns = self.block_shape
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block={rows}x{columns}, nnzb={self.nnzb}, sparsity={self.sparsity:.4f}"
+        )
+
+
+class BlockSparseLinear(SparseLayer):
     """
     A linear layer that stores, trains and saves only its active blocks.
 
@@ -64,6 +182,7 @@ class BlockSparseLinear(nn.Module):
 
     values: nn.Parameter
     block_index: torch.Tensor
+    bias: nn.Parameter | None
 
     # How many blocks the layer had before a run that changes their number, and is to have after it; see
     # `TopologyUpdater`. It outlives an interrupted run, and is not saved.
@@ -128,70 +247,11 @@ class BlockSparseLinear(nn.Module):
             )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`."""
-        return self.out_features, self.in_features
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of positions a block can take."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def nnzb(self) -> int:
-        """Number of active blocks."""
-        return self.values.shape[0]
-
-    @property
-    def sparsity(self) -> float:
-        """Share of inactive positions, as reached."""
-        return 1.0 - self.nnzb / self.num_blocks
-
-    @property
-    def layout(self) -> BlockLayout:
-        """The topology and the orders derived from it."""
-        return layout_of(self.block_index, self.shape, self.block_shape)
-
-    def problem(self, tokens: int = 1, *, backward: bool = False, dtype: torch.dtype | None = None) -> Problem:
-        """What a backend is chosen by when `tokens` rows pass through the layer, in `dtype` (default: its own)."""
-        return Problem.make(
-            self.values.device,
-            dtype or self.values.dtype,
-            self.block_shape,
-            self.shape,
-            self.nnzb,
-            tokens,
-            backward,
-        )
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` of shape `(..., in_features)` to `(..., out_features)`."""
         if input.shape[-1:] != (self.in_features,):
             raise self._wrong_width(input)
         return block_sparse_linear(input, self.values, self.block_index, self.bias, self.out_features)
-
-    def multiply(self, input: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """
-        `forward` with `values` and `bias` that stand for the layer's own.
-
-        Raises:
-            ValueError: if the sizes, dtypes or devices do not fit together.
-        """
-        if input.shape[-1:] != (self.in_features,):
-            raise self._wrong_width(input)
-        return block_sparse_linear(input, values, self.block_index, bias, self.out_features)
-
-    def _wrong_width(self, input: torch.Tensor) -> ValueError:
-        # The operator takes the last side of `input` for the width of the matrix: only the layer knows better.
-        return ValueError(
-            f"`input` must be of shape (..., {self.in_features}). Got {tuple(input.shape)}. Give the layer the "
-            "features that it was made for."
-        )
-
-    def to_dense(self) -> torch.Tensor:
-        """The dense weight of shape `(out_features, in_features)`, differentiable in `values`."""
-        return to_dense(self.values, self.block_index, self.shape)
 
     def to_sparse_bsr(self) -> torch.Tensor:
         """A copy of the weight as `torch.sparse_bsr_tensor` of shape `(out_features, in_features)`."""
@@ -249,21 +309,19 @@ class BlockSparseLinear(nn.Module):
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
 
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        rows, columns = self.block_shape
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block={rows}x{columns}, nnzb={self.nnzb}, sparsity={self.sparsity:.4f}"
-        )
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """
+    The sparse layers of `model` by name, int8 ones too, in module order; a `torch.compile` wrapper leaves no trace in
+    the names.
+    """
+    return _layers_of(model, SparseLayer)
 
 
-def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
-    """
-    The sparse layers of `model` by name, in module order; a `torch.compile` wrapper leaves no trace in the names.
-    """
-    return {
-        name.replace("_orig_mod.", ""): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, BlockSparseLinear)
-    }
+def trainable_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
+    """As `sparse_layers`, those in floating point: training and topology updates know no others."""
+    return _layers_of(model, BlockSparseLinear)
+
+
+def _layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
+    return {name.replace("_orig_mod.", ""): layer for name, layer in model.named_modules() if isinstance(layer, kind)}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.linear import sparse_layers
+from ..nn.linear import trainable_layers
 
 
 def sparse_learning_rate(dense_learning_rate: float, sparsity: float) -> float:
@@ -35,7 +35,7 @@ def parameter_groups(
     """
     if decayed is None:
         decayed = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
-    values = {layer.values for layer in sparse_layers(model).values()}
+    values = {layer.values for layer in trainable_layers(model).values()}
     groups = []
     for per_block in (True, False):
         for decays in (True, False):

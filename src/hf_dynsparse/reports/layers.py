@@ -14,7 +14,7 @@ from ..compress.int8.layers import Int8BlockSparseLinear
 from ..compress.int8.quantizer import int8_modules
 from ..models.body import body_modules
 from ..models.flops import inference_flops_per_sequence
-from ..nn.linear import BlockSparseLinear, sparse_layers
+from ..nn.linear import LinearLayer, SparseLayer, sparse_layers
 from ..ops import describe_choice
 
 
@@ -74,7 +74,7 @@ def count_layers(model: PreTrainedModel) -> dict[str, Any]:
     kinds = defaultdict(list)
     for name, layer in layers.items():
         kinds[re.sub(r"\.\d+(?=\.|$)", ".*", name), layer.shape, layer.block_shape].append(layer)
-    linears = [x for x in body_modules(model).values() if isinstance(x, nn.Linear | Conv1D | BlockSparseLinear)]
+    linears = [x for x in body_modules(model).values() if isinstance(x, nn.Linear | Conv1D | LinearLayer)]
     return {
         "each": [_row(name, [layer]) for name, layer in layers.items()],
         "kinds": [[*_row(name, alike), len(alike)] for (name, *_), alike in kinds.items()],
@@ -134,13 +134,13 @@ def count_costs(model: PreTrainedModel, facts: Mapping[str, Any]) -> list[list[s
     return cells if layers or int8 else [row[:2] for row in cells]
 
 
-def _index_bytes(layer: BlockSparseLinear) -> int:
+def _index_bytes(layer: SparseLayer) -> int:
     if isinstance(layer, Int8BlockSparseLinear):
         return layer.block_code.numel()
     return layer.nnzb * layer.block_index.element_size()
 
 
-def _row(name: str, layers: list[BlockSparseLinear]) -> list[Any]:
+def _row(name: str, layers: list[SparseLayer]) -> list[Any]:
     """Name, shape, block, active blocks and density of layers of one shape: ranges, where they differ."""
 
     def span(values: list[Any], form: str) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
-from ..nn.linear import BlockSparseLinear, sparse_layers
+from ..nn.linear import BlockSparseLinear, trainable_layers
 from .updater import untrack_layers_
 
 
@@ -41,19 +41,19 @@ class TopologyAverage(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        split = [name for name, layer in sparse_layers(model).items() if isinstance(layer.values, DTensor)]
+        split = [name for name, layer in trainable_layers(model).items() if isinstance(layer.values, DTensor)]
         if split:
             raise ValueError(
                 f"The weights to average must be whole on every rank. Got `{split[0]}`, which is split between ranks. "
                 "Average in one process or under DDP."
             )
         super().__init__(model, *args, **kwargs)
-        untrack_layers_(sparse_layers(self.module).values())
+        untrack_layers_(trainable_layers(self.module).values())
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Take the weights of `model` into the average, with its topology as it is now."""
-        pairs = list(zip(sparse_layers(self.module).values(), sparse_layers(model).values(), strict=True))
+        pairs = list(zip(trainable_layers(self.module).values(), trainable_layers(model).values(), strict=True))
         resized = any(averaged.nnzb != layer.nnzb for averaged, layer in pairs)
         for averaged, layer in pairs:
             _follow_(averaged, layer)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.linear import BlockSparseLinear, sparse_layers
+from ..nn.linear import BlockSparseLinear, trainable_layers
 from ..nn.shards import shard_again_
 from ..optim.moments import check_optimizer_state, check_state_size
 from .allocation import DensityPath, allocate_by_momentum, allocate_globally, count_entries, largest_block
@@ -94,7 +94,7 @@ class TopologyUpdater:
         given_nnzb: Mapping[str, int] | None = None,
         **settings: Any,
     ) -> None:
-        self.layers: dict[str, BlockSparseLinear] = sparse_layers(model)
+        self.layers: dict[str, BlockSparseLinear] = trainable_layers(model)
         if not self.layers:
             raise ValueError(
                 "`TopologyUpdater` needs a model with `BlockSparseLinear` layers. Got none: build a DynSparse model "

@@ -37,7 +37,7 @@ from ..models.dropout import seed_dropout_
 from ..models.flops import flops_per_sequence
 from ..models.losses import IGNORED, class_labels, zero_if_unlabelled
 from ..models.readme import CARD, SHORT, is_ours
-from ..nn.linear import sparse_layers
+from ..nn.linear import trainable_layers
 from ..nn.shards import whole
 from ..optim.block_adam import BlockAdamW
 from ..optim.groups import parameter_groups
@@ -104,7 +104,7 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
             how = args.distillation_temperature, args.distillation_weight, args.distillation_positions
             self.distillation = Distillation(teacher, *how)
             self.distillation.check_student(model)
-        if not sparse_layers(model) and (args.final_sparsity is not None or args.learning_rate_rewinding):
+        if not trainable_layers(model) and (args.final_sparsity is not None or args.learning_rate_rewinding):
             raise ValueError(
                 "`final_sparsity` and `learning_rate_rewinding` are for sparse layers that are pruned. Got a model "
                 "without any. Load it by `load_pretrained(..., all_blocks=True)`, or leave them out."
@@ -114,7 +114,7 @@ class DynSparseTrainer(HubTrainer, ShardedTrainer):
         self._losses: list[torch.Tensor] = []  # of the micro-batches of this step
         given = [_made(callback, args) for callback in callbacks or ()]
         # Throughput last, so that the time of a topology update counts.
-        for kind in (*([TopologyCallback] if sparse_layers(model) else []), KernelCallback, ThroughputCallback):
+        for kind in (*([TopologyCallback] if trainable_layers(model) else []), KernelCallback, ThroughputCallback):
             if find_callback(given, kind) is None:
                 given.append(_made(kind, args))
         check_one_of_each(given, ONE_OF_EACH)

@@ -1,5 +1,7 @@
 """`Int8Embedding`."""
 
+from typing import final
+
 import torch
 from torch import nn
 
@@ -7,17 +9,16 @@ from .affine import quantize_weight, weight_scale
 from .qat import QatEmbedding
 
 
-class Int8Embedding(nn.Embedding):
+@final
+class Int8Embedding(nn.Module):
     """An embedding of `int8_values` of shape `(num_embeddings, embedding_dim)` with one `scale`."""
 
     int8_values: torch.Tensor
     scale: torch.Tensor
 
     def __init__(self, num_embeddings: int, embedding_dim: int, device: torch.device | str | None = None) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
-        self.scale_grad_by_freq = self.sparse = False
         shape = num_embeddings, embedding_dim
         self.register_buffer("int8_values", torch.empty(shape, dtype=torch.int8, device=device))
         self.register_buffer("scale", torch.empty((), dtype=torch.float32, device=device))
@@ -39,7 +40,7 @@ class Int8Embedding(nn.Embedding):
         return made
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """The int8 values, for code that asks for shape, device or dtype."""
         return self.int8_values
 

@@ -1,13 +1,13 @@
-"""Layers that hold int8 and compute with integers."""
+"""Layers that hold int8 and compute with integers. They are made from trained ones and train no more."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, final
 
 import torch
 from torch import nn
 
 from ...blocks.sizes import as_block_shape, block_grid
-from ...nn.linear import BlockSparseLinear
+from ...nn.linear import BlockSparseLinear, LinearLayer, SparseLayer
 from ...ops import Problem, to_dense
 from .affine import (
     INPUT_LEVELS,
@@ -28,9 +28,13 @@ from .qat import QatBlockSparseLinear, QatLinear
 EXACT_IN_FLOAT32 = 2**24
 
 
-class Int8Layer(nn.Module):
+class Int8Layer(LinearLayer):
     """
     What int8 linear layers share.
+
+    Args:
+        shape (`tuple[int, int]`): `(out_features, in_features)`.
+        values_shape (`tuple[int, ...]`): that of `int8_values`.
 
     Attributes:
         int8_values (buffer, `torch.int8`): the weight in [-127, 127].
@@ -39,19 +43,17 @@ class Int8Layer(nn.Module):
         int32_bias (buffer of shape `(out_features,)`, `torch.int32`, or `None`): on the grid of `step`.
     """
 
-    in_features: int
-    out_features: int
     int8_values: torch.Tensor
     scale: torch.Tensor
     input_scale: torch.Tensor
     input_zero_point: torch.Tensor
     int32_bias: torch.Tensor | None
-    _known: "_Settled | None"
+    _known: "_Constants | None"
 
-    def _build(
+    def __init__(
         self, shape: tuple[int, int], values_shape: tuple[int, ...], bias: bool, device: torch.device | str | None
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.out_features, self.in_features = shape
         shapes_and_dtypes = {
             "int8_values": (values_shape, torch.int8),
@@ -96,7 +98,12 @@ class Int8Layer(nn.Module):
         return product_step(self.input_scale, self.scale)
 
     @property
-    def bias(self) -> Any:
+    def nnz(self) -> int:
+        """Entries of the weight that are stored."""
+        return self.int8_values.numel()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
         """The bias in float32, if there is one."""
         return None if self.int32_bias is None else (self.int32_bias * self.step).float()
 
@@ -107,7 +114,7 @@ class Int8Layer(nn.Module):
                 "An int8 model is for inference. Got one in training mode: call `model.eval()`, or train the model "
                 "that it was made from, prepared by `prepare_qat_`."
             )
-        known, device = self._settled, input.device.type
+        known, device = self._constants, input.device.type
         integers = quantize_input(input, self.input_scale, known.zero_point).to(known.dtype)
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # bfloat16 would round the integers
@@ -124,12 +131,12 @@ class Int8Layer(nn.Module):
         The dtype in which no sum of integers can be inexact, and which holds their step: float32, unless rows are long
         and heavy, or weights and inputs next to zero.
         """
-        return self._settled.dtype
+        return self._constants.dtype
 
     @property
-    def _settled(self) -> "_Settled":
+    def _constants(self) -> "_Constants":
         if self.scale.is_meta:
-            return _Settled(torch.float32, 0, 1.0, self.bias)  # there is nothing to compute but shapes
+            return _Constants(torch.float32, 0, 1.0, self.bias)  # there is nothing to compute but shapes
         if self._known is None:
             zero_point = int(self.input_zero_point)
             largest = int(self._row_sums().max()) * max(zero_point, INPUT_LEVELS - zero_point)
@@ -137,7 +144,7 @@ class Int8Layer(nn.Module):
             exact = largest <= EXACT_IN_FLOAT32 and SMALLEST_SCALE <= step <= torch.finfo(torch.float32).max
             bias = None if self.int32_bias is None else self.int32_bias * self.step
             dtype = torch.float32 if exact else torch.float64
-            self._known = _Settled(dtype, zero_point, step, None if bias is None else bias.to(dtype))
+            self._known = _Constants(dtype, zero_point, step, None if bias is None else bias.to(dtype))
         return self._known
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -160,8 +167,8 @@ class Int8Layer(nn.Module):
         return self
 
 
-class _Settled(NamedTuple):
-    """What every forward pass needs, worked out once."""
+class _Constants(NamedTuple):
+    """What every forward pass needs, computed once."""
 
     dtype: torch.dtype
     zero_point: int
@@ -169,14 +176,15 @@ class _Settled(NamedTuple):
     bias: torch.Tensor | None
 
 
-class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
+@final
+class Int8Linear(Int8Layer):
     """A dense [`Int8Layer`], `int8_values` of shape `(out_features, in_features)`."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None
     ) -> None:
         shape = out_features, in_features
-        self._build(shape, shape, bias, device)
+        super().__init__(shape, shape, bias, device)
 
     @classmethod
     @torch.no_grad()
@@ -187,17 +195,18 @@ class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
         return made
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """The int8 values, for code that asks for shape, device or dtype."""
         return self.int8_values
 
     @torch.no_grad()
     def to_float(self) -> nn.Linear:
         """An ordinary layer with these weights, whose inputs are not rounded."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, self.int8_values.device)
+        bias = self.bias
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, self.int8_values.device)
         linear.weight.copy_(self.int8_values * self.scale)
-        if self.bias is not None:
-            linear.bias.copy_(self.bias)
+        if bias is not None:
+            linear.bias.copy_(bias)
         return linear.train(self.training)
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -207,7 +216,8 @@ class Int8Linear(Int8Layer, nn.Linear):  # type: ignore[override]
         return self.int8_values.short().abs().sum(1)
 
 
-class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[override]
+@final
+class Int8BlockSparseLinear(Int8Layer, SparseLayer):
     """
     A block-sparse [`Int8Layer`], `int8_values` of shape `(nnzb, rows, columns)` in ascending order of block ids.
 
@@ -237,7 +247,7 @@ class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[overr
     ) -> None:
         shape, block_shape = (out_features, in_features), as_block_shape(block_size)
         grid = block_grid(shape, block_shape)
-        self._build(shape, (nnzb, *block_shape), bias, device)
+        super().__init__(shape, (nnzb, *block_shape), bias, device)
         self.block_shape, self.grid, self.code_bits = block_shape, grid, code_bits
         self.register_buffer("block_code", torch.empty(code_bytes, dtype=torch.uint8, device=device))
         self._decoded = None
@@ -256,7 +266,7 @@ class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[overr
         return made
 
     @property
-    def values(self) -> torch.Tensor:  # type: ignore[override]
+    def values(self) -> torch.Tensor:
         """The int8 values."""
         return self.int8_values
 
@@ -266,9 +276,9 @@ class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[overr
         return self.scale.new_full((), torch.nan).expand(self.shape)
 
     @property
-    def block_index(self) -> torch.Tensor:  # type: ignore[override]
+    def block_index(self) -> torch.Tensor:
         """
-        As of [`BlockSparseLinear`], in ascending order.
+        The ids of the blocks, `torch.int32` of shape `(nnzb,)`, in ascending order.
 
         Raises:
             ValueError: if the code is damaged.
@@ -281,7 +291,7 @@ class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[overr
         return self._decoded
 
     def problem(self, tokens: int = 1, *, backward: bool = False, dtype: torch.dtype | None = None) -> Problem:
-        """See [`BlockSparseLinear.problem`]; the integers are multiplied in floating point."""
+        """See [`SparseLayer.problem`]; the integers are multiplied in floating point."""
         return super().problem(tokens, backward=backward, dtype=dtype or torch.float32)
 
     def to_dense(self) -> torch.Tensor:
@@ -295,12 +305,12 @@ class Int8BlockSparseLinear(Int8Layer, BlockSparseLinear):  # type: ignore[overr
     @torch.no_grad()
     def to_float(self) -> BlockSparseLinear:
         """An ordinary sparse layer with these weights, whose inputs are not rounded."""
-        sides, device = (self.in_features, self.out_features), self.int8_values.device
-        layer = BlockSparseLinear(*sides, self.block_shape, bias=self.bias is not None, nnzb=self.nnzb, device=device)
+        sides, bias, device = (self.in_features, self.out_features), self.bias, self.int8_values.device
+        layer = BlockSparseLinear(*sides, self.block_shape, bias=bias is not None, nnzb=self.nnzb, device=device)
         layer.block_index.copy_(self.block_index)
         layer.values.copy_(self.int8_values * self.scale)
-        if layer.bias is not None and self.bias is not None:
-            layer.bias.copy_(self.bias)
+        if layer.bias is not None and bias is not None:
+            layer.bias.copy_(bias)
         return layer.train(self.training)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..._transformers import TensorBoardCallback, TrackioCallback
-from ...nn.linear import sparse_layers
+from ...nn.linear import trainable_layers
 from ...reports.pictures.blocks import paint_blocks
 from ...topology import ever_active
 from ...topology.frames import Frame, forget_frames, history_files, write_frame
@@ -42,7 +42,7 @@ class TopologyHistory(TrainerCallback):
     def __init__(self, trainer: Trainer, layer: str | None = None) -> None:
         self.callbacks = trainer.callback_handler.callbacks
         topology = find_callback(self.callbacks, TopologyCallback)
-        layers = list(sparse_layers(trainer.accelerator.unwrap_model(trainer.model)))
+        layers = list(trainable_layers(trainer.accelerator.unwrap_model(trainer.model)))
         if topology is None or not layers:
             raise ValueError(
                 "`TopologyHistory` needs a trainer that updates a topology. Got one without a `TopologyCallback` or "
@@ -80,7 +80,7 @@ class TopologyHistory(TrainerCallback):
         return 0 if topology is None else int(topology.metrics.get("topology_updates", 0))
 
     def _block_map(self, model: nn.Module) -> np.ndarray:
-        return sparse_layers(model)[self.layer].layout.to_mask().cpu().numpy()
+        return trainable_layers(model)[self.layer].layout.to_mask().cpu().numpy()
 
     def _record(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         active = self._block_map(model)
@@ -91,7 +91,7 @@ class TopologyHistory(TrainerCallback):
             logger.warning("The topology after step %d is missing in the history: %s", state.global_step, error)
         senders = [(SENDERS[type(callback)], callback) for callback in self.callbacks if type(callback) in SENDERS]
         if senders:
-            layer = sparse_layers(model)[self.layer]
+            layer = trainable_layers(model)[self.layer]
             picture = paint_blocks(active, newborn, ever_active(layer).view(layer.grid).cpu().numpy())
             for send, callback in senders:
                 send(callback, f"topology/{self.layer}", picture, state.global_step)

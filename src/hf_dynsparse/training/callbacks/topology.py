@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..._transformers import ExportableState
 from ...models.density import configured, distribution_of, sizes_of, tell_config_
-from ...nn.linear import sparse_layers
+from ...nn.linear import trainable_layers
 from ...optim.lasso import group_lasso_
 from ...reports.layers import topology_summary
 from ...topology import TopologySettings, TopologyUpdater, ever_active
@@ -80,7 +80,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             check_resizing(self.on_resize is not None, bool(args.load_best_model_at_end))
         # What a checkpoint has recorded needs a place when it is loaded. Until then the model is a plain one.
         track = partial(_track_what_comes, self.settings.needs)
-        layers = sparse_layers(kwargs["model"]).values() if kwargs["model"] is not None else ()
+        layers = trainable_layers(kwargs["model"]).values() if kwargs["model"] is not None else ()
         self._hooks = [layer.register_load_state_dict_pre_hook(track) for layer in layers]
 
     @property
@@ -99,12 +99,12 @@ class TopologyCallback(TrainerCallback, ExportableState):
             return dict(self._final["sizes"])
         return {
             name: layer.nnzb if layer.given_nnzb is None else layer.given_nnzb
-            for name, layer in sparse_layers(model).items()
+            for name, layer in trainable_layers(model).items()
         }
 
     def track_(self, model: nn.Module) -> None:
         """Begin to record what this run needs in every sparse layer that does not yet."""
-        track_layers_(sparse_layers(model).values(), self.settings.needs)
+        track_layers_(trainable_layers(model).values(), self.settings.needs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,7 +116,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             check_resizing(self.on_resize is not None, bool(args.load_best_model_at_end))
         while self._hooks:
             self._hooks.pop().remove()
-        for name, layer in sparse_layers(model).items():
+        for name, layer in trainable_layers(model).items():
             layer.layout.validate(f"`{name}`")
             if state.global_step == 0:
                 untrack_layers_([layer])  # the updater begins anew
@@ -225,7 +225,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         Leave a plain model behind: what training has recorded is kept here, not in its file, and nothing observes it
         any more. After an interruption, which no callback hears of, call it yourself; [`DynSparseTrainer`] does.
         """
-        layers = sparse_layers(model)
+        layers = trainable_layers(model)
         self.ever_active |= {
             name: ever_active(layer).view(layer.grid).cpu() for name, layer in layers.items() if is_tracked(layer)
         }
