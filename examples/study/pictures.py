@@ -23,7 +23,7 @@ from study.analysis import (
     variations,
 )
 
-from hf_dynsparse.checkpoints.inspection import inspect_checkpoint
+from hf_dynsparse.reports.inspection import inspect_checkpoint
 from hf_dynsparse.reports.pictures.layers import plot_layer_maps
 from hf_dynsparse.reports.pictures.style import COLOURS, DASHES, _picture
 
