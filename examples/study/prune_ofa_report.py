@@ -14,7 +14,7 @@ from hf_dynsparse.checkpoints.loading import load_model
 from hf_dynsparse.data import GLUE_TASKS
 from hf_dynsparse.nn.linear import sparse_layers
 from hf_dynsparse.reports.facts import checkpoint_bytes
-from hf_dynsparse.reports.pictures.style import COLOURS, _picture
+from hf_dynsparse.reports.pictures.style import COLOURS, picture
 from hf_dynsparse.reports.tables import markdown_table
 
 
@@ -128,7 +128,7 @@ def plot_results(results: Sequence[Result], path: str | PathLike[str]) -> None:
     """
     markers = dict(zip(MODELS.values(), "sod", strict=True))
     tasks = list(dict.fromkeys(row["task"] for row in results))
-    with _picture(path, 1, 1, (6.2, 4.0), "") as (_, axes):
+    with picture(path, 1, 1, (6.2, 4.0), "") as (_, axes):
         for place, task in enumerate(tasks):
             own = [row for row in results if row["task"] == task]
             variants = list(dict.fromkeys(row["variant"] for row in own if row["variant"])) or [None]

@@ -19,9 +19,7 @@ PICTURES = {
     "ticket.png": "Attention heads by their gates, and the intermediate neurons of each layer that stay",
 }
 
-
 EXPLORED = ("coverage", "topology_updates")
-
 
 # What is read of the files of a run.
 STATE_KINDS: Kinds = {
@@ -31,12 +29,9 @@ STATE_KINDS: Kinds = {
     "stateful_callbacks": dict[str, Any],
 }
 
-
 LOG_KINDS: Kinds = {"step": int, "loss": float, **{f"dynsparse/{name}": float for name in EXPLORED}}
 
-
 CALLBACK_KINDS: Kinds = {"TopologyCallback": dict[str, dict[str, Any]]}
-
 
 SUMMARY_KINDS: Kinds = {
     **dict.fromkeys(("steps", "seq_len", "topology_updates", "train_sequences", "eval_sequences", "processes"), int),

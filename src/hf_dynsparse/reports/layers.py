@@ -140,8 +140,10 @@ def model_facts(model: nn.Module, part: str = "") -> ModelFacts:
         SparseLayer(name, *_sizes(layer)) for name, layer in sparse_layers(model).items() if part in f"{name}."
     )
     buffers = {name: tensor for name, tensor in model.named_buffers() if part in name}
-    weights = [tensor for name, tensor in model.named_parameters() if part in name]
-    weights += _ending(buffers, *_INT8_LEAVES)
+    weights = [
+        *(tensor for name, tensor in model.named_parameters() if part in name),
+        *_ending(buffers, *_INT8_LEAVES),
+    ]
     stored = sum(map(_bytes, weights)) + sum(map(_bytes, _ending(buffers, *_INDEX_LEAVES)))
     # Dense int8 matrices, embeddings among them: an entry would take three bytes more in float32.
     int8 = sum(tensor.numel() for tensor in _ending(buffers, "int8_values") if tensor.dim() == 2)
