@@ -19,6 +19,7 @@ from _table import COLUMNS, heading, line
 
 from hf_dynsparse.ops import BACKENDS
 from hf_dynsparse.reports.pictures.style import COLOURS, DASHES, STYLE
+from hf_dynsparse.reports.tables import markdown_table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,15 +58,15 @@ def arm_of(row: Row) -> str:
 def layer_table(rows: list[Row]) -> str:
     """A line per tokens, shape and sparsity, a column per arm: time over dense, forward / backward / **total**."""
     arms = list(dict.fromkeys(map(arm_of, rows)))
-    lines = [f"| tokens | out x in | s | {' | '.join(arms)} |", "|---" * (3 + len(arms)) + "|"]
     places: dict[tuple[int, int, int, float], dict[str, str]] = {}
     for row in rows:
         place = row["tokens"], row["out"], row["in"], row["sparsity"]
         places.setdefault(place, {})[arm_of(row)] = ratios(row)
-    for (tokens, out, inp, sparsity), cells in places.items():
-        line = " | ".join(cells.get(arm, "-") for arm in arms)
-        lines.append(f"| {tokens} | {out}x{inp} | {sparsity:g} | {line} |")
-    return "\n".join(lines)
+    lines = (
+        [tokens, f"{out}x{inp}", f"{sparsity:g}", *(cells.get(arm, "-") for arm in arms)]
+        for (tokens, out, inp, sparsity), cells in places.items()
+    )
+    return markdown_table(["tokens", "out x in", "s", *arms], lines)
 
 
 def ratios(row: Row) -> str:

@@ -9,6 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
+from hf_dynsparse.reports.tables import markdown_table
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -22,21 +24,22 @@ def main() -> None:
         parser.error(f"every run must be one of run_earlybert.py. Got {', '.join(others)}")
     dense = {key(run): run for _, run in summaries if run["earlybert"]["ticket"] == "none"}
     columns = ["run", "heads", "neurons", "score", "epochs", "search s", "training s", "total s", "of dense"]
-    print("| " + " | ".join(columns) + " |")
-    print("|---" * len(columns) + "|")
+    rows = []
     for name, run in summaries:
         ticket, twin = run["earlybert"], dense.get(key(run))
-        cells = [
-            name,
-            *(share(ticket, part) for part in ("heads", "neurons")),
-            score(run),
-            f"{run['epochs']:.3g}",
-            f"{ticket.get('search_seconds', 0.0):.0f}",
-            f"{ticket['train_seconds']:.0f}",
-            f"{ticket['total_seconds']:.0f}",
-            f"{ticket['total_seconds'] / twin['earlybert']['total_seconds']:.2f}" if twin else "-",
-        ]
-        print("| " + " | ".join(cells) + " |")
+        rows.append(
+            [
+                name,
+                *(share(ticket, part) for part in ("heads", "neurons")),
+                score(run),
+                f"{run['epochs']:.3g}",
+                f"{ticket.get('search_seconds', 0.0):.0f}",
+                f"{ticket['train_seconds']:.0f}",
+                f"{ticket['total_seconds']:.0f}",
+                f"{ticket['total_seconds'] / twin['earlybert']['total_seconds']:.2f}" if twin else "-",
+            ]
+        )
+    print(markdown_table(columns, rows))
     _, some = summaries[0]
     versions = ", ".join(f"{package} {version}" for package, version in some["versions"].items())
     print(f"\n{some['hardware']}, {versions}.")

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from hf_dynsparse.reports.pictures.runs import plot_comparison
+from hf_dynsparse.reports.tables import markdown_table
 
 
 def main() -> None:
@@ -22,22 +23,23 @@ def main() -> None:
         parser.error(f"every run must be finished and hold a summary.json. Got none in {', '.join(missing)}")
     summaries = {run.name: json.loads((run / "summary.json").read_text()) for run in args.runs}
     columns = ["run", "B", "evaluation loss", "training FLOPs", "of dense", "coverage", "updates", "encoder bytes"]
-    print("| " + " | ".join([*columns, "learning rate"]) + " |")
-    print("|---" * (len(columns) + 1) + "|")
+    rows = []
     for name, run in summaries.items():
         block = run["block_size"] if run["sparsity"] else "-"
-        cells = [
-            name,
-            block,
-            f"{run['eval_loss']:.4f}",
-            f"{run['flops']:.3e}",
-            f"{run['flops'] / run['dense_flops']:.3f}",
-            f"{run['coverage']:.3f}",
-            run["topology_updates"],
-            f"{run['encoder_bytes'] / run['dense_encoder_bytes']:.3f}",
-            f"{run['learning_rate']:.3g}",
-        ]
-        print("| " + " | ".join(map(str, cells)) + " |")
+        rows.append(
+            [
+                name,
+                block,
+                f"{run['eval_loss']:.4f}",
+                f"{run['flops']:.3e}",
+                f"{run['flops'] / run['dense_flops']:.3f}",
+                f"{run['coverage']:.3f}",
+                run["topology_updates"],
+                f"{run['encoder_bytes'] / run['dense_encoder_bytes']:.3f}",
+                f"{run['learning_rate']:.3g}",
+            ]
+        )
+    print(markdown_table([*columns, "learning rate"], rows))
     some = next(iter(summaries.values()))
     versions = ", ".join(f"{package} {version}" for package, version in some["versions"].items())
     print(f"\n{some['steps']} steps, seed {some['seed']}, {some['hardware']}, {versions}.")

@@ -33,6 +33,7 @@ from hf_dynsparse.data import GLUE_TASKS
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.optim.recipes import FINETUNE_MODES
 from hf_dynsparse.reports.pictures.runs import plot_sparsity_sweep
+from hf_dynsparse.reports.tables import markdown_table
 
 
 SCRIPT = Path(__file__).with_name("run_glue_dynsparse.py")
@@ -171,17 +172,17 @@ def format_table(results: list[dict[str, Any]], tasks: list[str]) -> str:
         scores[result["arm"], result["task"]].append(result["score"])
         about.setdefault(result["arm"], result)
     names = [f"{task} ({'/'.join(GLUE_TASKS[task].metrics)})" for task in tasks]
-    lines = [f"| run | sparsity | mode | {' | '.join(names)} |", f"|---|---|---|{'---|' * len(tasks)}"]
+    rows = []
     for arm, first in about.items():
         cells = []
         for task in tasks:
             found = scores[arm, task]
             spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
             cells.append(f"{statistics.fmean(found):.1f}{spread}" if found else "-")
-        lines.append(f"| {arm} | {first['sparsity']:.3f} | {first['mode']} | {' | '.join(cells)} |")
+        rows.append([arm, f"{first['sparsity']:.3f}", first["mode"], *cells])
     first = results[0] if results else {}
-    lines += ["", f"{first.get('hardware')}; " + ", ".join(f"{k} {v}" for k, v in first.get("versions", {}).items())]
-    return "\n".join(lines)
+    versions = ", ".join(f"{k} {v}" for k, v in first.get("versions", {}).items())
+    return f"{markdown_table(['run', 'sparsity', 'mode', *names], rows)}\n\n{first.get('hardware')}; {versions}"
 
 
 def draw(results: list[dict[str, Any]], args: argparse.Namespace) -> None:

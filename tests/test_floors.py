@@ -25,8 +25,8 @@ PLACES = {
     "face": Place(10, {"huggingface_hub", "safetensors"}),  # the public list and the command line
     "training/": Place(9, TRAINER),
     "hub/": Place(8, MODELS),
-    "reports/": Place(7, MODELS | {"numpy", "matplotlib", "PIL"}),
-    "checkpoints/": Place(6, MODELS | {"filelock", "fsspec"}),
+    "reports/": Place(7, MODELS | {"numpy", "matplotlib", "PIL", "fsspec"}),
+    "checkpoints/": Place(6, MODELS | {"filelock"}),
     "topology/": Place(5, {"torch", "numpy"}),  # knows nothing of transformers
     "compress/": Place(5, {"torch", "transformers"}),
     "models/": Place(4, MODELS | {"peft"}),  # below topology: a loaded model is a plain model

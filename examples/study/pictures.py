@@ -23,9 +23,9 @@ from study.analysis import (
     variations,
 )
 
-from hf_dynsparse.checkpoints.inspection import inspect_checkpoint
+from hf_dynsparse.reports.inspection import inspect_checkpoint
 from hf_dynsparse.reports.pictures.layers import plot_layer_maps
-from hf_dynsparse.reports.pictures.style import COLOURS, DASHES, _picture
+from hf_dynsparse.reports.pictures.style import COLOURS, DASHES, picture
 
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def plot_pareto(configurations: Sequence[Configuration], path: str | PathLike[st
     blocks = _colours(kind.block_size for kind in lines)
     markers = _markers(kind.method for kind in lines)
     usual = mode(kind.sparsity for kind in lines) if lines else 0.0
-    with _picture(path, 1, 2, (10.4, 4.4), "", sharey=True) as (figure, panels):
+    with picture(path, 1, 2, (10.4, 4.4), "", sharey=True) as (figure, panels):
         for axes, (cost, words) in zip(panels, COSTS.items(), strict=True):
             front = pareto_front(dense_family(configurations, cost))
             axes.plot(*zip(*front, strict=True), color="#404040", label="dense family")
@@ -127,7 +127,7 @@ def plot_exploration(configurations: Sequence[Configuration], path: str | PathLi
         return False
     colours = _colours(each.settings["block_size"] for each in chosen)
     markers = _markers(each.settings["regrow_rule"] for each in chosen)
-    with _picture(path, 1, 2, (9.6, 3.9), f"{size}, sparsity {sparsity:g}", sharey=True) as (figure, panels):
+    with picture(path, 1, 2, (9.6, 3.9), f"{size}, sparsity {sparsity:g}", sharey=True) as (figure, panels):
         labels = set()
         for axes, (result, words) in zip(panels, EXPLORATION.items(), strict=True):
             for each in chosen:
@@ -239,7 +239,7 @@ def plot_untrained(configurations: Sequence[Configuration], path: str | PathLike
     if not all(lines.values()) or sum(map(len, lines.values())) < 3:
         return False
     blocks = {each.settings["block_size"] for each in lines["untrained"]}
-    with _picture(path, 1, 1, (5.6, 3.8), "") as (_, axes):
+    with picture(path, 1, 1, (5.6, 3.8), "") as (_, axes):
         for place, (name, line) in enumerate(lines.items()):
             chosen = sorted(
                 (each for each in line if each.settings["block_size"] in blocks),
@@ -272,7 +272,7 @@ def _grid(path: str | PathLike[str], count: int, height: float) -> Iterator[list
     """A picture of `count` panels, three in a row, each `height` inches high."""
     columns = min(3, count)
     rows = -(-count // columns)
-    with _picture(path, rows, columns, (4.6 * columns, height * rows), "", squeeze=False) as (_, grid):
+    with picture(path, rows, columns, (4.6 * columns, height * rows), "", squeeze=False) as (_, grid):
         panels = list(grid.flat)
         for axes in panels[count:]:
             axes.set_axis_off()

@@ -14,7 +14,8 @@ from hf_dynsparse.checkpoints.loading import load_model
 from hf_dynsparse.data import GLUE_TASKS
 from hf_dynsparse.nn.linear import sparse_layers
 from hf_dynsparse.reports.facts import checkpoint_bytes
-from hf_dynsparse.reports.pictures.style import COLOURS, _picture
+from hf_dynsparse.reports.pictures.style import COLOURS, picture
+from hf_dynsparse.reports.tables import markdown_table
 
 
 MODELS = {"task_teacher": "dense", "transfer": "pruned", "quantize": "pruned + int8"}
@@ -100,14 +101,14 @@ def format_results(results: Sequence[Result]) -> str:
             (row["checksum"] or "-") + {None: "", True: " locked", False: " CHANGED"}[row["locked"]]
         ),
     }
-    lines = [f"| {' | '.join(columns)} |", f"|---|---|{'---:|' * (len(columns) - 3)}---|"]
-    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in results]
+    rows = ([cell(row) for cell in columns.values()] for row in results)
     about = {
         "seed": sorted({str(row["seed"]) for row in results}),
         "hardware": sorted({row["hardware"] for row in results}),
         "versions": sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in results}),
     }
-    lines += [
+    lines = [
+        markdown_table(columns, rows, right=range(2, len(columns) - 1)),
         "",
         "Bytes: tensors of the encoder in the file, block indices and scales included. Pattern: CRC-32 of all block "
         "indices; `locked` where it is that of the model before this training.",
@@ -127,7 +128,7 @@ def plot_results(results: Sequence[Result], path: str | PathLike[str]) -> None:
     """
     markers = dict(zip(MODELS.values(), "sod", strict=True))
     tasks = list(dict.fromkeys(row["task"] for row in results))
-    with _picture(path, 1, 1, (6.2, 4.0), "") as (_, axes):
+    with picture(path, 1, 1, (6.2, 4.0), "") as (_, axes):
         for place, task in enumerate(tasks):
             own = [row for row in results if row["task"] == task]
             variants = list(dict.fromkeys(row["variant"] for row in own if row["variant"])) or [None]

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from study.analysis import Configuration, cost_ratio, dense_family, loss_at_cost, order, series, size_of, title
 
 from hf_dynsparse.files import write_atomically
+from hf_dynsparse.reports.tables import markdown_table
 
 
 TEMPLATES = Path(__file__).parent
@@ -67,8 +68,8 @@ def write_report(
 def format_table(configurations: Sequence[Configuration]) -> str:
     """The rows of [`table_rows`] in Markdown, and a note on how to read them."""
     rows = table_rows(configurations)
-    lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
-    return "\n".join([lines[0], f"|---{'|---:' * (len(rows[0]) - 1)}|", *lines[1:], "", note(configurations)])
+    table = markdown_table(rows[0], (row.values() for row in rows), right=range(1, len(rows[0])))
+    return f"{table}\n\n{note(configurations)}"
 
 
 def table_rows(configurations: Sequence[Configuration]) -> list[dict[str, str]]:

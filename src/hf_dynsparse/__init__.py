@@ -2,7 +2,6 @@
 
 from .blocks.layout import BlockLayout
 from .checkpoints.export import export_bsr, export_dense, export_onnx, export_program, read_bsr, sparsify_checkpoint
-from .checkpoints.inspection import inspect_checkpoint
 from .checkpoints.remote_code import save_with_code
 from .compress.int8 import prepare_qat_, to_int8_
 from .compress.slimming import Ticket, draw_ticket
@@ -27,6 +26,7 @@ from .optim.block_adam import BlockAdamW
 from .optim.groups import parameter_groups, sparse_learning_rate
 from .optim.lasso import group_lasso_
 from .reports.estimate import estimate_run
+from .reports.inspection import inspect_checkpoint
 from .reports.layers import topology_summary
 from .reports.model_card import write_model_card
 from .topology import METHODS, TopologyAverage, TopologyUpdater, prune_regrow_

@@ -131,7 +131,7 @@ def _add_inspect(commands: Any) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     """Show the layers of a saved model, their densities and sizes. Headers and block indices are read, no weights."""
-    from .checkpoints.inspection import inspect_checkpoint
+    from .reports.inspection import inspect_checkpoint
     from .reports.pictures.layers import plot_layer_maps
 
     report = inspect_checkpoint(args.source)

@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from huggingface_hub import constants
 from tqdm.auto import tqdm
 
+from ..files import write_atomically
 from .prose import clean_text
 
 
@@ -169,8 +169,8 @@ def write_corpus(modules: Sequence[tuple[str, Path]], folder: Path, progress: bo
         modules (`Sequence[tuple[str, Path]]`):
             Document names and Python source files; where a paragraph is repeated, the first module keeps it.
         folder (`Path`):
-            The folder for the two files. It appears with both or not at all: an interrupted build leaves nothing
-            behind, and of several processes that build it at once one is heard.
+            The folder for the two files. Each appears whole or not at all, and a corpus is only taken from the cache
+            when both are there. Several processes may build it at once: they write the same.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
     """
@@ -186,18 +186,8 @@ def write_corpus(modules: Sequence[tuple[str, Path]], folder: Path, progress: bo
     finally:
         if collecting:
             gc.enable()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
-        written = Path(aside, folder.name)
-        written.mkdir()
-        for file, documents in zip(corpus_files(written), parts, strict=True):
-            file.write_text("\n".join(documents), encoding="utf-8", newline="\n")
-        try:
-            os.replace(written, folder)
-        except OSError:  # a folder with something in it
-            if not all(file.is_file() for file in corpus_files(folder)):  # else another process was faster
-                os.replace(folder, Path(aside, "replaced"))
-                os.replace(written, folder)
+    for target, documents in zip(corpus_files(folder), parts, strict=True):
+        write_atomically(target, "\n".join(documents))
 
 
 def module_prose(file: Path) -> Iterator[str]:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from huggingface_hub import (
     CommitInfo,
+    CommitOperation,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
     run_as_future,
     snapshot_download,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from .._transformers import TRAINER_STATE_NAME
 from ..checkpoints.loading import split_revision
@@ -125,9 +127,8 @@ def fetch_checkpoint(checkpoint: str | None, token: str | None = None) -> str | 
             lambda: snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted),
         )
     )
-    steps = {int(folder.name.rpartition("-")[2]): folder for folder in snapshot.iterdir() if _is_numbered(folder.name)}
-    for folder in (snapshot / LAST_CHECKPOINT, *(steps[step] for step in sorted(steps, reverse=True))):
-        if (folder / TRAINER_STATE_NAME).is_file():
+    for folder in (snapshot / LAST_CHECKPOINT, get_last_checkpoint(snapshot)):
+        if folder is not None and Path(folder, TRAINER_STATE_NAME).is_file():
             return str(folder)
     raise HubError(
         f"Resuming needs a repository that a run wrote with `--push_to_hub --hub_strategy checkpoint`. Got "
@@ -175,14 +176,11 @@ def commit_files(
 
     def committed() -> CommitInfo:
         present = api.list_repo_files(repo_id, revision=revision)
-        deletions = [CommitOperationDelete(path) for path in present if _is_replaced(path, files)]
-        additions = [
-            CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
-            for path, source in files.items()
-        ]
-        return api.create_commit(
-            repo_id, [*deletions, *additions], commit_message=message, revision=revision, token=token
-        )
+        # Not `upload_folder`: it may split a large folder into several commits, and takes files on the disk only.
+        replaced = [path for path in present if _is_replaced(path, files)]
+        changes: list[CommitOperation] = [CommitOperationDelete(path) for path in replaced]
+        changes += [CommitOperationAdd(path, source) for path, source in files.items()]
+        return api.create_commit(repo_id, changes, commit_message=message, revision=revision)
 
     return ask(f"Pushing to {repo_id}", committed)
 
@@ -217,18 +215,12 @@ def push_checkpoint(
     return run_as_future(push)
 
 
-def _is_numbered(name: str) -> bool:
-    return re.fullmatch(r"checkpoint-[0-9]+", name) is not None
-
-
 def _is_replaced(path: str, files: Files) -> bool:
     """Whether a file of the repository belongs to weights or a checkpoint whose place `files` take."""
-    folder, _, name = path.rpartition("/")
-    if path in files:
-        return False
-    if folder == LAST_CHECKPOINT or fnmatchcase(folder, "checkpoint-*"):
-        return any(new.startswith(f"{folder}/") for new in files)
-    return not folder and any(fnmatchcase(name, pattern) for pattern in _WEIGHTS)
+    folders = {new.partition("/")[0] for new in files if fnmatchcase(new, "*checkpoint*/*")}
+    if "/" in path:
+        return path not in files and path.partition("/")[0] in folders
+    return path not in files and any(fnmatchcase(path, pattern) for pattern in _WEIGHTS)
 
 
 def _link(source: str, target: str) -> None:

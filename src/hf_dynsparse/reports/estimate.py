@@ -14,6 +14,8 @@ from ..models.flops import flops_per_sequence
 from ..optim.groups import sparse_learning_rate
 from ..topology import default_num_updates, pruning_ratio_at, update_steps
 from ..topology.update import replaced_count
+from .layers import model_facts
+from .tables import plain_table
 
 
 # Best of the paper's sweeps for its dense models (arXiv:2108.06277, appendix), by preset.
@@ -99,12 +101,12 @@ class RunEstimate:
         return {"sparse": sparse, "dense": dense, **{name: getattr(self, name) for name in names}}
 
     def __str__(self) -> str:
-        lines = [f"{'':28}  {'sparse':>16}  {'dense':>16}  of dense"]
+        rows = [["", "sparse", "dense", "of dense"]]
         for name, (sparse, dense) in self.amounts().items():
             label = name.replace("_", " ").replace("flops", "FLOPs")
             digits = ".4g" if "flops" in name else ",d"
-            ratio = f"{sparse / dense:8.3f}" if dense else ""
-            lines.append(f"{label:28}  {sparse:16{digits}}  {dense:16{digits}}  {ratio}".rstrip())
+            rows.append([label, f"{sparse:{digits}}", f"{dense:{digits}}", f"{sparse / dense:.3f}" if dense else ""])
+        lines = [plain_table(rows, least=(28, 16, 16))]
         lines.append(
             f"DOF coverage {self.coverage:.1%} to be expected after {self.num_topology_updates} topology updates"
         )
@@ -160,16 +162,14 @@ def estimate_run(
         model = DynSparseBertForMaskedLM(config)
     shapes, sides, nnzb = encoder_shapes(config), config.block_shapes(), config.nnzb_per_layer()
     blocks = {name: prod(block_grid(shapes[name], sides[name])) for name in nnzb}
-    encoder = Footprint(config.num_active_entries(), 4 * sum(nnzb.values()))
-    dense_encoder = Footprint(sum(map(prod, shapes.values())), 0)
-    rest = sum(parameter.numel() for parameter in model.parameters()) - encoder.parameters
+    size, index_bytes = model_facts(model), 4 * sum(nnzb.values())
     updates = num_topology_updates, pruning_ratio, schedule, readmit
     factor = sparse_learning_rate(1.0, config.sparsity)
     return RunEstimate(
-        Footprint(rest + encoder.parameters, encoder.index_bytes),
-        Footprint(rest + dense_encoder.parameters, 0),
-        encoder,
-        dense_encoder,
+        Footprint(size.parameters, index_bytes),
+        Footprint(size.dense_parameters, 0),
+        Footprint(config.num_active_entries(), index_bytes),
+        Footprint(sum(map(prod, shapes.values())), 0),
         flops_per_sequence(config, seq_len),
         flops_per_sequence(DynSparseBertConfig.from_stock(config, sparsity=0.0, nnzb=None), seq_len),
         (max_steps or 0) * (batch_size or 0),

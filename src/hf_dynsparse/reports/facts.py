@@ -1,29 +1,16 @@
 """Facts of a model, a run and its machine, for cards, summaries and tables."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from transformers import BertConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .._transformers import TRAINER_STATE_NAME
 from ..files import Kinds, check_object, read_object
-from ..models import DynSparseBertConfig
 from ..ops.tuning import processor_name
-
-
-if TYPE_CHECKING:  # the trainer imports the model card, which imports this
-    pass
-
-if TYPE_CHECKING:  # the trainer imports the model card, which imports this
-    pass
-
-if TYPE_CHECKING:  # the trainer imports the model card, which imports this
-    pass
-
-if TYPE_CHECKING:  # the trainer imports the model card, which imports this
-    pass
+from .inspection import read_header
+from .layers import model_facts
 
 
 PICTURES = {
@@ -32,9 +19,7 @@ PICTURES = {
     "ticket.png": "Attention heads by their gates, and the intermediate neurons of each layer that stay",
 }
 
-
 EXPLORED = ("coverage", "topology_updates")
-
 
 # What is read of the files of a run.
 STATE_KINDS: Kinds = {
@@ -44,12 +29,9 @@ STATE_KINDS: Kinds = {
     "stateful_callbacks": dict[str, Any],
 }
 
-
 LOG_KINDS: Kinds = {"step": int, "loss": float, **{f"dynsparse/{name}": float for name in EXPLORED}}
 
-
 CALLBACK_KINDS: Kinds = {"TopologyCallback": dict[str, dict[str, Any]]}
-
 
 SUMMARY_KINDS: Kinds = {
     **dict.fromkeys(("steps", "seq_len", "topology_updates", "train_sequences", "eval_sequences", "processes"), int),
@@ -143,33 +125,26 @@ def trainer_facts(
 
 def checkpoint_bytes(folder: str | Path, part: str = "") -> int:
     """
-    Bytes of the tensors in the safetensors files of `folder` whose name contains `part` (headers excluded).
+    Bytes of the tensors in the safetensors files of `folder` whose name contains `part`. Only headers are read.
 
     Raises:
         FileNotFoundError: if there is no safetensors file.
+        ValueError: if one is damaged.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"A saved model must hold *.safetensors files. Got none in {folder}.")
     total = 0
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                if part in name:
-                    tensor = tensors.get_tensor(name)
-                    total += tensor.numel() * tensor.element_size()
+    for path in files:
+        with path.open("rb") as file:
+            places = read_header(file, path.stat().st_size, str(path))
+        total += sum(place.bytes for name, place in places.items() if part in name)
     return total
 
 
 def dense_bytes(model: PreTrainedModel, part: str = "") -> int:
-    """
-    Bytes of the parameters of the same model with dense layers, tied ones once: counted on meta, nothing is allocated.
-    """
-    config = DynSparseBertConfig.from_stock(cast(BertConfig, model.config), sparsity=0.0, nnzb=None)
-    with torch.device("meta"):
-        twin = type(model)(config)
-    size = next(model.parameters()).element_size()
-    return sum(parameter.numel() * size for name, parameter in twin.named_parameters() if part in name)
+    """Bytes of the parameters of the same model with dense layers whose name contains `part`, tied ones once."""
+    return model_facts(model, part).dense_bytes
 
 
 def task_metrics(metrics: dict[str, float], prefix: str = "eval_") -> dict[str, float]:
@@ -182,7 +157,7 @@ def task_metrics(metrics: dict[str, float], prefix: str = "eval_") -> dict[str, 
 
 
 def describe_hardware(device: torch.device) -> str:
-    """Name of the GPU, or of the processor with the number of threads in use."""
+    """Name of the GPU, or of the CPU with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {torch.get_num_threads()} threads"

@@ -1,66 +1,126 @@
-"""What the layers of a model are, and what they cost beside dense ones: the rows of a model card's tables."""
+"""What is sparse in a model, and how big the model is: the facts behind cards, summaries, estimates and inspection."""
 
-import re
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import prod
 
-from torch import nn
-from transformers import Conv1D, PreTrainedModel
+from torch import Tensor, nn
 
-from ..compress.int8.embedding import Int8Embedding
-from ..compress.int8.layers import Int8BlockSparseLinear
-from ..compress.int8.quantizer import int8_modules
-from ..models.body import body_modules
-from ..models.flops import inference_flops_per_sequence
-from ..nn.linear import LinearLayer, SparseLayer, sparse_layers
+from ..nn.linear import SparseLayer, sparse_layers
 from ..ops import describe_choice
+from .tables import plain_table
+
+
+# What a sparse layer stores of its weight: values and block index, in floating point or in int8.
+WEIGHT_LEAVES = ("values", "block_index", "int8_values", "block_code")
+# Buffers that count as weights (the parameters of an int8 layer), and those that hold block indices.
+_INT8_LEAVES = ("int8_values", "int32_bias")
+_INDEX_LEAVES = ("block_index", "block_code")
 
 
 @dataclass(frozen=True)
-class LayerTopology:
-    """One row of a `TopologySummary`."""
+class LayerFacts:
+    """
+    A sparse layer of a model or of a checkpoint.
+
+    Args:
+        name (`str`): its name in the model.
+        shape (`tuple[int, int]`): `(out_features, in_features)`.
+        block_shape (`tuple[int, int]`): rows and columns of a block.
+        nnzb (`int`): active blocks.
+        bytes (`int`): what its weight takes: values and block index; in a checkpoint of a run also its exploration.
+        dense_bytes (`int`): what the dense weight would take in the same dtype; of an int8 layer in float32.
+    """
 
     name: str
     shape: tuple[int, int]
     block_shape: tuple[int, int]
     nnzb: int
-    density: float
-    backend: str
-    why: str
+    bytes: int
+    dense_bytes: int
+
+    @property
+    def nnz(self) -> int:
+        """Active entries."""
+        return self.nnzb * prod(self.block_shape)
+
+    @property
+    def density(self) -> float:
+        """Share of active entries."""
+        return self.nnz / prod(self.shape)
+
+    def cells(self, times: str = "x") -> list[str]:
+        """Name, shape, block, active blocks and density, as a table shows them."""
+        shape, block = (times.join(map(str, sides)) for sides in (self.shape, self.block_shape))
+        return [self.name, shape, block, f"{self.nnzb:,}", f"{self.density:.4f}"]
 
 
-@dataclass(frozen=True)
-class TopologySummary:
-    """What is sparse in a model; `print` shows it as a table."""
+class SparseTotals:
+    """Sums over `layers`, for what has such."""
 
-    layers: tuple[LayerTopology, ...]
+    layers: tuple[LayerFacts, ...]
 
     @property
     def nnz(self) -> int:
         """Active entries of all sparse layers."""
-        return sum(layer.nnzb * layer.block_shape[0] * layer.block_shape[1] for layer in self.layers)
+        return sum(layer.nnz for layer in self.layers)
 
     @property
     def positions(self) -> int:
         """Entries the same layers would have if dense."""
-        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        return sum(prod(layer.shape) for layer in self.layers)
 
     @property
     def sparsity(self) -> float:
         """Share of inactive positions over all sparse layers; 0 for a dense model."""
         return 1.0 - self.nnz / self.positions if self.layers else 0.0
 
+
+@dataclass(frozen=True)
+class ModelFacts(SparseTotals):
+    """
+    What [`model_facts`] finds.
+
+    Args:
+        layers (`tuple[LayerFacts, ...]`): the sparse layers.
+        parameters (`int`): all weights, those of int8 layers among them; tied ones count once.
+        bytes (`int`): of weights and block indices.
+        dense_bytes (`int`): of the weights of the same model with dense layers; instead of int8 ones in float32.
+    """
+
+    layers: tuple[LayerFacts, ...]
+    parameters: int
+    bytes: int
+    dense_bytes: int
+
+    @property
+    def dense_parameters(self) -> int:
+        """Weights of the same model with dense layers."""
+        return self.parameters + self.positions - self.nnz
+
+
+@dataclass(frozen=True)
+class LayerTopology(LayerFacts):
+    """
+    A row of a `TopologySummary`.
+
+    Args:
+        backend, why (`str`): what computes its products, and for which reason.
+    """
+
+    backend: str
+    why: str
+
+
+@dataclass(frozen=True)
+class TopologySummary(SparseTotals):
+    """What is sparse in a model; `print` shows it as a table."""
+
+    layers: tuple[LayerTopology, ...]
+
     def __str__(self) -> str:
-        width = max([len(layer.name) for layer in self.layers], default=5)
-        lines = [f"{'layer':{width}}  {'shape':>11}  {'block':>7}  {'nnzb':>9}  density  backend"]
-        for layer in self.layers:
-            shape, block = "x".join(map(str, layer.shape)), "x".join(map(str, layer.block_shape))
-            lines.append(
-                f"{layer.name:{width}}  {shape:>11}  {block:>7}  {layer.nnzb:>9,}  {layer.density:7.4f}  "
-                f"{layer.backend}"
-            )
+        rows = [["layer", "shape", "block", "nnzb", "density", "backend"]]
+        rows += [[*layer.cells(), layer.backend] for layer in self.layers]
+        lines = [plain_table(rows, least=(5, 11, 7, 9), left=(0, 5))]
         lines.append(f"{len(self.layers)} sparse layers, {self.nnz:,} of {self.positions:,} entries active")
         reasons = {(layer.shape, layer.block_shape, layer.nnzb, layer.backend): layer.why for layer in self.layers}
         for ((out_features, in_features), _, nnzb, backend), why in reasons.items():
@@ -68,105 +128,55 @@ class TopologySummary:
         return "\n".join(lines)
 
 
-def count_layers(model: PreTrainedModel) -> dict[str, Any]:
-    """The sparse layers of a model, one by one and by kind, and how much there is of what."""
-    layers = sparse_layers(model)
-    kinds = defaultdict(list)
-    for name, layer in layers.items():
-        kinds[re.sub(r"\.\d+(?=\.|$)", ".*", name), layer.shape, layer.block_shape].append(layer)
-    linears = [x for x in body_modules(model).values() if isinstance(x, nn.Linear | Conv1D | LinearLayer)]
-    return {
-        "each": [_row(name, [layer]) for name, layer in layers.items()],
-        "kinds": [[*_row(name, alike), len(alike)] for (name, *_), alike in kinds.items()],
-        "linears": len(linears),
-        "blocks": sorted({_times(layer.block_shape) for layer in layers.values()}),
-        "nnz": sum(layer.values.numel() for layer in layers.values()),
-        "positions": sum(layer.in_features * layer.out_features for layer in layers.values()),
-        "dense": count_weights(model)[0] - sum(layer.values.numel() for layer in layers.values()),
-        "int8": len(int8_modules(model)),
-        "int8_embeddings": any(isinstance(module, Int8Embedding) for module in int8_modules(model).values()),
-    }
-
-
-def count_weights(model: PreTrainedModel) -> tuple[int, int]:
-    """Weights of a model, int8 and int32 ones among them, and their bytes: no indices and no scales."""
-    tensors = list(model.parameters())
-    for module in int8_modules(model).values():
-        tensors += [getattr(module, leaf) for leaf in ("int8_values", "int32_bias") if leaf in module._buffers]
-    held = [tensor for tensor in tensors if tensor is not None]
-    return sum(tensor.numel() for tensor in held), sum(tensor.numel() * tensor.element_size() for tensor in held)
-
-
-def count_costs(model: PreTrainedModel, facts: Mapping[str, Any]) -> list[list[str]]:
+def model_facts(model: nn.Module, part: str = "") -> ModelFacts:
     """
-    Rows of what a model takes, what it would take with dense layers, and the share. Of a dense model its own only.
+    What is sparse in a model and how big it is. Only shapes and dtypes are read: it may be on the meta device.
 
     Args:
-        facts (`Mapping[str, Any]`): of its run, if known: `seq_len`, tokens of a sequence; `flops` and `tokens` of the
-            training; or `dense_flops` instead of the latter.
+        model (`nn.Module`): with or without sparse layers.
+        part (`str`, *optional*): count only tensors with this in their name, such as `".encoder."`.
     """
-    layers, int8 = sparse_layers(model).values(), int8_modules(model)
-    parameters, whole = count_weights(model)
-    values = sum(layer.values.numel() * layer.values.element_size() for layer in layers)
-    indices = sum(_index_bytes(layer) for layer in layers)
-    size = 4 if int8 else 0  # the dense model beside an int8 one is in float32
-    as_dense = sum(layer.in_features * layer.out_features * (size or layer.values.element_size()) for layer in layers)
-    inactive = sum(layer.in_features * layer.out_features - layer.values.numel() for layer in layers)
-    dense = [module.int8_values for module in int8.values() if not isinstance(module, Int8BlockSparseLinear)]
-    gained = 3 * sum(matrix.numel() for matrix in dense)
-    rows: list[tuple[str, str, float, float]] = [
-        ("parameters", "{:,}", parameters, parameters + inactive),
-        ("MB of the checkpoint", "{:,.2f}", (whole + indices) / 1e6, (whole - values + as_dense + gained) / 1e6),
+    layers = tuple(
+        LayerFacts(name, *_sizes(layer)) for name, layer in sparse_layers(model).items() if part in f"{name}."
+    )
+    buffers = {name: tensor for name, tensor in model.named_buffers() if part in name}
+    weights = [
+        *(tensor for name, tensor in model.named_parameters() if part in name),
+        *_ending(buffers, *_INT8_LEAVES),
     ]
-    if layers:
-        rows.append(("MB of its sparse matrices", "{:,.2f}", (values + indices) / 1e6, as_dense / 1e6))
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions:  # a text model of one stack, as the count of FLOPs wants it
-        length = facts.get("seq_len") or min(128, positions)
-        forward = inference_flops_per_sequence(model, length)
-        rows.append((f"FLOPs of a forward pass, {length} tokens", "{:.4g}", forward, forward + 2 * length * inactive))
-    flops = facts.get("flops") or 0
-    # Where it is not known, the density was the same all the time.
-    dense_flops = facts.get("dense_flops") or flops + 6 * facts.get("tokens", 0) * inactive
-    if flops and dense_flops:
-        rows.append(("FLOPs of the training", "{:.4g}", flops, dense_flops))
-    cells = [[what, form.format(ours), form.format(dense), f"{ours / dense:.1%}"] for what, form, ours, dense in rows]
-    return cells if layers or int8 else [row[:2] for row in cells]
-
-
-def _index_bytes(layer: SparseLayer) -> int:
-    if isinstance(layer, Int8BlockSparseLinear):
-        return layer.block_code.numel()
-    return layer.nnzb * layer.block_index.element_size()
-
-
-def _row(name: str, layers: list[SparseLayer]) -> list[Any]:
-    """Name, shape, block, active blocks and density of layers of one shape: ranges, where they differ."""
-
-    def span(values: list[Any], form: str) -> str:
-        return " to ".join(dict.fromkeys(form.format(value) for value in (min(values), max(values))))
-
-    counts, densities = [x.nnzb for x in layers], [x.nnzb / x.num_blocks for x in layers]
-    shape, block = _times(layers[0].shape), _times(layers[0].block_shape)
-    return [f"`{name}`", shape, block, span(counts, "{:,}"), span(densities, "{:.4f}")]
-
-
-def _times(sides: tuple[int, int]) -> str:
-    return " x ".join(map(str, sides))
+    stored = sum(map(_bytes, weights)) + sum(map(_bytes, _ending(buffers, *_INDEX_LEAVES)))
+    # Dense int8 matrices, embeddings among them: an entry would take three bytes more in float32.
+    int8 = sum(tensor.numel() for tensor in _ending(buffers, "int8_values") if tensor.dim() == 2)
+    rest = stored - sum(layer.bytes for layer in layers)
+    return ModelFacts(
+        layers,
+        sum(tensor.numel() for tensor in weights),
+        stored,
+        rest + sum(layer.dense_bytes for layer in layers) + 3 * int8,
+    )
 
 
 def topology_summary(model: nn.Module) -> TopologySummary:
     """Shape, block, active blocks, density and backend of every sparse layer, and why that backend."""
     return TopologySummary(
         tuple(
-            LayerTopology(
-                name,
-                layer.shape,
-                layer.block_shape,
-                layer.nnzb,
-                layer.nnzb / layer.num_blocks,
-                *describe_choice(layer.problem()),
-            )
+            LayerTopology(name, *_sizes(layer), *describe_choice(layer.problem()))
             for name, layer in sparse_layers(model).items()
         )
     )
+
+
+def _sizes(layer: SparseLayer) -> tuple[tuple[int, int], tuple[int, int], int, int, int]:
+    """The fields of a `LayerFacts` but its name."""
+    stored = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    entry = 4 if "int8_values" in stored else layer.values.element_size()  # bytes of a dense one
+    held = sum(_bytes(tensor) for name, tensor in stored.items() if name in WEIGHT_LEAVES)
+    return layer.shape, layer.block_shape, layer.nnzb, held, prod(layer.shape) * entry
+
+
+def _ending(tensors: dict[str, Tensor], *leaves: str) -> list[Tensor]:
+    return [tensor for name, tensor in tensors.items() if name.rpartition(".")[2] in leaves]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,21 +1,31 @@
 """Model cards: what a model is and how it came about, from the files of its run. No figure is typed by hand."""
 
+import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.loading import empty_model, one_error
+from ..compress.int8.embedding import Int8Embedding
+from ..compress.int8.quantizer import int8_modules
 from ..files import write_atomically
 from ..models import DynSparseBertConfig
 from ..models.bert.configuration_dynsparse_bert import count_units
+from ..models.body import body_modules
+from ..models.flops import inference_flops_per_sequence
+from ..nn.linear import BlockSparseLinear
 from ..optim.recipes import FINETUNE_MODES
 from .facts import EXPLORED, PICTURES, read_facts, task_metrics
-from .layers import count_costs, count_layers
+from .layers import LayerFacts, ModelFacts, model_facts
+from .tables import markdown_table
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -108,9 +118,9 @@ def create_model_card(model: PreTrainedModel, **facts: Any) -> ModelCard:
     Returns:
         `ModelCard`: its `validate` asks the Hub.
     """
-    auto_class, layers = _auto_class(model), count_layers(model)
-    needs_package = bool(layers["each"] or layers["int8"]) or isinstance(model.config, DynSparseBertConfig)
-    known = ("dynsparse", needs_package), ("block-sparse", layers["each"]), ("int8", layers["int8"])
+    auto_class, size, int8 = _auto_class(model), model_facts(model), int8_modules(model).values()
+    needs_package = bool(size.layers or int8) or isinstance(model.config, DynSparseBertConfig)
+    known = ("dynsparse", needs_package), ("block-sparse", size.layers), ("int8", int8)
     tags = [tag for tag, fits in known if fits]
     facts = {"model_name": type(model).__name__, "pipeline_tag": TASKS.get(auto_class), **facts}
     facts["tags"] = [*tags, *(model.model_tags or ()), *facts.get("tags", ())]
@@ -125,12 +135,19 @@ def create_model_card(model: PreTrainedModel, **facts: Any) -> ModelCard:
         auto_class=auto_class,
         needs_package=needs_package,
         max_tokens=getattr(model.config, "max_position_embeddings", None),
-        layers=layers,
+        table=markdown_table,
+        size=size,
+        linears=_count_linears(model),
+        blocks=sorted({layer.cells(" x ")[2] for layer in size.layers}),
+        kinds=_kinds(size.layers),
+        layers=[[f"`{name}`", *cells] for name, *cells in (layer.cells(" x ") for layer in size.layers)],
+        int8=len(int8),
+        int8_embeddings=any(isinstance(module, Int8Embedding) for module in int8),
         units=count_units(model.config),
         facts=facts,
         data=facts.get("data"),
         explored=explored,
-        costs=count_costs(model, facts),
+        costs=_costs(model, size, facts),
         results=_table(
             {
                 "data": result.dataset_name,
@@ -146,6 +163,55 @@ def create_model_card(model: PreTrainedModel, **facts: Any) -> ModelCard:
         evaluations=_table(evaluations) if len(evaluations) > 1 else [],
         pictures={name: PICTURES[name] for name in facts.get("pictures", ())},
     )
+
+
+def _kinds(layers: Iterable[LayerFacts]) -> list[list[str]]:
+    """A row for all layers that differ by their number alone: ranges where they differ in density, and how many."""
+    kinds = defaultdict(list)
+    for layer in layers:
+        kinds[re.sub(r"\.\d+(?=\.|$)", ".*", layer.name), layer.shape, layer.block_shape].append(layer)
+    rows = []
+    for (name, *_), alike in kinds.items():
+        alike.sort(key=lambda layer: layer.nnzb)
+        (_, shape, block, *least), (_, _, _, *most) = (layer.cells(" x ") for layer in (alike[0], alike[-1]))
+        spans = [" to ".join(dict.fromkeys(ends)) for ends in zip(least, most, strict=True)]
+        rows.append([f"`{name}`", shape, block, *spans, str(len(alike))])
+    return rows
+
+
+def _count_linears(model: PreTrainedModel) -> int:
+    """Linear layers between embeddings and head, sparse ones among them."""
+    return sum(isinstance(x, nn.Linear | Conv1D | BlockSparseLinear) for x in body_modules(model).values())
+
+
+def _costs(model: PreTrainedModel, size: ModelFacts, facts: Mapping[str, Any]) -> list[list[str]]:
+    """
+    Rows of what a model takes, what it would take with dense layers, and the share. Of a dense model its own only.
+
+    Args:
+        facts (`Mapping[str, Any]`): of its run, if known: `seq_len`, tokens of a sequence; `flops` and `tokens` of the
+            training; or `dense_flops` instead of the latter.
+    """
+    inactive = size.positions - size.nnz
+    rows: list[tuple[str, str, float, float]] = [
+        ("parameters", "{:,}", size.parameters, size.dense_parameters),
+        ("MB of the checkpoint", "{:,.2f}", size.bytes / 1e6, size.dense_bytes / 1e6),
+    ]
+    if size.layers:
+        sums = (sum(getattr(layer, name) for layer in size.layers) / 1e6 for name in ("bytes", "dense_bytes"))
+        rows.append(("MB of its sparse matrices", "{:,.2f}", *sums))
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions:  # a text model of one stack, as the count of FLOPs wants it
+        length = facts.get("seq_len") or min(128, positions)
+        forward = inference_flops_per_sequence(model, length)
+        rows.append((f"FLOPs of a forward pass, {length} tokens", "{:.4g}", forward, forward + 2 * length * inactive))
+    flops = facts.get("flops") or 0
+    # Where it is not known, the density was the same all the time.
+    dense_flops = facts.get("dense_flops") or flops + 6 * facts.get("tokens", 0) * inactive
+    if flops and dense_flops:
+        rows.append(("FLOPs of the training", "{:.4g}", flops, dense_flops))
+    cells = [[what, form.format(ours), form.format(dense), f"{ours / dense:.1%}"] for what, form, ours, dense in rows]
+    return cells if size.layers or int8_modules(model) else [row[:2] for row in cells]
 
 
 def _auto_class(model: PreTrainedModel) -> str:

@@ -31,7 +31,7 @@ def animate_block_map(
 
     Args:
         frames (`Sequence[Frame]`):
-            What [`~topology_frames.read_history`] gives.
+            What [`~topology.frames.read_history`] gives.
         path (`str` or `PathLike`):
             File to write, usually a `.gif`; `.webp` and `.png` move too. Missing folders are made.
         title (`str`, *optional*, defaults to `""`):

@@ -9,11 +9,7 @@ from ...topology.frames import Frame
 
 # What a block may be, from the least to the most; the later wins.
 KINDS = {"never active": "#F4F4F1", "active before": "#9CC3DB", "active": "#00304D", "newborn": "#D55E00"}
-
-
 MAX_CELLS = 256  # a side of a picture; beyond, a cell shows the mean colour of several blocks
-
-
 PIXELS = 512  # the longer side of a picture, at most
 
 

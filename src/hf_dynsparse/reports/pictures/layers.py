@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from os.path import commonprefix
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .blocks import mean_of_squares
-from .style import _block_colours, _picture
-
-
-if TYPE_CHECKING:
-    pass
+from .style import block_colours, picture
 
 
 MAX_CELLS = 1024  # per side of a block map; beyond, a cell shows the mean of several blocks
-
-
 MAX_PANEL_CELLS = 192  # the same where a panel shows one of many layers
 
 
@@ -83,10 +76,10 @@ def plot_block_map(
     # A cell gets at least one pixel, or nearest interpolation would skip some.
     dpi = max(220.0, 1.1 * cells[0].shape[1] / side)
     grid = (3, 1) if stacked else (1, 3)
-    with _picture(path, *grid, size, title, dpi=dpi, sharex=True, sharey=True) as (figure, panels):
+    with picture(path, *grid, size, title, dpi=dpi, sharex=True, sharey=True) as (figure, panels):
         for name, block_map, cell, axes in zip(names, maps, cells, panels, strict=True):
             extent = (0, width, height, 0)
-            image = axes.imshow(cell, _block_colours(), vmin=0, vmax=top, interpolation="nearest", extent=extent)
+            image = axes.imshow(cell, block_colours(), vmin=0, vmax=top, interpolation="nearest", extent=extent)
             axes.set_title(f"{name}: {100 * block_map.mean():.1f} %")
             axes.grid(False)
             axes.spines[["top", "right"]].set_visible(True)
@@ -128,12 +121,12 @@ def plot_layer_maps(
     shared = commonprefix(list(cells)).rpartition(".")[0] if len(cells) > 1 else ""
     # All panels in one pair of axes: to arrange many by constraints would take a minute.
     size = (1.5 * columns + 1.0, 1.6 * rows + 0.5)  # inches
-    with _picture(path, 1, 1, size, title) as (figure, axes):
+    with picture(path, 1, 1, size, title) as (figure, axes):
         for place, (name, cell) in enumerate(cells.items()):
             top_side, left = (step * side for step, side in zip((1.2, 1.1), divmod(place, columns), strict=True))
             height, width = (side / max(cell.shape) for side in cell.shape)
             extent = (left, left + width, top_side + height, top_side)
-            image = axes.imshow(cell, _block_colours(), vmin=0, vmax=top, interpolation="nearest", extent=extent)
+            image = axes.imshow(cell, block_colours(), vmin=0, vmax=top, interpolation="nearest", extent=extent)
             label = f"{name.removeprefix(f'{shared}.')}  {100 * block_maps[name].mean():.1f} %"
             axes.text(left, top_side - 0.03, label, fontsize=5)
         axes.set_axis_off()

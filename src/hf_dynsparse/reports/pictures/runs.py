@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import COLOURS, DASHES, _label_ends, _picture
+from .style import COLOURS, DASHES, label_ends, picture
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 LOG_RATIO = 10.0  # runs whose total FLOPs differ by more share a logarithmic axis
 
 
@@ -48,19 +49,19 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | PathLike
 
     explores = any("dynsparse/coverage" in entry for entry in log_history)
     layout: dict[str, Any] = {"sharex": True, "squeeze": False, "height_ratios": (3, 2) if explores else (1,)}
-    with _picture(path, 1 + explores, 1, (6.6, 5.2 if explores else 3.4), title, **layout) as (_, panels):
+    with picture(path, 1 + explores, 1, (6.6, 5.2 if explores else 3.4), title, **layout) as (_, panels):
         upper, lower = panels[0, 0], panels[-1, 0]
         draw(upper, "loss", "training", COLOURS[4], linewidth=1.2)
         draw(upper, "eval_loss", "evaluation", COLOURS[0], marker="o")
         upper.set_ylabel("loss (nats)")
-        _label_ends(upper)
+        label_ends(upper)
         if explores:
             draw(lower, "dynsparse/coverage", "DOF coverage", COLOURS[2], 100)
             draw(lower, "dynsparse/newborn_share", "newborn share", COLOURS[1], 100)
             draw(lower, "dynsparse/pruning_ratio", "pruning ratio", "#707070", 100, linestyle="--", linewidth=1.2)
             lower.set_ylabel("share (%)")
             lower.set_ylim(-3, 103)
-            _label_ends(lower)
+            label_ends(lower)
         lower.set_xlabel(f"training FLOPs{unit}")
         lower.set_xlim(left=0)
 
@@ -96,7 +97,7 @@ def plot_comparison(
     logarithmic = min(totals) > 0 and max(totals) / min(totals) > LOG_RATIO
     scale, unit = (1.0, "") if logarithmic else _flops_unit([flops for _, flops, _ in curves.values()])
 
-    with _picture(path, 1, 2, (9.6, 3.8), title, sharey=True) as (_, (left, right)):
+    with picture(path, 1, 2, (9.6, 3.8), title, sharey=True) as (_, (left, right)):
         for place, (name, (steps, flops, losses)) in enumerate(curves.items()):
             colour, dashes = COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS) % len(DASHES)]
             for axes, costs in ((left, flops / scale), (right, steps)):
@@ -109,7 +110,7 @@ def plot_comparison(
             left.set_xscale("log")
         else:
             left.set_xlim(left=0)
-        _label_ends(right)
+        label_ends(right)
 
 
 def plot_sparsity_sweep(
@@ -134,7 +135,7 @@ def plot_sparsity_sweep(
     if not any(line for lines in panels.values() for line in lines.values()):
         raise ValueError("`panels` must hold at least one score. Got none. Finish a run first.")
     names = list(dict.fromkeys(name.removesuffix(", teacher") for lines in panels.values() for name in lines))
-    with _picture(path, 1, len(panels), (4.6 * len(panels), 3.8), title, squeeze=False) as (_, grid):
+    with picture(path, 1, len(panels), (4.6 * len(panels), 3.8), title, squeeze=False) as (_, grid):
         for axes, (task, lines) in zip(grid[0], panels.items(), strict=True):
             for name, points in lines.items():
                 colour = COLOURS[names.index(name.removesuffix(", teacher")) % len(COLOURS)]

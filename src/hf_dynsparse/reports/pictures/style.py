@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which all common forms of colour vision keep apart, less the yellow: too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-
-
 DASHES = ("-", "--", ":", "-.")
-
-
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -43,13 +39,14 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def _block_colours() -> Colormap:
+def block_colours() -> Colormap:
+    """From no active block to all, for maps."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("blocks", ["#F4F4F1", COLOURS[0], "#00304D"])
 
 
-def _label_ends(axes: Axes) -> None:
+def label_ends(axes: Axes) -> None:
     """Write each line's name beside its last point, after a sample of it, moved apart where two would touch."""
     low, high = axes.get_ylim()
     ends = []
@@ -80,7 +77,7 @@ def _label_ends(axes: Axes) -> None:
 
 
 @contextmanager
-def _picture(
+def picture(
     path: str | PathLike[str],
     rows: int,
     columns: int,

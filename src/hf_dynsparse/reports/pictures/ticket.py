@@ -1,4 +1,4 @@
-"""A picture of a ticket: which heads stay, how many neurons, and how it settled. Needs matplotlib."""
+"""A picture of a ticket: which heads stay, how many neurons, and how the search went. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .style import COLOURS, _picture
+from .style import COLOURS, picture
 
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def plot_ticket(ticket: Mapping[str, Any], path: str | PathLike[str], title: str
     """
     draws = [draw for draw in ticket.get("draws", ()) if "distance" in draw]
     panels = 3 if draws else 2
-    with _picture(path, 1, panels, (3.4 * panels, 3.2), title) as (figure, axes):
+    with picture(path, 1, panels, (3.4 * panels, 3.2), title) as (figure, axes):
         image = _draw_heads(axes[0], ticket)
         if "gates" in ticket:
             figure.colorbar(image, ax=axes[0], label="|gate|", shrink=0.8)

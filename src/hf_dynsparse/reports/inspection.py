@@ -1,7 +1,7 @@
 """What a saved model holds, from the headers and block indices of its files alone: no weight is read."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,49 +15,52 @@ from transformers import PreTrainedModel
 
 from .._transformers import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..blocks.layout import BlockLayout
+from ..checkpoints.loading import empty_model, pinned, shard_names, split_revision
 from ..compress.int8.index_coding import decode_index
 from ..compress.int8.layers import Int8BlockSparseLinear
 from ..compress.int8.quantizer import int8_modules
 from ..files import check_object
 from ..models.bert.configuration_dynsparse_bert import count_units
 from ..nn.linear import TRAINING_BUFFERS, sparse_layers
-from .loading import empty_model, pinned, shard_names, split_revision
+from .layers import WEIGHT_LEAVES, LayerFacts, SparseTotals
+from .tables import plain_table
 
 
 # The longest header that the format allows.
 MAX_HEADER_BYTES = 100_000_000
 # What is fetched of a remote file at a time: headers and block indices are mostly smaller.
 FETCHED_BYTES = 2**20
-# What a file has of a sparse or int8 layer, and of no other.
-_LEAVES = ("values", "block_index", "int8_values", "block_code")
+
+
+class Place(NamedTuple):
+    """Where a tensor stands in a file, in bytes."""
+
+    dtype: str
+    shape: list[int]
+    begin: int
+    bytes: int
 
 
 @dataclass(frozen=True)
-class SavedLayer:
+class SavedLayer(LayerFacts):
     """
     A sparse layer of a saved model.
 
     Args:
-        name (`str`): its name in the model.
-        layout (`BlockLayout`): its shape and topology.
-        bytes (`int`): what its weight takes: values, block index, and what a run records about exploration.
-        dense_bytes (`int`): what the dense weight would take in the same dtype; of an int8 layer in float32.
+        layout (`BlockLayout`): its topology.
         coverage (`float`, *optional*): DOF coverage so far, if the file is of a run that has not ended.
         dtype (`str`): of its values, as safetensors calls it, such as `"F32"` or `"I8"`.
         code_bits (`int`, *optional*): of the symbols that its block index is coded in, if it is int8.
     """
 
-    name: str
     layout: BlockLayout
-    bytes: int
-    dense_bytes: int
     coverage: float | None
     dtype: str
     code_bits: int | None = None
 
 
 @dataclass(frozen=True)
-class CheckpointReport:
+class CheckpointReport(SparseTotals):
     """
     A saved model, as [`inspect_checkpoint`] finds it; `print` shows it as a table.
 
@@ -89,36 +92,12 @@ class CheckpointReport:
         """Whether it holds int8 matrices, sparse or dense."""
         return bool(self.int8) or any(layer.code_bits for layer in self.layers)
 
-    @property
-    def nnz(self) -> int:
-        """Active entries of all sparse layers."""
-        return sum(layer.layout.nnzb * prod(layer.layout.block_shape) for layer in self.layers)
-
-    @property
-    def positions(self) -> int:
-        """Entries that the same layers would have if dense."""
-        return sum(prod(layer.layout.shape) for layer in self.layers)
-
-    @property
-    def sparsity(self) -> float:
-        """Share of inactive positions over all sparse layers; 0 for a dense model."""
-        return 1.0 - self.nnz / self.positions if self.layers else 0.0
-
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold of it: all but the block indices."""
+        names = ("name", "shape", "block_shape", "nnzb", "density", "bytes", "dense_bytes")
         layers = [
-            {
-                "name": layer.name,
-                "shape": list(layer.layout.shape),
-                "block_shape": list(layer.layout.block_shape),
-                "nnzb": layer.layout.nnzb,
-                "density": layer.layout.density,
-                "bytes": layer.bytes,
-                "dense_bytes": layer.dense_bytes,
-                "coverage": layer.coverage,
-                "dtype": layer.dtype,
-                "code_bits": layer.code_bits,
-            }
+            {name: getattr(layer, name) for name in (*names, "coverage", "dtype", "code_bits")}
+            | {"shape": list(layer.shape), "block_shape": list(layer.block_shape)}
             for layer in self.layers
         ]
         totals = {"sparsity": self.sparsity, "nnz": self.nnz, "positions": self.positions}
@@ -130,7 +109,7 @@ class CheckpointReport:
         lines = [f"{self.source}: {self.architecture}, " + ("sparse" if self.layers else "dense: no sparse layers")]
         lines += [f"{unit} by layer: {', '.join(map(str, counts))}" for unit, counts in self.units.items()]
         if self.layers:
-            lines += ["", *self._table(), ""]
+            lines += ["", self._table(), ""]
             lines.append(
                 f"{len(self.layers)} sparse layers, {self.nnz:,} of {self.positions:,} entries active, "
                 f"sparsity {self.sparsity:.4f}"
@@ -143,19 +122,16 @@ class CheckpointReport:
             lines.append(f"{self.bytes / self.dense_bytes:.1%} of the {self.dense_bytes:,} bytes of the {dense}")
         return "\n".join(lines)
 
-    def _table(self) -> list[str]:
+    def _table(self) -> str:
         tracked = any(layer.coverage is not None for layer in self.layers)
         extra = [*["coverage"] * tracked, *["dtype", "code bits"] * self.is_int8]
-        rows = [("layer", "shape", "block", "nnzb", "density", "bytes", "of dense", *extra)]
+        rows = [["layer", "shape", "block", "nnzb", "density", "bytes", "of dense", *extra]]
         for layer in self.layers:
-            shape, block = ("x".join(map(str, sides)) for sides in (layer.layout.shape, layer.layout.block_shape))
             sizes = f"{layer.bytes:,}", f"{layer.bytes / layer.dense_bytes:.3f}"
-            cells = layer.name, shape, block, f"{layer.layout.nnzb:,}", f"{layer.layout.density:.4f}", *sizes
             coverage = ["" if layer.coverage is None else f"{layer.coverage:.4f}"] * tracked
-            rows.append((*cells, *coverage, *[layer.dtype, str(layer.code_bits or "")] * self.is_int8))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        pad = [str.ljust] + [str.rjust] * (len(widths) - 1)
-        return ["  ".join(f(cell, w) for f, cell, w in zip(pad, row, widths, strict=True)).rstrip() for row in rows]
+            kind = [layer.dtype, str(layer.code_bits or "")] * self.is_int8
+            rows.append([*layer.cells(), *sizes, *coverage, *kind])
+        return plain_table(rows)
 
 
 def inspect_checkpoint(source: str | Path) -> CheckpointReport:
@@ -183,13 +159,13 @@ def inspect_checkpoint(source: str | Path) -> CheckpointReport:
     config_of = folder if isinstance(filesystem, LocalFileSystem) else source
     model = empty_model(config_of)
     sizes: dict[str, int] = {}
-    places: dict[str, _Place] = {}
+    places: dict[str, Place] = {}
     saved: dict[str, bytes] = {}
     for name in files or _weight_files(filesystem, folder):
         path = f"{folder}/{name}"
         sizes[name] = filesystem.size(path)
         with filesystem.open(path, "rb", block_size=FETCHED_BYTES) as file:
-            held = _read_header(file, sizes[name], path)
+            held = read_header(file, sizes[name], path)
             saved |= _read_indices(file, held)
         places |= held
     described = sparse_layers(model)
@@ -199,7 +175,7 @@ def inspect_checkpoint(source: str | Path) -> CheckpointReport:
         if isinstance(layer, Int8BlockSparseLinear)
         else _saved_layer(name, layer.shape, places, saved, given)
         for name, layer in described.items()
-        if not files or any(f"{name}.{leaf}" in places for leaf in _LEAVES)
+        if not files or any(f"{name}.{leaf}" in places for leaf in WEIGHT_LEAVES)
     )
     matrices = {key.rpartition(".")[0]: place.bytes for key, place in places.items() if key.endswith(".int8_values")}
     int8 = {name: size for name, size in matrices.items() if name not in described}
@@ -213,15 +189,6 @@ def inspect_checkpoint(source: str | Path) -> CheckpointReport:
     dense_bytes = rest + sum(layer.dense_bytes for layer in layers) + 4 * sum(int8.values())
     architecture, units = type(model).__name__, count_units(model.config)
     return CheckpointReport(given, architecture, layers, sizes, dense_bytes, units, int8)
-
-
-class _Place(NamedTuple):
-    """Where a tensor stands in a file."""
-
-    dtype: str
-    shape: list[int]
-    begin: int
-    bytes: int
 
 
 def _locate(source: str | Path) -> tuple[AbstractFileSystem, str, list[str]]:
@@ -249,8 +216,19 @@ def _weight_files(filesystem: AbstractFileSystem, folder: str) -> list[str]:
     )
 
 
-def _read_header(file: BinaryIO, size: int, path: str) -> dict[str, _Place]:
-    """The tensors of a safetensors file by name: its first 8 bytes say how long the JSON is that follows."""
+def read_header(file: BinaryIO, size: int, path: str) -> dict[str, Place]:
+    """
+    Where the tensors of a safetensors file stand, by name. Its first 8 bytes say how long the JSON is that follows.
+    The parser of `huggingface_hub` says neither where the data begin nor whether a file is cut off.
+
+    Args:
+        file (`BinaryIO`): the file, at its start.
+        size (`int`): its bytes.
+        path (`str`): what to call it in an error.
+
+    Raises:
+        ValueError: if it is no safetensors file, or cut off.
+    """
     length = int.from_bytes(file.read(8), "little")
     try:
         header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
@@ -263,15 +241,15 @@ def _read_header(file: BinaryIO, size: int, path: str) -> dict[str, _Place]:
     return places
 
 
-def _place(entry: dict[str, Any], start: int) -> _Place:
+def _place(entry: dict[str, Any], start: int) -> Place:
     kinds = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
     dtype, shape, (begin, end) = (check_object(entry, "a header", kinds)[name] for name in kinds)
     if not 0 <= begin <= end or min(shape, default=0) < 0:
         raise ValueError(f"`data_offsets` must be in order. Got {entry}.")
-    return _Place(dtype, shape, start + begin, end - begin)
+    return Place(dtype, shape, start + begin, end - begin)
 
 
-def _read_indices(file: BinaryIO, places: dict[str, _Place]) -> dict[str, bytes]:
+def _read_indices(file: BinaryIO, places: dict[str, Place]) -> dict[str, bytes]:
     """Block indices and what a run records about exploration, in the order of the file: neighbours come together."""
     saved = {}
     for key, place in sorted(places.items(), key=lambda item: item[1].begin):
@@ -281,13 +259,13 @@ def _read_indices(file: BinaryIO, places: dict[str, _Place]) -> dict[str, bytes]
     return saved
 
 
-def _check_described(model: PreTrainedModel, places: dict[str, _Place], source: str) -> None:
+def _check_described(model: PreTrainedModel, places: dict[str, Place], source: str) -> None:
     """Whether every layer with values or an index in the files is sparse or int8 by config.json too."""
     known = {*sparse_layers(model), *int8_modules(model)}
     of_model = model.state_dict().keys()
     for key in places:
         owner, _, leaf = key.rpartition(".")
-        if leaf in _LEAVES and owner not in known and key not in of_model:
+        if leaf in WEIGHT_LEAVES and owner not in known and key not in of_model:
             raise ValueError(
                 f"config.json must describe the weights. Got {source} with `{owner}`, which a "
                 f"{type(model).__name__} of that configuration does not have as such. Load an intact checkpoint."
@@ -295,7 +273,7 @@ def _check_described(model: PreTrainedModel, places: dict[str, _Place], source: 
 
 
 def _saved_layer(
-    name: str, shape: tuple[int, int], places: dict[str, _Place], saved: dict[str, bytes], source: str
+    name: str, shape: tuple[int, int], places: dict[str, Place], saved: dict[str, bytes], source: str
 ) -> SavedLayer:
     leaves = ("values", "block_index", *TRAINING_BUFFERS)
     here = {leaf: places[f"{name}.{leaf}"] for leaf in leaves if f"{name}.{leaf}" in places}
@@ -316,18 +294,13 @@ def _saved_layer(
     layout = BlockLayout(ids, shape, (values.shape[1], values.shape[2]))
     layout.validate(f"`{name}` in {source}")
     explored = saved.get(f"{name}.ever_active")
-    return SavedLayer(
-        name,
-        layout,
-        sum(place.bytes for place in here.values()),
-        prod(shape) * values.bytes // prod(values.shape),
-        None if explored is None else int.from_bytes(explored, "little").bit_count() / layout.num_blocks,
-        values.dtype,
-    )
+    coverage = None if explored is None else int.from_bytes(explored, "little").bit_count() / layout.num_blocks
+    sizes = sum(place.bytes for place in here.values()), prod(shape) * values.bytes // prod(values.shape)
+    return SavedLayer(name, shape, layout.block_shape, layout.nnzb, *sizes, layout, coverage, values.dtype)
 
 
 def _saved_int8_layer(
-    name: str, layer: Int8BlockSparseLinear, places: dict[str, _Place], saved: dict[str, bytes], source: str
+    name: str, layer: Int8BlockSparseLinear, places: dict[str, Place], saved: dict[str, bytes], source: str
 ) -> SavedLayer:
     values, code = places.get(f"{name}.int8_values"), places.get(f"{name}.block_code")
     described = [layer.nnzb, *layer.block_shape]
@@ -336,8 +309,7 @@ def _saved_int8_layer(
             f"`{name}` must have `int8_values` of dtype I8 and the shape that config.json gives, {described}, and "
             f"`block_code` of dtype U8. Got {values} and {code} in {source}. Load an intact checkpoint."
         )
-    layout = BlockLayout(torch.empty(0, dtype=torch.int32), layer.shape, layer.block_shape)
     bytes_of_code = torch.frombuffer(bytearray(saved[f"{name}.block_code"]), dtype=torch.uint8)
-    ids = decode_index(bytes_of_code, layer.code_bits, layer.nnzb, layout.num_blocks, f"`{name}` in {source}")
-    layout = replace(layout, block_index=ids)
-    return SavedLayer(name, layout, values.bytes + code.bytes, 4 * prod(layer.shape), None, "I8", layer.code_bits)
+    ids = decode_index(bytes_of_code, layer.code_bits, layer.nnzb, layer.num_blocks, f"`{name}` in {source}")
+    about = name, layer.shape, layer.block_shape, layer.nnzb, values.bytes + code.bytes, 4 * prod(layer.shape)
+    return SavedLayer(*about, BlockLayout(ids, layer.shape, layer.block_shape), None, "I8", layer.code_bits)
