@@ -105,6 +105,12 @@ extras["test"] = [
 ]
 extras["quality"] = ["ruff>=0.17", "mypy>=2.4"]
 
+# The scripts go along in the wheel, for `hf-dynsparse train`; a checkout has them where they are.
+EXAMPLES = [
+    "hf_dynsparse.examples",
+    *(f"hf_dynsparse.examples.{folder}" for folder in ("accelerate", "prune_ofa", "studies", "study")),
+]
+
 setup(
     name="hf_dynsparse",
     version=read_version(),
@@ -114,13 +120,14 @@ setup(
     keywords="dynamic sparse training, block sparsity, BERT, pre-training, transformers, deep learning",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    package_dir={"": "src"},
-    packages=find_packages("src"),
-    package_data={"hf_dynsparse": ["py.typed", "*/*.md"]},
+    package_dir={"": "src", "hf_dynsparse.examples": "examples"},
+    packages=[*find_packages("src"), *EXAMPLES],
+    py_modules=["hf_dynsparse_cli"],
+    package_data={"hf_dynsparse": ["py.typed", "*/*.md"], **dict.fromkeys(EXAMPLES, ["*.yaml", "*.html", "*.md"])},
     ext_modules=[native_extension(variant, flags) for variant, flags in VARIANTS.items()],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
     python_requires=">=3.11",  # as transformers 5.23
-    entry_points={"console_scripts": ["hf-dynsparse=hf_dynsparse.cli:main"]},
+    entry_points={"console_scripts": ["hf-dynsparse=hf_dynsparse_cli:main"]},
     install_requires=install_requires,
     extras_require=extras,
     classifiers=[

@@ -36,15 +36,15 @@ from typing import Any, NamedTuple
 
 import pandas
 import run_mlm_dynsparse as mlm
-from huggingface_hub.errors import StrictDataclassError
 from study.analysis import best_configurations
-from study.jobs import FlagParser, Job, run_jobs
+from study.jobs import Job, StudyParser, naming, run_jobs
 from study.pictures import draw_study
 from study.plan import Run, plan_runs, read_plan
 from study.report import format_table, write_report
 from study.runs import read_run, read_step_seconds
 
 from hf_dynsparse.files import write_atomically
+from hf_dynsparse.training.scripts import check_topology, one_line_errors
 from hf_dynsparse.training.threads import default_threads, usable_cores
 
 
@@ -67,15 +67,13 @@ def main() -> None:
     """Plan, check, run what is missing, time, report."""
     args, rest = parse_arguments()
     output = Path(args.output_dir)
-    try:
+    with one_line_errors():
         plan = read_plan(args.study)
         runs = list(plan_runs(plan))
         tasks = plan_tasks(runs, plan, rest, args)
         timings = plan_timings(runs, plan, rest, args) if args.timing_steps else []
         if not args.report_only:
             check_tasks([*tasks, *timings])
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
 
     first = tasks[:1]  # trains the vocabulary of the others
     stages = [
@@ -176,19 +174,15 @@ def check_tasks(tasks: Iterable[Task]) -> None:
     Refuse, before anything runs, flags with which a run would stop at its start.
 
     Raises:
-        ValueError, OSError, StrictDataclassError: naming the run.
+        ValueError: naming the run.
     """
-    parser = FlagParser((mlm.ModelArguments, mlm.DataArguments, mlm.RunArguments))
+    parser = StudyParser(mlm.ARGUMENTS)
     for name, flags in tasks:
-        # The vocabulary of the first run is not there yet.
-        try:
+        with naming(name):  # the vocabulary of the first run is not there yet
             model_args, data_args, args = parser.parse_args_into_dataclasses(flags)
-            mlm.settle_updates(model_args, args)
-            mlm.check_data(model_args, data_args, args)
-            mlm.check_topology(args, None)
+            mlm.check(model_args, data_args, args)
+            check_topology(args)
             mlm.build_config(model_args, args, None)
-        except (ValueError, OSError, StrictDataclassError) as error:
-            raise ValueError(f"{name}: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 def is_finished(folder: Path) -> bool:

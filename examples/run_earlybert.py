@@ -33,11 +33,9 @@ from typing import Any, NamedTuple
 
 import run_glue_dynsparse as glue
 import run_mlm_dynsparse as mlm
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     TrainerCallback,
     set_seed,
@@ -49,23 +47,21 @@ from hf_dynsparse import DynSparseTrainer, EarlyBirdCallback, Ticket, slim, spar
 from hf_dynsparse.blocks.sizes import as_block_shape, parse_block_size
 from hf_dynsparse.checkpoints.saving import last_checkpoint
 from hf_dynsparse.compress.slimming import TICKET_SCORES, random_ticket
-from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions
+from hf_dynsparse.data.classification import (
+    SentenceArguments,
+    find_columns,
+    head_of,
+    load_sentences,
+    tokenize_sentences,
+)
+from hf_dynsparse.data.pretraining import TextArguments, load_text, make_sequences
+from hf_dynsparse.data.tokenizer_checks import check_positions
 from hf_dynsparse.files import write_atomically
-from hf_dynsparse.models.auto import load_teacher
 from hf_dynsparse.models.bert.configuration_dynsparse_bert import layer_sizes
 from hf_dynsparse.reports.pictures.ticket import plot_ticket
+from hf_dynsparse.training import scripts
 from hf_dynsparse.training.callbacks.slimming import TICKET_FILE
 from hf_dynsparse.training.finetuning import prepare_finetuning_
-from hf_dynsparse.training.scripts import (
-    TOKENIZER_FOLDER,
-    find_checkpoint,
-    holds_output_dir,
-    parse_arguments,
-    preparing,
-    settle_process,
-    stop,
-)
-from hf_dynsparse.training.summary import summarize_run
 
 
 logger = logging.getLogger("run_earlybert")
@@ -199,25 +195,20 @@ class Job(NamedTuple):
     report: Callable[[DynSparseTrainer], None]  # evaluates, writes results, summary.json and training.png
 
 
-@holds_output_dir
+@scripts.holds_output_dir
 def main() -> None:
     """Parse, check, prepare, search, draw, train, report."""
-    try:
+    with scripts.one_line_errors():
         kinds = MLM_ARGUMENTS if asks_for_mlm(sys.argv[1:]) else TASK_ARGUMENTS
-        model_args, data_args, args = parse_arguments(*kinds, description=__doc__)
+        model_args, data_args, args = scripts.parse_arguments(*kinds, description=__doc__)
         checkpoint = check(model_args, args)
         (check_mlm if args.mlm else check_task)(model_args, data_args, args)
-    except (ValueError, OSError) as error:
-        stop(error)
-    settle_process(args, "run_earlybert")
-    with preparing(args):
+        scripts.prepare_process(args, logger.name)
         job = (prepare_mlm if args.mlm else prepare_task)(model_args, data_args, args)
-    try:
+    with scripts.one_line_errors():
         ticket = find_ticket(job, args)
         if args.stage != "search":
             train(job, ticket, model_args, args, checkpoint)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        stop(error)
 
 
 def asks_for_mlm(given: list[str]) -> bool:
@@ -246,7 +237,7 @@ def check(model_args: Any, args: Any) -> str | None:
                 )
     check_ticket(folder, args)
     check_blocks(model_args, args)
-    return find_checkpoint(args, model_args.token)
+    return scripts.find_checkpoint(args, model_args.token)
 
 
 def check_ticket(folder: Path, args: Any) -> None:
@@ -297,14 +288,13 @@ def check_task(model_args: Any, data_args: Any, args: Any) -> None:
             "This script searches, slims and trains. Got --do_train false, --quantization_aware or --finetune_mode "
             "gradual. Go on from its model with run_glue_dynsparse.py."
         )
-    glue.check_arguments(model_args, data_args, args)
+    glue.check(model_args, data_args, args)
 
 
 def check_mlm(model_args: Any, data_args: Any, args: Any) -> None:
     """The model that is searched is dense; topology updates are for the slimmed one, if that is to be sparse."""
-    mlm.check_data(model_args, data_args, args)
     model_args.static = model_args.static or not model_args.sparsity
-    mlm.settle_updates(model_args, args)
+    mlm.check(model_args, data_args, args)
     model_args.dense_baseline = True
 
 
@@ -407,25 +397,15 @@ def tell_of_ticket(trainer: DynSparseTrainer, is_slim: bool) -> None:
 
 def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:
     """A GLUE task, or sentences of one's own."""
-    hub = {"revision": model_args.model_revision, "token": model_args.token, "cache_dir": model_args.cache_dir}
-    trusted = {"trust_remote_code": model_args.trust_remote_code}
-    raw = glue.load_examples(model_args, data_args)
-    columns, labels = glue.understand(raw, data_args, args)
-    name = model_args.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or name, **trusted, **hub)
-    config = AutoConfig.from_pretrained(
-        model_args.config_name or name,
-        **glue.head_of(labels),
-        **trusted,
-        **hub,
-    )
+    raw = load_sentences(data_args, cache_dir=model_args.cache_dir, token=model_args.token)
+    columns, labels = find_columns(raw, data_args, args.splits)
+    tokenizer = glue.load_tokenizer(model_args)
+    name, how = model_args.model_name_or_path, {"trust_remote_code": model_args.trust_remote_code, **model_args.hub}
+    config = AutoConfig.from_pretrained(model_args.config_name or name, **head_of(labels), **how)
     glue.check_tokenizer_and_model(tokenizer, config, columns, data_args)
-    teacher = None
-    if args.teacher:
-        teacher = load_teacher(AutoModelForSequenceClassification, args.teacher, **{**hub, "revision": "main"})
-        check_fit(tokenizer, teacher.config, data_args.max_seq_length, "The teacher", len(columns) == 2)
+    teacher = glue.find_teacher(model_args, data_args, args, tokenizer, columns)
     with args.main_process_first(desc="tokenize"):
-        examples = glue.tokenize(raw, columns, labels, tokenizer, data_args)
+        examples = tokenize_sentences(raw, columns, labels, tokenizer, data_args)
 
     def load() -> Any:
         set_seed(args.seed)  # the same new head every time
@@ -433,8 +413,7 @@ def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:
             name,
             config=copy.deepcopy(config),
             ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-            **trusted,
-            **hub,
+            **how,
         )
 
     def trainer(model: Any, settings: Any, callbacks: list[TrainerCallback]) -> DynSparseTrainer:
@@ -455,21 +434,21 @@ def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:
         if args.do_predict:
             glue.predict(trainer, examples, labels, data_args)
         if trainer.is_world_process_zero():
-            glue.report(trainer, results, glue.about_run(model_args, data_args))
+            scripts.write_finetuning(trainer, results, glue.about_run(model_args, data_args))
 
     return Job(load, trainer, report)
 
 
 def prepare_mlm(model_args: Any, data_args: Any, args: Any) -> Job:
     """Masked language modelling, from scratch or from a dense checkpoint."""
-    known = Path(args.output_dir, TOKENIZER_FOLDER)
+    known = Path(args.output_dir, scripts.TOKENIZER_FOLDER)
     config = mlm.build_config(model_args, args, None)
     check_positions(config, data_args.max_seq_length)
     with args.main_process_first(desc="prepare the text"):
-        raw = mlm.load_text(model_args, data_args)
+        raw = load_text(data_args, cache_dir=model_args.cache_dir, token=model_args.token)
         tokenizer = mlm.load_tokenizer(model_args, raw, args, str(known) if known.exists() else None)
-        mlm.settle_vocabulary(config, tokenizer, model_args, data_args)
-        sequences = mlm.prepare_sequences(raw, tokenizer, data_args, args)
+        mlm.fit_vocabulary_(config, tokenizer, model_args, data_args)
+        sequences = make_sequences(raw, tokenizer, data_args, args.seed)
     if args.learning_rate is None:
         args.learning_rate = mlm.LEARNING_RATES[model_args.preset]
     teacher = mlm.find_teacher(model_args, data_args, args)
@@ -483,7 +462,7 @@ def prepare_mlm(model_args: Any, data_args: Any, args: Any) -> Job:
             model,
             settings,
             teacher=teacher,
-            data_collator=mlm.make_collator(tokenizer, data_args, args),
+            data_collator=data_args.collator(tokenizer, args.seed),
             train_dataset=sequences["train"],
             eval_dataset=sequences["validation"],
             processing_class=tokenizer,
@@ -495,13 +474,13 @@ def prepare_mlm(model_args: Any, data_args: Any, args: Any) -> Job:
         if trainer.is_world_process_zero():
             about = mlm.about_run(model_args, data_args, str(raw["validation"].split))
             about["pattern"] = "the blocks of largest L1 norm"
-            mlm.report(trainer, about | summarize_run(trainer, metrics, data_args.max_seq_length))
+            mlm.report(trainer, metrics, about, data_args.max_seq_length)
 
     return Job(load, trainer, report)
 
 
-TASK_ARGUMENTS = (glue.ModelArguments, glue.DataArguments, TaskArguments)
-MLM_ARGUMENTS = (MlmModelArguments, mlm.DataArguments, MlmArguments)
+TASK_ARGUMENTS = (glue.ModelArguments, SentenceArguments, TaskArguments)
+MLM_ARGUMENTS = (MlmModelArguments, TextArguments, MlmArguments)
 
 
 if __name__ == "__main__":

@@ -46,13 +46,15 @@ from typing import Any
 import run_glue_dynsparse as glue
 import run_mlm_dynsparse as mlm
 import run_qa_dynsparse as qa
-from huggingface_hub.errors import StrictDataclassError
-from study.jobs import FlagParser, Job, logged_command, run_jobs
+from study.jobs import Job, StudyParser, logged_command, naming, run_jobs
 from study.prune_ofa import GLUE, MLM, QA, STAGES, StageRun, plan_prune_ofa, read_prune_ofa_plan
 from study.prune_ofa_report import collect_results, format_results, plot_results
 
 from hf_dynsparse.blocks.sizes import check_sparsity, parse_block_size
+from hf_dynsparse.data.classification import find_columns, load_sentences
+from hf_dynsparse.data.questions import load_questions
 from hf_dynsparse.files import write_atomically
+from hf_dynsparse.training.scripts import check_topology, one_line_errors
 from hf_dynsparse.training.threads import default_threads
 
 
@@ -68,7 +70,7 @@ def main() -> None:
     """Plan, check, run what is missing, report."""
     args = parse_arguments()
     output = Path(args.output_dir)
-    try:
+    with one_line_errors():
         plan = read_prune_ofa_plan(args.plan, args.model_name_or_path)
         threads = args.threads or default_threads(args.jobs)
         plan["defaults"] = {"num_threads": threads, **plan["defaults"]}
@@ -76,8 +78,6 @@ def main() -> None:
         check_runs(runs, output)
         chosen = choose_runs(runs, plan, args, output)
         check_tasks(chosen, output)
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"{Path(__file__).name}: error: {error}")
 
     warn_of_changes(runs, output)
     jobs = {run.name: Job(run.name, command(run, output), run.needs) for run in chosen}
@@ -136,30 +136,22 @@ def check_runs(runs: Sequence[StageRun], output: Path) -> None:
         ValueError: naming the run.
     """
     for run in runs:
-        script = SCRIPTS[run.script]
-        try:
+        with naming(run.name):
             model_args, data_args, args = parse_run(run, output)
             if model_args.sparsity is not None:
                 check_sparsity(model_args.sparsity)
             if model_args.block_size is not None:
                 parse_block_size(model_args.block_size)
+            SCRIPTS[run.script].check(model_args, data_args, args)
             if run.script == MLM:
-                mlm.settle_updates(model_args, args)
-                mlm.check_data(model_args, data_args, args)
-                mlm.check_topology(args, None)
+                check_topology(args)
                 if model_args.model_name_or_path is None:  # others start from a model that is not there yet
                     mlm.build_config(model_args, args, None)
-            else:
-                script.check_arguments(model_args, data_args, args)
-        except (ValueError, OSError, StrictDataclassError) as error:
-            raise ValueError(f"{run.name}: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 def parse_run(run: StageRun, output: Path) -> tuple[Any, Any, Any]:
     """The arguments that its script will see."""
-    script = SCRIPTS[run.script]
-    parser = FlagParser((script.ModelArguments, script.DataArguments, script.RunArguments))
-    return parser.parse_args_into_dataclasses(run.arguments(output))
+    return StudyParser(SCRIPTS[run.script].ARGUMENTS).parse_args_into_dataclasses(run.arguments(output))
 
 
 def check_tasks(runs: Sequence[StageRun], output: Path) -> None:
@@ -174,13 +166,11 @@ def check_tasks(runs: Sequence[StageRun], output: Path) -> None:
         if run.script == MLM or run.task in read:
             continue
         model_args, data_args, args = parse_run(run, output)
-        try:
+        with naming(run.name):
             if run.script == GLUE and data_args.glue_dir:
-                glue.understand(glue.load_examples(model_args, data_args), data_args, args)
+                find_columns(load_sentences(data_args, cache_dir=model_args.cache_dir), data_args, args.splits)
             elif run.script == QA and data_args.train_file:
-                qa.load_rows(model_args, data_args, args)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{run.name}: {error}") from error
+                load_questions(data_args, args.splits, cache_dir=model_args.cache_dir)
         read.add(run.task)
 
 

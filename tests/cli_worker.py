@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, BertForMaskedLM
 
 from hf_dynsparse import DynSparseBertConfig, DynSparseBertForMaskedLM, inspect_checkpoint
 from hf_dynsparse.checkpoints import loading as saved_model
-from hf_dynsparse.cli import main
 from hf_dynsparse.hub import push_folder
+from hf_dynsparse_cli import main
 
 
 FOLDER = Path(sys.argv[2])

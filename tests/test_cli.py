@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -18,6 +19,7 @@ from toy import toy_model, toy_tokenizer
 from transformers import BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 import hf_dynsparse
+import hf_dynsparse_cli
 from hf_dynsparse import cli, inspect_checkpoint, sparse_layers, sparsify_
 from hf_dynsparse.checkpoints.loading import load_model
 from hf_dynsparse.topology.frames import Frame, write_frame
@@ -33,7 +35,7 @@ def saved(tmp_path_factory):
 
 def run(capsys, *arguments):
     """What the command prints."""
-    cli.main([str(argument) for argument in arguments])
+    hf_dynsparse_cli.main([str(argument) for argument in arguments])
     printed = capsys.readouterr()
     return printed.out
 
@@ -41,7 +43,7 @@ def run(capsys, *arguments):
 def fail(capsys, *arguments):
     """What the command says before it ends with status 2: one line, after the usual prefix."""
     with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments])
+        hf_dynsparse_cli.main([str(argument) for argument in arguments])
     printed = capsys.readouterr()
     assert (ended.value.code, printed.out) == (2, "")
     lines = [line for line in printed.err.splitlines() if "error" in line]
@@ -54,20 +56,65 @@ def fail(capsys, *arguments):
 def test_the_command_is_installed_under_its_name():
     setup = (Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8")
     module, function = re.search(r'"console_scripts": \["hf-dynsparse=([\w.]+):(\w+)"\]', setup).groups()
-    assert getattr(import_module(module), function) is cli.main
+    assert getattr(import_module(module), function) is hf_dynsparse_cli.main
+
+
+def test_version_and_help_import_nothing():
+    """Neither the package nor what it builds on: a fresh process, for this one has it all."""
+    code = """if True:
+        import sys
+        from hf_dynsparse_cli import main
+        main(["--version"])
+        for given in (["--help"], ["train", "--help"]):
+            try:
+                main(given)
+            except SystemExit as ended:
+                assert not ended.code
+        print(*sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    version, *shown, modules = done.stdout.splitlines()
+    assert version == hf_dynsparse.__version__
+    for name in (*hf_dynsparse_cli.COMMANDS, *hf_dynsparse_cli.TASKS):
+        assert any(re.match(rf" +{name} +\w", line) for line in shown), name
+    assert "hf_dynsparse_cli" in modules.split()
+    assert {"hf_dynsparse", "torch", "transformers", "numpy"}.isdisjoint(modules.split())
+
+
+def test_every_command_is_listed():
+    (commands,) = (action.choices for action in cli._parser()._actions if action.dest == "==SUPPRESS==")
+    assert [*commands, "train"] == list(hf_dynsparse_cli.COMMANDS)
 
 
 def test_python_runs_the_package(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hf_dynsparse", "--version"])
+    runpy.run_module("hf_dynsparse", run_name="__main__")
+    assert capsys.readouterr().out == f"{hf_dynsparse.__version__}\n"
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize("task", hf_dynsparse_cli.TASKS)
+def test_train_runs_the_script(task, installed, tmp_path, monkeypatch):
+    """The main function of the script of that name, in the package or beside it, with the rest of the command line."""
+    script, _ = hf_dynsparse_cli.TASKS[task]
+    assert (Path(__file__).parents[1] / "examples" / f"{script}.py").is_file()
+    package = tmp_path / "src" / "hf_dynsparse"
+    examples = package / "examples" if installed else tmp_path / "examples"
+    examples.mkdir(parents=True)
+    (examples / f"{script}.py").write_text("import sys\ndef main(): sys.exit([__file__, *sys.argv])\n")
+    monkeypatch.setattr(hf_dynsparse_cli, "PACKAGE", package)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", sys.path.copy())
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("hf_dynsparse", run_name="__main__")
-    assert (ended.value.code, capsys.readouterr().out) == (0, f"{hf_dynsparse.__version__}\n")
+        hf_dynsparse_cli.main(["train", task, "--output_dir", "--help"])
+    del sys.modules[script]
+    assert ended.value.code == [str(examples / f"{script}.py"), f"hf-dynsparse train {task}", "--output_dir", "--help"]
 
 
 @pytest.mark.parametrize("command", ["inspect", "estimate", "convert", "push", "card", "animate"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main([command, "--help"])
+        hf_dynsparse_cli.main([command, "--help"])
     printed = capsys.readouterr().out
     assert ended.value.code == 0
     examples = printed.partition("examples:\n")[2].splitlines()
@@ -76,9 +123,6 @@ def test_help_teaches(command, capsys):
         words = example.split()
         assert words[:2] == ["hf-dynsparse", command]
         assert cli._parser().parse_args(words[1:]).run
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    assert re.search(rf"^    {command} +\w", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_inspect(saved, tmp_path, capsys):
@@ -194,6 +238,8 @@ def test_animate(tmp_path, capsys):
     [
         ([], "the following arguments are required: COMMAND"),
         (["frob"], "invalid choice: 'frob'"),
+        (["train"], "the following arguments are required: TASK"),
+        (["train", "frob"], "argument TASK: invalid choice: 'frob'"),
         (["inspect"], "the following arguments are required: PATH_OR_REPO"),
         (["inspect", "no where"], "A model must be a folder with a config.json or a repository of the Hub. Got no wh"),
         (["estimate", "--preset", "huge"], "invalid choice: 'huge'"),
@@ -355,7 +401,7 @@ def test_a_malformed_history_is_one_line(tmp_path, capsys):
     for place in range(0, len(whole), 40):  # every fault of a zip file
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
         with suppress(SystemExit):
-            cli.main(["animate", str(tmp_path)])
+            hf_dynsparse_cli.main(["animate", str(tmp_path)])
 
 
 @pytest.mark.parametrize("model_type", ["unheard_of", "dynsparse_bert"])
@@ -378,7 +424,7 @@ def test_code_of_a_repository_is_never_run(command, model_type, saved, tmp_path,
         "push": ["push", folder, "user/name"],
     }
     with suppress(SystemExit):
-        cli.main([str(argument) for argument in arguments.get(command, [command, folder])])
+        hf_dynsparse_cli.main([str(argument) for argument in arguments.get(command, [command, folder])])
     said = capsys.readouterr()
     assert not (tmp_path / "mark").exists()
     assert ("code of a repository is not run here" in said.err) == (model_type == "unheard_of")
@@ -394,7 +440,7 @@ def test_a_dense_model_has_no_picture(saved, tmp_path, capsys):
     run(capsys, "convert", saved, tmp_path / "dense", "--to", "dense")
     assert not sparse_layers(load_model(tmp_path / "dense"))
     with pytest.raises(SystemExit):
-        cli.main(["inspect", str(tmp_path / "dense"), "--picture", str(tmp_path / "blocks.png")])
+        hf_dynsparse_cli.main(["inspect", str(tmp_path / "dense"), "--picture", str(tmp_path / "blocks.png")])
     assert "a dense model has no block map" in capsys.readouterr().err
 
 

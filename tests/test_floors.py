@@ -22,7 +22,7 @@ TRAINER = MODELS | {"accelerate", "datasets", "evaluate", "numpy"}
 
 # Rooms: files of the root, and folders with all that is in them.
 PLACES = {
-    "face": Place(10, {"huggingface_hub", "safetensors"}),  # the public list and the command line
+    "face": Place(10, {"huggingface_hub", "safetensors", "hf_dynsparse_cli"}),  # public names and the command line
     "training/": Place(9, TRAINER),
     "hub/": Place(8, MODELS),
     "reports/": Place(7, MODELS | {"numpy", "matplotlib", "PIL", "fsspec"}),
@@ -96,6 +96,12 @@ def violations(file: str, source: str) -> list[str]:
         elif parts[0] in LAZY and at_top:
             problems.append(f"{where}: optional, so import it inside the function that needs it")
     return problems
+
+
+def test_the_command_begins_with_the_standard_library_alone():
+    source = PACKAGE.with_name("hf_dynsparse_cli.py").read_text(encoding="utf-8")
+    modules = {parts[0] for _, _, parts in imports_of("../hf_dynsparse_cli.py", ast.parse(source))}
+    assert modules <= set(sys.stdlib_module_names)
 
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

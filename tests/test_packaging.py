@@ -34,7 +34,18 @@ def copy_tree(to: Path) -> Path:
 
 
 def _others(folder: str, names: list[str]) -> set[str]:
-    wanted = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc", "src", "tests", "examples")
+    wanted = (
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "csrc",
+        "src",
+        "tests",
+        "examples",
+        "docs",
+    )
     return set(names).difference(wanted) if Path(folder) == ROOT else set()
 
 
@@ -65,17 +76,23 @@ def test_without_a_compiler_the_wheel_has_no_libraries_and_the_archive_all_sourc
     printed = build(tree, "false", "sdist", "bdist_wheel")
     assert 'building extension "hf_dynsparse.ops._native_portable" failed' in printed
     _, files = the_wheel(tree)
-    assert "hf_dynsparse/ops/native.py" in files
+    assert {"hf_dynsparse/ops/native.py", "hf_dynsparse_cli.py"} <= set(files)
+    # `hf-dynsparse train` finds in the package what a checkout has beside it.
+    examples = {path.relative_to(tree).as_posix() for path in (tree / "examples").rglob("*.*")}
+    assert {"examples/run_mlm_dynsparse.py", "examples/study/report.html", "examples/accelerate/cpu.yaml"} <= examples
+    assert examples == {file.removeprefix("hf_dynsparse/") for file in files if "/examples/" in file}
     assert [file for file in files if file.endswith((".so", ".cpp", ".hpp"))] == []
     (archive,) = tree.glob("dist/*.tar.gz")
     with tarfile.open(archive) as sources:
         packed = {name.partition("/")[2] for name in sources.getnames()}
     needed = {
         path.relative_to(tree).as_posix()
-        for folder, pattern in (("csrc", "*.[ch]pp"), ("src", "*.py"), ("tests", "*.py"), ("examples", "*.py"))
+        for folder, pattern in (("csrc", "*.[ch]pp"), ("src", "*.py"), ("tests", "*.py"), ("docs", "*.*"))
         for path in (tree / folder).rglob(pattern)
-    }
-    assert {"csrc/block_sparse.cpp", "csrc/vectors.hpp", "tests/helpers.py"} <= needed <= packed
+    } | examples
+    assert (
+        {"docs/images/pareto.png", "csrc/block_sparse.cpp", "csrc/vectors.hpp", "tests/helpers.py"} <= needed <= packed
+    )
     assert [name for name in packed if name.endswith(".so")] == []
 
 

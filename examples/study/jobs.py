@@ -1,19 +1,20 @@
 """The runs of a study as processes: wave after wave, several at a time, and what went wrong."""
 
-import contextlib
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple, NoReturn
 
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
+from hf_dynsparse.training.flags import FlagParser
 from hf_dynsparse.training.threads import usable_cores
 
 
@@ -32,7 +33,7 @@ class Job(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
-class FlagParser(HfArgumentParser):
+class StudyParser(FlagParser):
     """
     Checks the flags of a script without ending the process.
 
@@ -42,6 +43,20 @@ class FlagParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+@contextmanager
+def naming(run: str) -> Iterator[None]:
+    """
+    What is wrong with the flags of a run, in one line that names the run.
+
+    Raises:
+        ValueError: instead of the errors of values, files and configurations.
+    """
+    try:
+        yield
+    except (ValueError, OSError, StrictDataclassError) as error:
+        raise ValueError(f"{run}: {str(error).strip().splitlines()[-1].strip()}") from error
 
 
 def run_jobs(
@@ -113,6 +128,6 @@ def run_jobs(
 
 def logged_command(folder: Path) -> list[str] | None:
     """The command that made this folder; `None` without a log."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         return shlex.split(Path(f"{folder}.log").read_text(errors="replace").partition("\n")[0].removeprefix("$ "))
     return None

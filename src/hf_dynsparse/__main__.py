@@ -1,6 +1,6 @@
 """`python -m hf_dynsparse` is the command `hf-dynsparse`."""
 
-from .cli import main
+from hf_dynsparse_cli import main
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command `hf-dynsparse`: look at sparse models, convert and push them, estimate a run."""
+"""The commands of `hf-dynsparse` that look at sparse models, convert and push them, and estimate a run."""
 
 import argparse
 import json
@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from . import __version__
+from hf_dynsparse_cli import Parser
+
 from .blocks.distributions import DISTRIBUTIONS
 from .blocks.sizes import BlockSize, parse_block_size
 from .files import write_atomically
@@ -23,9 +24,9 @@ from .topology import SCHEDULES
 SOURCE = "a folder, or a repository of the Hub as user/name or user/name@revision"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run_command(argv: Sequence[str]) -> None:
     """
-    Run the command with the arguments `argv`, by default those of the process.
+    Run one of the commands of this module: its name and the arguments that follow.
 
     Raises:
         SystemExit: with status 2 and one line on the standard error stream, if something is wrong.
@@ -42,31 +43,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, and examples that keep their line breaks."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"hf-dynsparse: error: {' '.join(message.split())}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="hf-dynsparse", description=__doc__, epilog="hf-dynsparse COMMAND --help shows examples.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser = Parser(prog="hf-dynsparse")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_add_inspect, _add_estimate, _add_convert, _add_push, _add_card, _add_animate):
         add(commands)
     return parser
 
 
 def _command(
-    commands: Any, run: Callable[[argparse.Namespace], None], help: str, examples: Sequence[str]
+    commands: Any, run: Callable[[argparse.Namespace], None], examples: Sequence[str]
 ) -> argparse.ArgumentParser:
     name = run.__name__.removeprefix("_")
     epilog = "\n".join(["examples:", *(f"  hf-dynsparse {name} {example}" for example in examples)])
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=run.__doc__, epilog=epilog)
+    parser: argparse.ArgumentParser = commands.add_parser(name, description=run.__doc__, epilog=epilog)
     parser.set_defaults(run=run)
     return parser
 
@@ -123,7 +113,7 @@ def _sparsity(args: argparse.Namespace) -> dict[str, Any]:
 
 def _add_inspect(commands: Any) -> None:
     examples = ["runs/medium-s90-b16", "user/name@v1 --json report.json --picture blocks.png"]
-    parser = _command(commands, _inspect, "what a saved model holds", examples)
+    parser = _command(commands, _inspect, examples)
     parser.add_argument("source", metavar="PATH_OR_REPO", help=f"{SOURCE}, or one safetensors file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw which blocks of each layer are active")
@@ -147,7 +137,7 @@ def _add_estimate(commands: Any) -> None:
         "--preset base --sparsity 0.9 --block_size 16",
         "--preset medium --block_size 1 --num_topology_updates 160 --max_steps 757000 --batch_size 512",
     ]
-    parser = _command(commands, _estimate, "what a run will take and reach", examples)
+    parser = _command(commands, _estimate, examples)
     parser.add_argument("--preset", choices=list(PRESETS), required=True, help="size of the BERT")
     _add_sparsity(parser)
     parser.add_argument("--vocab_size", type=_positive, default=30522, help="default: %(default)s")
@@ -189,7 +179,7 @@ def _add_convert(commands: Any) -> None:
         "runs/medium-s90-b16 medium.onnx --to onnx",
         "runs/medium-s90-b16 medium-bsr.safetensors --to bsr",
     ]
-    parser = _command(commands, _convert, "dense to sparse, and sparse to dense, ONNX or BSR", examples)
+    parser = _command(commands, _convert, examples)
     parser.add_argument("source", metavar="SOURCE", help=SOURCE)
     parser.add_argument("target", metavar="TARGET", help="a new folder; a new file for onnx and bsr")
     parser.add_argument("--to", choices=["sparse", "dense", "onnx", "bsr"], required=True, help="what to make of it")
@@ -214,7 +204,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _add_push(commands: Any) -> None:
     examples = ["runs/medium-s90-b16 user/name", "runs/medium-s90-b16 user/name --private --tag v1 --with_code"]
-    parser = _command(commands, _push, "put a saved model on the Hub", examples)
+    parser = _command(commands, _push, examples)
     parser.add_argument("folder", metavar="FOLDER", help="a saved model")
     parser.add_argument("repo_id", metavar="REPO", help="user/name; made if there is none")
     parser.add_argument("--private", action="store_true", default=None, help="only you can see it")
@@ -241,7 +231,7 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def _add_card(commands: Any) -> None:
-    parser = _command(commands, _card, "write the model card again", ["runs/medium-s90-b16"])
+    parser = _command(commands, _card, ["runs/medium-s90-b16"])
     parser.add_argument("folder", metavar="FOLDER", help="a saved model")
 
 
@@ -254,7 +244,7 @@ def _card(args: argparse.Namespace) -> None:
 
 def _add_animate(commands: Any) -> None:
     examples = ["runs/medium-s90-b16", "runs/medium-s90-b16 --output topology.gif --seconds 12"]
-    parser = _command(commands, _animate, "a moving picture of a run's topology", examples)
+    parser = _command(commands, _animate, examples)
     parser.add_argument("folder", metavar="RUN_FOLDER", help="output folder of a run, finished or not")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: topology.gif in RUN_FOLDER")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long it runs (default: %(default)g)")

@@ -28,6 +28,8 @@ from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoToke
 import hf_dynsparse
 from hf_dynsparse import DynSparseTrainingArguments, densify_, sparse_layers
 from hf_dynsparse.data import train_wordpiece_tokenizer
+from hf_dynsparse.data.pretraining import TextArguments, make_sequences
+from hf_dynsparse.models.pretraining import first_pattern
 from hf_dynsparse.topology.frames import read_history
 from tests.toy import toy_tokenizer
 
@@ -342,7 +344,7 @@ def test_what_a_checkpoint_becomes(finished: Path, dense_bert: Path, tmp_path: P
         return
     config = script["build_config"](model_args, args, None)
     kept = "that of the checkpoint" if kind == "sparse" else "the blocks of largest L1 norm"
-    assert script["first_pattern"](model_args) == kept
+    assert first_pattern(model_args.model_name_or_path) == kept
     assert (config.sparsity, config.block_size, args.final_sparsity) == (sparsity, side, final)
     assert bool(config.nnzb_per_layer()) == (sparsity > 0 or final is not None)
     if kind == "dense" and final:
@@ -378,7 +380,7 @@ def clean_environment(folder: Path) -> dict[str, str]:
 
 
 def test_long_lines_are_tokenized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    script, tokenizer, lengths = runpy.run_path(str(SCRIPT)), toy_tokenizer(), []
+    tokenizer, lengths = toy_tokenizer(), []
     tokenize = type(tokenizer).__call__
 
     def watched(self: Any, lines: list[str], **arguments: Any) -> Any:
@@ -387,10 +389,10 @@ def test_long_lines_are_tokenized_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(type(tokenizer), "__call__", watched)
     rows = datasets.Dataset.from_dict({"text": ["w1 w2 , w3 w4 " * 2000, "", "w5"]})
-    raw, args = datasets.DatasetDict(train=rows, validation=rows), argparse.Namespace(seed=0)
+    raw = datasets.DatasetDict(train=rows, validation=rows)
     for flags, count in (({}, 10_001 // 28), ({"line_by_line": True}, 2), ({"nsp": True}, None)):
-        data = script["DataArguments"](max_seq_length=30, overwrite_cache=True, **flags)
-        sequences = script["prepare_sequences"](raw, tokenizer, data, args)["train"]
+        data = TextArguments(max_seq_length=30, overwrite_cache=True, **flags)
+        sequences = make_sequences(raw, tokenizer, data)["train"]
         assert count in (None, len(sequences)), flags
     assert max(lengths) <= 10_000
 
@@ -417,7 +419,7 @@ def test_accelerate_launch(text: Path, tmp_path: Path, finished: Path) -> None:
 def test_help_explains_every_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     script = runpy.run_path(str(SCRIPT))
     theirs = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    classes = (script["ModelArguments"], script["DataArguments"], script["RunArguments"], DynSparseTrainingArguments)
+    classes = (script["ModelArguments"], TextArguments, script["RunArguments"], DynSparseTrainingArguments)
     ours = {field.name for cls in classes for field in dataclasses.fields(cls)} - theirs
     assert {"sparsity", "train_file", "num_threads", "pruning_ratio"} <= ours
 

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from hf_dynsparse.training.scripts import settle_process
+from hf_dynsparse.training.scripts import prepare_process
 from hf_dynsparse.training.threads import user_has_set
 
 
@@ -50,7 +50,7 @@ def test_scripts(variable: str | None, flag: int | None, expected: int, monkeypa
     before = torch.get_num_threads()
     torch.set_num_threads(3)  # as when a process starts with it
     try:
-        settle_process(argparse.Namespace(**args), "test")
+        prepare_process(argparse.Namespace(**args), "test")
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)

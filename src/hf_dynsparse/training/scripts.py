@@ -1,30 +1,39 @@
-"""How the training scripts begin, and how they end when something is wrong."""
+"""How the training scripts begin, how they end when something is wrong, and what they write at the end."""
 
 import functools
+import json
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, PreTrainedModel, TrainerState, set_seed
+from transformers import PreTrainedModel, TrainerState, set_seed
 
 from .._transformers import TRAINER_STATE_NAME
+from ..blocks.sizes import parse_block_size
 from ..checkpoints.resume import check_final_sizes, check_same_model, find_run_to_resume
 from ..checkpoints.run_lock import run_lock
+from ..files import write_atomically
 from ..hub import fetch_checkpoint
 from ..hub.trainer import open_hub_repository
 from ..models.density import sizes_of
+from ..reports.pictures.layers import plot_block_map
+from ..reports.pictures.runs import plot_training
+from ..topology.frames import read_history
 from .arguments import DynSparseTrainingArguments, naming_arguments
 from .callbacks.topology import TopologyCallback
-from .rewinding import rewinding
+from .finetuning import finish_quantization_, set_final_sparsity_
+from .flags import FinetunedModelArguments, FinetuningRunArguments, FlagParser
+from .rewinding import check_rewinding, rewinding
+from .summary import summarize_finetuning
 from .threads import default_threads
 from .trainer import DynSparseTrainer
 
@@ -32,49 +41,14 @@ from .trainer import DynSparseTrainer
 logger = logging.getLogger(__name__)
 
 _HELD = ExitStack()  # the lock of the output folder, from `find_checkpoint` to the end of the script
+_MADE = ExitStack()  # removes what is made in the output folder, until the first step is near
 
 TOKENIZER_FOLDER = "tokenizer"  # of the output folder: where a script keeps the one that it trains
 
 
-@dataclass
-class ScriptArguments:
-    """What a script adds to training arguments, which its class inherits too: name this one first."""
-
-    num_threads: int | None = field(
-        default=None,
-        metadata={
-            "help": "CPU threads of each process. Default: OMP_NUM_THREADS, or the cores shared among the processes."
-        },
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "A checkpoint folder; `last`: the newest of --output_dir, if there is one; or what --hub_strategy "
-            "checkpoint pushed, as user/name or user/name@revision."
-        },
-    )
-
-    # Optimiser steps where neither these nor epochs are given; without it the epochs have a default.
-    default_steps: ClassVar[int | None] = None
-
-    def __post_init__(self) -> None:
-        args: Any = self
-        if args.max_steps is None:
-            args.max_steps = -1 if args.num_train_epochs is not None else self.default_steps
-        elif args.max_steps > 0 and args.num_train_epochs is not None:
-            logger.warning(
-                "`max_steps` goes before `num_train_epochs`. Got %d and %g: the run has %d steps. Leave one out.",
-                *(args.max_steps, args.num_train_epochs, args.max_steps),
-            )
-        if args.num_train_epochs is None and self.default_steps is not None:
-            args.num_train_epochs = 3.0  # as in transformers
-        following: Any = super()
-        following.__post_init__()
-
-
 def parse_arguments(*kinds: Any, description: str | None = None) -> tuple[Any, ...]:
     """Dataclasses of `kinds` from the command line, or from one JSON file given as the only argument."""
-    parser = HfArgumentParser(kinds, description=description)
+    parser = FlagParser(kinds, description=description)
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
         return parser.parse_json_file(os.path.abspath(sys.argv[1]))
     return parser.parse_args_into_dataclasses()
@@ -89,6 +63,21 @@ def holds_output_dir(main: Callable[[], None]) -> Callable[[], None]:
             main()
 
     return run
+
+
+def check_finetuning(model_args: FinetunedModelArguments, args: FinetuningRunArguments) -> None:
+    """
+    Refuse flags that cannot work; a model that is pruned gradually is led to the sparsity that `model_args` ask for.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if model_args.model_name_or_path is None:
+        raise ValueError("`--model_name_or_path` must name a checkpoint, a folder or on the Hub. Got none.")
+    if args.finetune_mode == "gradual":
+        set_final_sparsity_(args, model_args.sparsity)
+    if model_args.block_size is not None:
+        parse_block_size(model_args.block_size)
 
 
 def find_checkpoint(args: Any, token: str | None) -> str | None:
@@ -106,6 +95,9 @@ def find_checkpoint(args: Any, token: str | None) -> str | None:
     """
     if args.should_save:
         _HELD.enter_context(run_lock(args.output_dir))
+    tokenizer = Path(args.output_dir, TOKENIZER_FOLDER)
+    if args.process_index == 0 and not tokenizer.exists():
+        _MADE.callback(shutil.rmtree, tokenizer, ignore_errors=True)
     checkpoint = find_run_to_resume(args.output_dir, fetch_checkpoint(args.resume_from_checkpoint, token))
     if args.push_to_hub and args.process_index == 0:
         open_hub_repository(args)
@@ -129,6 +121,19 @@ def check_updates_fit(args: DynSparseTrainingArguments, steps: int) -> None:
     """
     with naming_arguments():
         TopologyCallback(**args.topology_settings()).settings.plan(steps)
+
+
+def check_topology(args: DynSparseTrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: for topology updates that do not fit the steps of the run, or rewinds of the learning rate without
+            a density that falls.
+    """
+    settings = args.topology_settings()
+    if args.max_steps > 0 and (settings["num_updates"] is not None or settings["update_every"] is not None):
+        check_updates_fit(args, args.max_steps)
+    if args.learning_rate_rewinding:
+        check_rewinding(settings)
 
 
 def check_run_length(trainer: DynSparseTrainer) -> None:
@@ -168,7 +173,7 @@ def _topology_state(checkpoint: str) -> dict[str, Any]:
     return callbacks.get(TopologyCallback.__name__, {})
 
 
-def settle_process(args: Any, logger_name: str) -> None:
+def prepare_process(args: Any, logger_name: str) -> None:
     """Logging of the script and the package, CPU threads, and the seed."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for name in (logger_name, "hf_dynsparse"):
@@ -180,25 +185,65 @@ def settle_process(args: Any, logger_name: str) -> None:
 
 
 @contextmanager
-def preparing(args: Any) -> Iterator[None]:
+def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """
-    What comes before the first step: reading, checking and building. An error ends the run with one line, and the
-    output folder is as it was.
+    An error ends the script with one line that says what is wrong, and with the output folder as it was before
+    [`find_checkpoint`].
+
+    Args:
+        kinds: errors of the user's making; by default those of values, files and configurations.
     """
-    folder = Path(args.output_dir)
-    tokenizer = folder / TOKENIZER_FOLDER
-    had_folder, had_tokenizer = folder.exists(), tokenizer.exists()
+    expected = kinds or (ValueError, OSError, StrictDataclassError)
+    _MADE.pop_all()
     try:
         yield
-    except (ValueError, OSError, StrictDataclassError) as error:
-        if args.process_index == 0 and not had_tokenizer:
-            shutil.rmtree(tokenizer, ignore_errors=True)
-        if args.process_index == 0 and not had_folder:
-            with suppress(OSError):  # not there, or another run has written something
-                folder.rmdir()
-        stop(error)
+    except expected as error:
+        _MADE.close()
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).strip().splitlines()[-1].strip()}")
+    _MADE.pop_all()
 
 
-def stop(error: Exception) -> NoReturn:
-    """End with one line that says what is wrong."""
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).strip().splitlines()[-1].strip()}")
+def finetune(trainer: DynSparseTrainer, checkpoint: str | None) -> dict[str, Any]:
+    """
+    Train, and save model, metrics and state; with `quantization_aware` the int8 model.
+
+    Returns:
+        `dict[str, Any]`: facts of an int8 model for the summary.
+    """
+    args: Any = trainer.args
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.log_metrics("train", outcome.metrics)
+    trainer.save_metrics("train", outcome.metrics)
+    trainer.save_state()
+    return finish_quantization_(trainer) if args.quantization_aware else {}
+
+
+def write_finetuning(trainer: DynSparseTrainer, results: dict[str, float], facts: dict[str, Any]) -> None:
+    """[`write_results`] of a fine-tuning run: `results` of its last evaluation, and other facts."""
+    summary = facts | summarize_finetuning(trainer, results)
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["metrics"].items())
+    write_results(trainer, summary, f" {scores}; {summary['sparsity']:.1%} sparse")
+
+
+def write_results(trainer: DynSparseTrainer, summary: dict[str, Any], text: str) -> None:
+    """
+    Write `summary.json` and the pictures of a run into its folder, and print what it reached. There is a picture of
+    the blocks if the history of a layer was kept from the start.
+
+    Args:
+        summary (`dict[str, Any]`): facts of the run, see [`summarize_run`] and [`summarize_finetuning`].
+        text (`str`): what a person is told.
+    """
+    folder = Path(str(trainer.args.output_dir))
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    try:
+        plot_training(trainer.state.log_history, folder / "training.png", title=folder.name)
+        frames = read_history(folder)
+        if frames and frames[0].step == 0:
+            maps = [frame.block_map for frame in frames]
+            ever_active = np.logical_or.reduce(maps)
+            plot_block_map(maps[0], ever_active, maps[-1], folder / "block_map.png", title=frames[0].layer)
+    except (ImportError, ValueError) as error:
+        logger.warning("No pictures: %s", error)
+    sys.stdout.write(f"\nResults in {folder}:{text}\n")

@@ -1,0 +1,242 @@
+"""Sentences with labels: the flags that name them, reading them, and tokenizing them."""
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from .files import DataError, check_file, ending_of, read_file, reading
+from .glue import GLUE_TASKS, glue_files, read_glue
+from .rows import check_not_blank, check_splits, check_text, label_names, label_reader
+
+
+logger = logging.getLogger(__name__)
+
+FILE_ENDINGS = ("csv", "tsv", "json", "jsonl", "parquet")
+# Which flag asks for a split.
+FLAGS = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
+
+
+@dataclass
+class SentenceArguments:
+    """What it is fine-tuned on."""
+
+    task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(GLUE_TASKS)}."})
+    glue_dir: str | None = field(
+        default=None, metadata={"help": "Folder with the official files: CoLA/train.tsv, SST-2/train.tsv, ..."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub or in a folder. Default with --task_name: nyu-mll/glue."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Local .csv, .tsv, .json, .jsonl or .parquet, plain or .gz, with a column `label`."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
+    test_file: str | None = field(default=None, metadata={"help": "The same for prediction; labels not needed."})
+    metric_path: str | None = field(
+        default=None, metadata={"help": "Folder with the script of `evaluate`'s metric, to do without the Hub."}
+    )
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens per example; longer ones are cut."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad to --max_seq_length instead of the longest of a batch."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Prepare the data again."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many examples for training."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many for evaluation."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only so many for prediction."})
+    language: str | None = field(
+        default=None, metadata={"help": "Language of the texts, for the card; that of --task_name is en."}
+    )
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The local files that are given, by split."""
+        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {split: file for split, file in files.items() if file is not None}
+
+    def check(self, needed: Collection[str]) -> None:
+        """
+        Refuse what cannot work before anything is read.
+
+        Args:
+            needed (`Collection[str]`): the splits that the run reads, of `"train"`, `"validation"` and `"test"`.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        if self.task_name is not None:
+            self.task_name = self.task_name.lower().replace("-", "")
+            if self.task_name not in GLUE_TASKS:
+                raise ValueError(f"`--task_name` must be one of {', '.join(GLUE_TASKS)}. Got {self.task_name!r}.")
+        if self.glue_dir is not None:
+            if self.task_name is None:
+                raise ValueError("`--glue_dir` needs a `--task_name`. Got none.")
+            glue_files(self.glue_dir, self.task_name)
+        if not any((self.task_name, self.dataset_name, self.files)):
+            raise ValueError(
+                "Give the data: `--task_name`, `--dataset_name`, or `--train_file` and `--validation_file`."
+            )
+        for split, file in self.files.items():
+            check_file(file, f"--{split}_file", FILE_ENDINGS)
+        if len({ending_of(file) for file in self.files.values()}) > 1:
+            raise ValueError(f"The files must have one format. Got {', '.join(self.files.values())}.")
+        for split in needed:
+            if self.files and split not in self.files:
+                flag = FLAGS[split]
+                raise ValueError(f"`{flag}` needs a `--{split}_file`. Got none. Give it, or `{flag} false`.")
+        if self.max_seq_length < 8:
+            raise ValueError(f"`--max_seq_length` must be at least 8. Got {self.max_seq_length}.")
+
+    def source(self, split: str = "") -> str:
+        """What the data of a split, or all of it, is called in an error."""
+        file = self.files.get(split)
+        name = file or self.dataset_name or self.glue_dir or self.task_name or "the files"
+        return name if file or not split else f"{split} of {name}"
+
+
+def load_sentences(args: SentenceArguments, *, cache_dir: str | None = None, token: str | None = None) -> DatasetDict:
+    """
+    The splits as they are: sentences and labels.
+
+    Raises:
+        ValueError: if a file cannot be read, naming it.
+    """
+    if args.files:
+        return DatasetDict({split: read_file(file, split, cache_dir) for split, file in args.files.items()})
+    if args.glue_dir is not None and args.task_name is not None:
+        raw = read_glue(args.glue_dir, args.task_name)
+    else:
+        name = args.dataset_name or "nyu-mll/glue"
+        config = args.dataset_config_name or (args.task_name if args.dataset_name is None else None)
+        with reading(name):
+            raw = load_dataset(name, config, cache_dir=cache_dir, token=token)
+    for split in ("validation", "test"):  # MNLI has two of each; the matched ones come first
+        if split not in raw and f"{split}_matched" in raw:
+            raw[split] = raw.pop(f"{split}_matched")
+    return raw
+
+
+def find_columns(raw: DatasetDict, args: SentenceArguments, needed: Collection[str]) -> tuple[list[str], list[str]]:
+    """
+    The one or two columns of text, and the names of the labels, none for regression; both known to be there.
+
+    Args:
+        needed (`Collection[str]`): the splits that the run reads.
+
+    Raises:
+        ValueError: for a split, a column or a text that is missing, naming it.
+    """
+    check_splits(raw, {split: FLAGS[split] for split in needed}, args.source())
+    labelled = {split: rows for split, rows in raw.items() if is_labelled(split)}
+    for split, rows in labelled.items():
+        if "label" not in rows.column_names:
+            raise DataError(
+                f"The data must have a column `label`. Got {', '.join(rows.column_names)} in {args.source(split)}. "
+                "Rename the column."
+            )
+    first = next(iter(raw.values()))
+    task = GLUE_TASKS[args.task_name] if args.task_name is not None else None
+    is_official = task is not None and set(task.sentences) <= set(first.column_names)
+    columns = list(task.sentences) if task is not None and is_official else _text_columns(first, args.source())
+    for split, rows in raw.items():
+        if set(columns) - set(rows.column_names):
+            raise DataError(
+                f"All data must have the columns {', '.join(columns)}. Got {', '.join(rows.column_names)} in "
+                f"{args.source(split)}. Name them alike."
+            )
+        for column in columns:
+            check_text(rows, column, args.source(split))
+    if task is not None:
+        return columns, list(task.labels)
+    if not labelled:
+        raise DataError("Labels must be known from a `--train_file` or `--validation_file`. Got none. Give one.")
+    return columns, label_names(labelled, args.source())
+
+
+def is_labelled(split: str) -> bool:
+    """Whether a split is trained on or evaluated, and so must have labels."""
+    return split.split("_")[0] in ("train", "validation")
+
+
+def _text_columns(rows: Dataset, source: str) -> list[str]:
+    """The one or two columns of text in data of one's own."""
+    text = [name for name in rows.column_names if name not in ("label", "idx", "id")]
+    named = [name for name in ("sentence1", "sentence2", "text") if name in text]
+    strings = [name for name in text if getattr(rows.features[name], "dtype", "") in ("string", "large_string")]
+    if {"sentence1", "sentence2"} <= set(named):
+        return named[:2]
+    columns = strings[:2] or named[:1]
+    if not columns:
+        raise DataError(
+            f"The data must have a column of text. Got {', '.join(rows.column_names)} in {source}, none of strings. "
+            "Write the text as strings."
+        )
+    return columns
+
+
+def head_of(labels: list[str]) -> dict[str, Any]:
+    """What a configuration says of a head for `labels`, or for a number if there are none."""
+    names = labels or ["LABEL_0"]
+    return {
+        "num_labels": len(names),
+        "problem_type": "single_label_classification" if labels else "regression",
+        "id2label": dict(enumerate(names)),
+        "label2id": {label: number for number, label in enumerate(names)},
+    }
+
+
+def tokenize_sentences(
+    raw: DatasetDict,
+    columns: list[str],
+    labels: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    args: SentenceArguments,
+) -> DatasetDict:
+    """
+    Token ids, and ids of `labels` (or numbers) where they are trained on or evaluated.
+
+    Raises:
+        ValueError: for a row without text or with a label that is unknown, naming it.
+    """
+    length = min(args.max_seq_length, tokenizer.model_max_length)
+    if length < args.max_seq_length:
+        logger.warning("`--max_seq_length` %d is more than the tokenizer is for: %d.", args.max_seq_length, length)
+    limits = {
+        "train": args.max_train_samples,
+        "validation": args.max_eval_samples,
+        "test": args.max_predict_samples,
+    }
+    padding = "max_length" if args.pad_to_max_length else False
+    prepared = {}
+    for split, rows in raw.items():
+        limit = limits.get(split.split("_")[0])
+        if limit is not None:
+            rows = rows.select(range(min(limit, len(rows))))
+        source = args.source(split)
+        read = label_reader(rows, labels, source) if is_labelled(split) else None
+
+        def prepare(
+            batch: dict[str, list[Any]], indices: list[int], read: Any = read, source: str = source
+        ) -> dict[str, list[Any]]:
+            text = [batch[name] for name in columns]
+            check_not_blank(text, indices, source)
+            prepared = dict(tokenizer(*text, max_length=length, truncation=True, padding=padding))
+            if read is not None:
+                # Not `label`: that column keeps the type that it had.
+                prepared["labels"] = [read(*each) for each in zip(batch["label"], indices, strict=True)]
+            return prepared
+
+        prepared[split] = rows.map(
+            prepare,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            load_from_cache_file=not args.overwrite_cache,
+            desc=f"tokenize {split}",
+        )
+    return DatasetDict(prepared)

@@ -1,0 +1,175 @@
+"""Flags of the training scripts: those that several share, and the help in groups, sparsity first."""
+
+import argparse
+import logging
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from .arguments import DynSparseTrainingArguments
+from .finetuning import FinetuningArguments
+
+
+logger = logging.getLogger(__name__)
+
+# These stand first in the help, before the flags of topology updates.
+SPARSITY = ("sparsity", "block_size", "distribution", "dense_baseline", "static", "finetune_mode", "method")
+_THEIRS = {each.name for each in fields(TrainingArguments)}
+
+
+@dataclass
+class HubArguments:
+    """Where a model comes from, and its licence."""
+
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and prepared data are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the repository."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the trained model, for its card, e.g. apache-2.0."}
+    )
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`."""
+        return {"revision": self.model_revision, "token": self.token, "cache_dir": self.cache_dir}
+
+
+@dataclass
+class FinetunedModelArguments(HubArguments):
+    """What is fine-tuned."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A sparse checkpoint, or any dense encoder: folder or Hub name. Required."}
+    )
+    sparsity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Make a dense checkpoint sparse: leave out this share, keep the blocks of largest L1 norm. With "
+            "--finetune_mode gradual step by step, while it trains."
+        },
+    )
+    block_size: str | None = field(
+        default=None, metadata={"help": "With --sparsity: side of a block, or ROWSxCOLUMNS such as 1x4. Default: 16."}
+    )
+    config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+
+
+@dataclass
+class ScriptArguments:
+    """What a script adds to training arguments, which its class inherits too: name this one first."""
+
+    num_threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "CPU threads of each process. Default: OMP_NUM_THREADS, or the cores shared among the processes."
+        },
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint folder; `last`: the newest of --output_dir, if there is one; or what --hub_strategy "
+            "checkpoint pushed, as user/name or user/name@revision."
+        },
+    )
+
+    # Optimiser steps where neither these nor epochs are given; without it the epochs have a default.
+    default_steps: ClassVar[int | None] = None
+
+    def __post_init__(self) -> None:
+        args: Any = self
+        if args.max_steps is None:
+            args.max_steps = -1 if args.num_train_epochs is not None else self.default_steps
+        elif args.max_steps > 0 and args.num_train_epochs is not None:
+            logger.warning(
+                "`max_steps` goes before `num_train_epochs`. Got %d and %g: the run has %d steps. Leave one out.",
+                *(args.max_steps, args.num_train_epochs, args.max_steps),
+            )
+        if args.num_train_epochs is None and self.default_steps is not None:
+            args.num_train_epochs = 3.0  # as in transformers
+        following: Any = super()
+        following.__post_init__()
+
+
+@dataclass
+class FinetuningRunArguments(ScriptArguments, FinetuningArguments):
+    """How it is fine-tuned: all arguments of the transformers Trainer; rates and epochs follow --finetune_mode."""
+
+    do_train: bool = field(default=True, metadata={"help": "Train; --do_train false only evaluates or predicts."})
+    do_eval: bool = field(default=True, metadata={"help": "Evaluate on the validation set at the end."})
+    do_predict: bool = field(default=False, metadata={"help": "Predict the answers of the test set at the end."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples per process and micro-batch."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "The same for evaluation."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    logging_steps: float = field(default=0.02, metadata={"help": "Steps between log entries, or a share of the run."})
+
+    def __post_init__(self) -> None:
+        # transformers turns evaluation on for any strategy but "no".
+        if not (self.do_train and self.do_eval):
+            self.eval_strategy = "no"
+        super().__post_init__()
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits of the data that the run reads."""
+        wanted = {"train": self.do_train, "validation": self.do_eval, "test": self.do_predict}
+        return [split for split in wanted if wanted[split]]
+
+
+class FlagParser(HfArgumentParser):
+    """
+    An [`~transformers.HfArgumentParser`] whose help shows each flag once, in groups: sparsity, then a group a
+    dataclass, then the run. Flags of the transformers Trainer to which a script adds nothing are only named.
+    """
+
+    def __init__(self, kinds: Any, **kwargs: Any) -> None:
+        super().__init__(kinds, formatter_class=_Formatter, usage="%(prog)s [--flag value ...]", **kwargs)
+
+    def format_help(self) -> str:
+        """The help of `--help`."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        left = {action.dest: action for action in reversed(self._actions) if action.dest != "help"}
+        for title, names in self._groups():
+            formatter.start_section(title)
+            formatter.add_arguments([left.pop(name) for name in names if name in left])
+            formatter.end_section()
+        formatter.start_section("all flags of transformers.TrainingArguments work too")
+        formatter.add_text(textwrap.fill(" ".join(f"--{name}" for name in left), 115, break_on_hyphens=False))
+        formatter.end_section()
+        return formatter.format_help()
+
+    def _groups(self) -> Iterator[tuple[str, list[str]]]:
+        """Titles, and names of flags; what is in a group before is in none after it."""
+        topology = [each.name for each in fields(DynSparseTrainingArguments) if each.name not in _THEIRS]
+        yield "sparsity and topology", [*SPARSITY, *topology]
+        for kind in self.dataclass_types:
+            own = [name for cls in kind.__mro__ for name in vars(cls).get("__annotations__", {}) if cls not in _BASES]
+            yield (kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip("."), own
+
+
+_BASES = (TrainingArguments, *TrainingArguments.__mro__[1:])
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=119)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        if action.nargs in (0, "?"):  # a switch
+            return ", ".join([*names, f"--no_{action.dest}"] if action.default is True else names)
+        kind = {int: "N", float: "X"}.get(action.type, "TEXT")  # type: ignore[call-overload]
+        return f"{', '.join(names)} {'{' + ','.join(map(str, action.choices)) + '}' if action.choices else kind}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS) or "efault:" in (action.help or ""):
+            return action.help
+        return f"{action.help or ''} (default: %(default)s)"
