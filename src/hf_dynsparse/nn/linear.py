@@ -167,7 +167,7 @@ class BlockSparseLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` of shape `(..., in_features)` to `(..., out_features)`."""
-        if input.shape[-1:] != (self.in_features,):
+        if not input.dim() or input.shape[-1] != self.in_features:
             raise self._wrong_width(input)
         return block_sparse_linear(input, self.values, self.block_index, self.bias, self.out_features)
 
@@ -178,7 +178,7 @@ class BlockSparseLinear(nn.Module):
         Raises:
             ValueError: if the sizes, dtypes or devices do not fit together.
         """
-        if input.shape[-1:] != (self.in_features,):
+        if not input.dim() or input.shape[-1] != self.in_features:
             raise self._wrong_width(input)
         return block_sparse_linear(input, values, self.block_index, bias, self.out_features)
 
