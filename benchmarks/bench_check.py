@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -30,8 +29,13 @@ from _table import COLUMNS, heading, line
 from _timing import choose_clock, median_seconds, sample_seconds
 
 from hf_dynsparse import BlockSparseLinear
-from hf_dynsparse.ops import Problem, block_sparse_linear, operators
+from hf_dynsparse.ops import autograd, block_sparse_linear, choice, operators
 
+
+try:
+    from hf_dynsparse.blocks.layout import layouts_of
+except ImportError:  # an older package
+    layouts_of = None
 
 QUICK = {"tokens": [1], "block_size": [16], "repeats": 5}
 SECONDS = ("checked_seconds", "unchecked_seconds")
@@ -59,7 +63,7 @@ def measure_here(args: argparse.Namespace) -> Iterator[Row]:
     for size, tokens, backward in product(args.block_size, args.tokens, (False, True)):
         arm = make_arm(args, size, tokens, backward)
         contexts = {"checked": nullcontext}
-        if hasattr(operators, "check_linear"):  # an older package compares nothing
+        if hasattr(choice, "KernelPlan"):  # an older package is put together otherwise
             contexts["unchecked"] = unchecked
         samples: dict[str, list[list[float]]] = {name: [] for name in contexts}
         for turn in range(args.repeats + 1):
@@ -108,28 +112,44 @@ def make_arm(args: argparse.Namespace, size: BlockSize, tokens: int, backward: b
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Nothing is compared; what a backend is chosen by is remembered as well as it can be."""
+    """
+    Nothing is compared. A backend is found by what it depends on, and the orders of the blocks as they always are,
+    both in one look-up.
+    """
+    known: dict[Any, Any] = {}
 
-    @lru_cache
-    def problem(input: Any, dtype: Any, values: Any, out: int, backward: bool, threads: int) -> Problem:
-        (tokens, width), (nnzb, rows, columns) = input, values
-        return Problem.make(torch.device("cpu"), dtype, (rows, columns), (out, width), nnzb, tokens, backward)
+    def multiply(input: Any, values: Any, block_index: Any, bias: Any, out: int) -> torch.Tensor:
+        key = input.shape, input.dtype, values.shape, out, torch.get_num_threads()
+        if key not in known:
+            checked_forward(input, values, block_index, bias, out)
+            known[key] = found(choice.plan.served)
+        backend, weight = known[key]
+        return backend.dds(input, values, layouts_of(block_index)[weight], bias, False)
 
-    def forward(input: Any, values: Any, block_index: Any, bias: Any, out_features: int) -> Problem:
-        return problem(input.shape, input.dtype, values.shape, out_features, False, torch.get_num_threads())
+    def differentiate(grad: Any, input: Any, values: Any, block_index: Any, *wanted: bool) -> list[torch.Tensor]:
+        key = grad.shape, input.shape, input.dtype, values.shape, torch.get_num_threads()
+        if key not in known:
+            checked_backward(grad, input, values, block_index, *wanted)
+            known[key] = found(choice.plan.served)
+        backend, weight = known[key]
+        results = backend.backward(grad, input, values, layouts_of(block_index)[weight], wanted)
+        return [result for result in results if result is not None]
 
-    def backward(grad: Any, input: Any, values: Any, block_index: Any) -> Problem:
-        return problem(input.shape, input.dtype, values.shape, grad.shape[1], True, torch.get_num_threads())
+    def forward(self: Any, input: Any) -> torch.Tensor:
+        return block_sparse_linear(input, self.values, self.block_index, self.bias, self.out_features)
 
-    def multiply(self: Any, input: Any, values: Any, bias: Any) -> torch.Tensor:
-        return block_sparse_linear(input, values, self.block_index, bias, self.out_features)
-
+    checked_forward, checked_backward = operators.compute_linear, operators.compute_linear_backward
     with (
-        mock.patch.object(operators, "check_linear", forward),
-        mock.patch.object(operators, "check_linear_backward", backward),
-        mock.patch.object(BlockSparseLinear, "multiply", multiply),
+        mock.patch.object(autograd, "compute_linear", multiply),
+        mock.patch.object(autograd, "compute_linear_backward", differentiate),
+        mock.patch.object(BlockSparseLinear, "forward", forward),
     ):
         yield
+
+
+def found(served: dict[Any, Any]) -> Any:
+    """What was found last."""
+    return next(reversed(served.values()))
 
 
 def beside_the_other(args: argparse.Namespace) -> list[Row]:

@@ -136,7 +136,7 @@ class SparseLayer(LinearLayer):
         Raises:
             ValueError: if the sizes, dtypes or devices do not fit together.
         """
-        if input.shape[-1:] != (self.in_features,):
+        if not input.dim() or input.shape[-1] != self.in_features:
             raise self._wrong_width(input)
         return block_sparse_linear(input, values, self.block_index, bias, self.out_features)
 
@@ -249,7 +249,7 @@ class BlockSparseLinear(SparseLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` of shape `(..., in_features)` to `(..., out_features)`."""
-        if input.shape[-1:] != (self.in_features,):
+        if not input.dim() or input.shape[-1] != self.in_features:
             raise self._wrong_width(input)
         return block_sparse_linear(input, self.values, self.block_index, self.bias, self.out_features)
 

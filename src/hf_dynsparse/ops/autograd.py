@@ -40,9 +40,9 @@ def block_sparse_linear(
     Raises:
         ValueError: if sizes, dtypes or devices do not fit together, or a block id names no block, or one twice.
     """
-    device = input.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    # The first question costs a tenth of the others.
+    if torch._C._is_any_autocast_enabled() and not input.is_meta and torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
         input, values = input.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if input.dim() == 2:

@@ -187,9 +187,9 @@ def dds(
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.to(torch.float32)
     output = input.new_empty(input.shape[0], layout.shape[0])
-    readable, addresses = _readable(input, values, bias, output)
+    readable, addresses = _readable(input, values, bias)
     layer = _layer(*kernels.format, torch.get_num_threads(), input.shape[0], *kernels.sizes)
-    if kernels.forward(layer, kernels.by_row, *addresses):
+    if kernels.forward(layer, kernels.by_row, *addresses, output.data_ptr()):
         raise RuntimeError(f"The native backend has no forward for {layer.rows} x {layer.columns} blocks.")
     return output if dtype == kernels.dtype else output.to(dtype)
 
