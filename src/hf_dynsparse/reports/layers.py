@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from ..compress.int8.embedding import Int8Embedding
 from ..compress.int8.layers import Int8BlockSparseLinear
 from ..compress.int8.quantizer import int8_modules
-from ..models.body import body_modules
 from ..models.flops import inference_flops_per_sequence
+from ..models.heads import body_modules
 from ..nn.linear import LinearLayer, SparseLayer, sparse_layers
 from ..ops import describe_choice
 
