@@ -148,6 +148,16 @@ def test_from_a_folder(folder: Path, tmp_path: Path) -> None:
     assert json.loads((plain / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
+def test_the_short_readme_says_how_to_load_it(folder: Path, tmp_path: Path) -> None:
+    line = 'AutoModelForMaskedLM.from_pretrained("{}", trust_remote_code=True)'
+    assert line.format(folder.name) in (folder / "README.md").read_text()
+    toy_model().save_pretrained(tmp_path / "plain")
+    for _ in range(2):
+        save_with_code(tmp_path / "plain", tmp_path / "code")
+        assert (tmp_path / "code" / "README.md").read_text().count(line.format("code")) == 1
+    assert "trust_remote_code" not in (tmp_path / "plain" / "README.md").read_text()
+
+
 def test_other_models_are_refused(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     bert = BertForMaskedLM(BertConfig(vocab_size=32, **sizes))

@@ -209,7 +209,7 @@ def test_targets_and_ignore(patterns: dict, replaced: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"targets": ["encoder.*"]}, r"at least one linear layer. Got none for targets=\['encoder.\*'\] .* body.0"),
+        ({"targets": ["encoder.*"]}, r"At least one linear layer of Tied .* targets=\['encoder.\*'\] .* body.0"),
         ({"targets": ["output"]}, "Got none"),
         ({"block_size": 16}, r"both sides of `body.0` \(16 x 8\). Got 16 x 16. Choose 1, 2, 4, 8"),
         ({"sparsity": 1.5}, "`sparsity` is the share"),

@@ -17,9 +17,8 @@ from huggingface_hub import (
     run_as_future,
     snapshot_download,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from .._transformers import TRAINER_STATE_NAME
+from .._transformers import TRAINER_STATE_NAME, get_last_checkpoint
 from ..checkpoints.loading import split_revision
 from ..models.readme import SHORT, is_ours
 from ..reports.facts import read_facts

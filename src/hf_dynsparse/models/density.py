@@ -1,7 +1,4 @@
-"""
-What depends on the sizes of sparse layers when their density changes: the configuration, checkpoints of half-way
-models, the reducer of DDP.
-"""
+"""How many blocks the sparse layers of a model have, and what its configuration says of that."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.linear import sparse_layers
-from .bert.configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes
+from .bert.configuration_dynsparse_bert import DynSparseBertConfig
 from .bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 
 
@@ -44,10 +41,7 @@ def tell_config_(model: nn.Module, wanted: Mapping[str, Any]) -> None:
     """
     if not isinstance(model, DynSparseBertPreTrainedModel):
         return
-    config = model.config
-    sizes = sizes_of(model.base_model.get_submodule("encoder"))
+    config, sizes = model.config, sizes_of(model.base_model.get_submodule("encoder"))
     config.sparsity, config.nnzb = wanted["sparsity"], wanted["nnzb"]
     if sizes != config.nnzb_per_layer():
-        positions = sum(height * width for height, width in encoder_shapes(config).values())
-        config.nnzb = sizes
-        config.sparsity = 1.0 - config.num_active_entries() / positions
+        config.set_nnzb(sizes)

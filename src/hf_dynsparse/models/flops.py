@@ -7,7 +7,7 @@ from transformers import BertConfig, Conv1D, PreTrainedModel
 
 from ..nn.linear import LinearLayer
 from .bert.configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes, layer_sizes
-from .body import body_modules
+from .heads import body_modules
 
 
 def flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, seq_len: int) -> int:

@@ -1,11 +1,11 @@
-"""Loading: a dense checkpoint becomes sparse on its way in, and no checkpoint is loaded by half."""
+"""Loading a DynSparse BERT: a dense checkpoint becomes sparse on its way in, and none is loaded by half."""
 
 import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from .._transformers import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from ..blocks.sizes import block_grid
 from ..nn.linear import BlockSparseLinear, sparse_layers
-from .body import in_head
-from .checksums import check_dtype, open_weights, verify_weights, warn_of_nonfinite
-from .completeness import GIVEN, check_complete, no_place_for
+from .checksums import check_dtype, open_weights, verify_weights
+from .heads import in_head
+from .verify import GIVEN, Held, Report, verify, verify_values
 
 
 logger = logging.getLogger(__name__)
@@ -87,16 +87,14 @@ def load_whole(
     """
     source = _describe(files) if state_dict is None and files else GIVEN
     load_config = replace(load_config, weight_mapping=[*load_config.weight_mapping, *dense_conversions(model)])
-    converted = _check_checkpoint(model, _tensors_of(state_dict, files), source, load_config)
+    report, converted = _report(model, _tensors_of(state_dict, files), source, load_config)
+    verify(model, report)
     if state_dict is None:
         verify_weights(files or ())
     for name, tensor in (state_dict or {}).items():
         check_dtype(name, tensor.dtype, source)
     loaded = load(model, state_dict, files, load_config)
-    for name, layer in sparse_layers(model).items():
-        if layer.block_index.device.type != "meta":  # as under a `device_map` with "disk"
-            layer.layout.validate(f"`{name}` in {source}")
-    warn_of_nonfinite(model, source)
+    verify_values(model, source)
     # Else saving would undo what loading did: dense weights, and old names that no resumed run would find.
     model._weight_conversions = []
     if converted:
@@ -143,21 +141,13 @@ def check_readable(folder: Any) -> None:
             pass
 
 
-class _Held(NamedTuple):
-    """A tensor of a checkpoint: its name and shape there, and where it is."""
-
-    key: str
-    shape: tuple[int, ...]
-    place: str
-
-
-def _tensors_of(state_dict: Mapping[str, torch.Tensor] | None, files: list[str] | None) -> list[_Held]:
+def _tensors_of(state_dict: Mapping[str, torch.Tensor] | None, files: list[str] | None) -> list[Held]:
     if state_dict is not None:
-        return [_Held(key, tuple(tensor.shape), GIVEN) for key, tensor in state_dict.items()]
+        return [Held(key, tuple(tensor.shape), GIVEN) for key, tensor in state_dict.items()]
     held = []
     for file in map(str, files or ()):
         with open_weights(file) as weights:
-            held += [_Held(key, tuple(weights.get_slice(key).get_shape()), file) for key in list(weights.keys())]
+            held += [Held(key, tuple(weights.get_slice(key).get_shape()), file) for key in list(weights.keys())]
     return held
 
 
@@ -169,53 +159,31 @@ def _describe(files: list[str]) -> str:
     return str(next(iter(sorted(folder.glob("*.index*.json"))), folder))
 
 
-def _check_checkpoint(model: PreTrainedModel, tensors: list[_Held], source: str, load_config: Any) -> int:
-    """Number of layers to convert, if every tensor of embeddings and encoder is there, in the right shape."""
+def _report(model: PreTrainedModel, tensors: list[Held], source: str, load_config: Any) -> tuple[Report, int]:
+    """What a checkpoint holds of `model`, and the number of its layers that are dense there and sparse here."""
     expected = model.state_dict()
     renamings = [transform for transform in load_config.weight_mapping if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in load_config.weight_mapping if isinstance(transform, WeightConverter)]
-    held, homeless, converted = set[str](), list[_Held](), 0
-    # Indices last: the shape of `values` says more about what is wrong.
-    for item in sorted(tensors, key=lambda item: item.key.endswith(".block_index")):
+    layers, shapes = sparse_layers(model), {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    held, unplaced, converted = dict[str, Held](), list[tuple[str, str]](), 0
+    for item in tensors:
         # The loader's own rules: old names, dense weights, with or without the prefix of the base model.
         name, pattern = rename_source_key(item.key, renamings, converters, model.base_model_prefix, expected)
         if name not in expected:
-            homeless += [item] if item.key.endswith(".values") else []
+            unplaced += [(item.key, item.place)] if item.key.endswith(".values") else []
             continue
-        held.add(name)
-        shape = tuple(expected[name].shape)
-        if pattern is not None:
-            layer_name = name.rpartition(".")[0]
-            held.add(f"{layer_name}.block_index")
-            shape = sparse_layers(model)[layer_name].shape
+        held[name] = item
+        if pattern is not None:  # one dense weight becomes `values` and `block_index`
+            layer = name.rpartition(".")[0]
+            shapes[name] = layers[layer].shape
+            index = f"{layer}.block_index"
+            held[index] = item._replace(shape=shapes[index])
             converted += 1
-        _check_shape(model, item, name, shape, load_config.ignore_mismatched_sizes)
-    if not any(not in_head(model, name) for name in held):
+    if all(in_head(model, name) for name in held):
         few = ", ".join(f"`{item.key}`" for item in tensors[:3]) or "nothing"
         raise ValueError(
             f"A checkpoint must be of the model that is loaded. Got {source} with none of {type(model).__name__}: it "
             f"holds {few}. Load a BERT or a DynSparse BERT."
         )
-    check_complete(model, held, source)
-    if homeless:
-        raise no_place_for(homeless[0].key, homeless[0].place)
-    return converted
-
-
-def _check_shape(
-    model: PreTrainedModel, item: _Held, name: str, shape: tuple[int, ...], ignore_mismatched_heads: bool
-) -> None:
-    if item.shape == shape or (ignore_mismatched_heads and in_head(model, name)):
-        return
-    if in_head(model, name):
-        fix = "Change `num_labels`, or pass `ignore_mismatched_sizes=True` to start this head afresh."
-    elif item.key.endswith((".values", ".block_index")):
-        fix = (
-            "Load it with the `sparsity`, `block_size`, `distribution` and `nnzb` that it was saved with: leave them "
-            "out, and mend config.json if it was changed."
-        )
-    else:
-        fix = "Give the configuration the dimensions of the checkpoint."
-    raise ValueError(
-        f"`{item.key}` must have shape {shape} by the configuration. Got {item.shape} in {item.place}. {fix}"
-    )
+    new_heads = load_config.ignore_mismatched_sizes
+    return Report(source, held, shapes, unplaced=unplaced, new_heads=new_heads), converted

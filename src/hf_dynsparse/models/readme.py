@@ -13,7 +13,7 @@ from ..nn.linear import sparse_layers
 
 
 README = "README.md"
-TEMPLATE = Path(__file__).with_name("saved_model.md")
+TEMPLATE = Path(__file__).with_name("readme.md")
 
 # How the two kinds of README.md that this package writes are told from any other.
 SHORT = "<!-- Written by hf_dynsparse beside a saved model"

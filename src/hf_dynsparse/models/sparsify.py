@@ -1,19 +1,18 @@
-"""`sparsify_` and `densify_` for models of transformers."""
+"""`sparsify_` and `densify_`, for models of transformers and any other `nn.Module`."""
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import nn as plain
-from ..nn.linear import BlockSparseLinear, sparse_layers
-from ..nn.replace import DENSE_PARTS
+from ..blocks.sizes import as_block_shape
+from ..nn.replace import DENSE_PARTS, plan_blocks, replace_by_dense_, replace_by_sparse_
 from .bert.configuration_dynsparse_bert import encoder_shapes
 from .bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
+from .density import tell_config_
 from .stock.configuration import DynSparseQuantizationConfig
-from .stock.layers import _check_one_block_size, _replace_, plan
-from .stock.quantizer import DynSparseQuantizer
+from .stock.quantizer import DynSparseQuantizer, check_one_block_size, plan_stock
 
 
 def sparsify_(
@@ -45,7 +44,7 @@ def sparsify_(
         targets (`Iterable[str]`): shell-style patterns of module names.
         ignore (`Iterable[str]`, *optional*): patterns of layers that stay dense. By default in a transformers model
             all that is outside its base model (the head), poolers and embeddings; in another model
-            `hf_dynsparse.nn.DENSE_PARTS`. Weights that two modules share are never replaced, nor are subclasses of
+            `hf_dynsparse.nn.replace.DENSE_PARTS`. Weights that two modules share stay, and so do subclasses of
             `nn.Linear`.
 
     Raises:
@@ -60,25 +59,21 @@ def sparsify_(
         ```
     """
     if not isinstance(model, PreTrainedModel):
-        ignore = DENSE_PARTS if ignore is None else ignore
-        return plain.sparsify_(model, block_size, sparsity, distribution=distribution, targets=targets, ignore=ignore)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not isinstance(quantizer, DynSparseQuantizer):
-        raise ValueError(
-            f"`sparsify_` needs weights in floating point. Got a {type(model).__name__} quantised by "
-            f"{type(quantizer).__name__}. Load it without quantisation."
-        )
+        shape, ignore = as_block_shape(block_size), DENSE_PARTS if ignore is None else ignore
+        replace_by_sparse_(model, plan_blocks(model, shape, sparsity, distribution, targets, ignore), shape)
+        return model
+    quantizer = _our_quantizer(model, "sparsify_", "Load it without quantisation.")
     config = DynSparseQuantizationConfig(block_size, sparsity, distribution, targets, ignore)
     if isinstance(model, DynSparseBertPreTrainedModel):
         return _sparsify_bert_(model, config)
-    _check_one_block_size(model, config)
-    config.nnzb = plan(model, config)
+    check_one_block_size(model, config)
+    config.nnzb = plan_stock(model, config)
     if quantizer is None:
         DynSparseQuantizer(config, pre_quantized=False).attach_(model)
     else:
-        _replace_(model, config.nnzb, config)
         quantizer.quantization_config = model.config.quantization_config = config
-        quantizer.settle(model)
+        quantizer.put_layers_(model)
+        quantizer.write_config(model)
     return model
 
 
@@ -90,41 +85,36 @@ def densify_(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if the model has no sparse layer, or is quantised.
     """
-    quantizer = vars(model).get("hf_quantizer")
-    if quantizer is not None and not isinstance(quantizer, DynSparseQuantizer):
-        raise ValueError(
-            f"`densify_` needs weights in floating point. Got a {type(model).__name__} quantised by "
-            f"{type(quantizer).__name__}. Call `model.dequantize()` first."
-        )
-    plain.densify_(model)
-    for module in model.modules():  # the transformers model may stand inside another, such as PEFT's
+    _our_quantizer(model, "densify_", "Call `model.dequantize()` first.")
+    replace_by_dense_(model)
+    for module in model.modules():  # the transformers model may be a part of another, such as PEFT's
         quantizer = vars(module).get("hf_quantizer")
         if isinstance(quantizer, DynSparseQuantizer):
             quantizer.remove_quantization_config(module)
     return model
 
 
+def _our_quantizer(model: nn.Module, function: str, fix: str) -> DynSparseQuantizer | None:
+    quantizer = vars(model).get("hf_quantizer")
+    if quantizer is not None and not isinstance(quantizer, DynSparseQuantizer):
+        raise ValueError(
+            f"`{function}` needs weights in floating point. Got a {type(model).__name__} quantised by "
+            f"{type(quantizer).__name__}. {fix}"
+        )
+    return quantizer
+
+
 def _sparsify_bert_(model: Any, how: DynSparseQuantizationConfig) -> nn.Module:
+    """A DynSparse BERT has sparse layers by its own configuration, and in its encoder only."""
     config, encoder = model.config, model.base_model.encoder
-    nnzb, shapes = plan(model, how), encoder_shapes(config)
-    inside = {name: name.rpartition("encoder.")[2] for name in nnzb}
-    outside = [name for name, inner in inside.items() if inner not in shapes]
+    nnzb, shapes = plan_stock(model, how), encoder_shapes(config)
+    outside = [name for name in nnzb if name.rpartition("encoder.")[2] not in shapes]
     if outside:
         raise ValueError(
             f"Only the encoder of a DynSparse BERT can be sparse. Got `{outside[0]}`: change `targets` or `ignore`."
         )
-    _check_one_block_size(encoder, how)
-    for name, count in nnzb.items():
-        linear = cast(nn.Linear, model.get_submodule(name))
-        model.set_submodule(name, BlockSparseLinear.from_dense(linear, how.block_shape, nnzb=count))
-    config.block_size, config.sparsity, config.distribution, config.nnzb = (
-        how.block_size,
-        how.sparsity,
-        how.distribution,
-        None,
-    )
-    reached = {name: layer.nnzb for name, layer in sparse_layers(encoder).items()}
-    if reached != config.nnzb_per_layer():
-        config.nnzb = reached
-        config.sparsity = 1.0 - config.num_active_entries() / sum(height * width for height, width in shapes.values())
+    check_one_block_size(encoder, how)
+    replace_by_sparse_(model, nnzb, how.block_shape)
+    config.block_size, config.distribution = how.block_size, how.distribution
+    tell_config_(model, {"sparsity": how.sparsity, "nnzb": None})
     return model

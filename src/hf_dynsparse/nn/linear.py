@@ -1,6 +1,5 @@
 """`BlockSparseLinear`, and what it shares with sparse layers of other numbers."""
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,8 +12,6 @@ from ..blocks.layout import BlockLayout, layout_of
 from ..blocks.sizes import as_block_shape, block_grid, check_sparsity, count_active_blocks
 from ..ops import Problem, block_sparse_linear, to_dense
 
-
-logger = logging.getLogger(__name__)
 
 Layer = TypeVar("Layer", bound="LinearLayer")
 
@@ -269,6 +266,11 @@ class BlockSparseLinear(SparseLayer):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
+
+    @staticmethod
+    def dense_shape(linear: Any) -> tuple[int, int]:
+        """`(out_features, in_features)` of a dense layer that `from_dense` takes."""
+        return linear.out_features, linear.in_features
 
     @classmethod
     @torch.no_grad()

@@ -1,74 +1,90 @@
-"""Dense linear layers out, sparse ones in, and back: for any `nn.Module`."""
+"""Sparse layers in the places of dense ones, and back: the tool, for any `nn.Module`."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from ..blocks.distributions import active_blocks
-from ..blocks.sizes import as_block_shape
-from .linear import BlockSparseLinear, sparse_layers
+from .linear import BlockSparseLinear, trainable_layers
 
 
 # Heads and poolers stay dense (arXiv:2108.06277, section 3).
 DENSE_PARTS = ("*cls*", "*pooler*", "*classifier*", "*lm_head*", "*score*", "*qa_outputs*", "*head*")
 
+# The class that replaces each dense one. Each has `from_dense` and `dense_shape`.
+SPARSE_TYPES: dict[type[nn.Module], type[BlockSparseLinear]] = {nn.Linear: BlockSparseLinear}
 
-def sparsify_(
+SparseTypes = Mapping[type[nn.Module], type[BlockSparseLinear]]
+
+
+def plan_blocks(
     model: nn.Module,
-    block_size: int | tuple[int, int] = 16,
-    sparsity: float = 0.9,
-    *,
+    block_shape: tuple[int, int],
+    sparsity: float,
     distribution: str = "uniform",
     targets: Iterable[str] = ("*",),
     ignore: Iterable[str] = DENSE_PARTS,
-) -> nn.Module:
+    *,
+    among: Iterable[str] | None = None,
+    types: SparseTypes = SPARSE_TYPES,
+) -> dict[str, int]:
     """
-    Replace, in place, the dense linear layers of any model by sparse ones that keep their largest blocks (L1 norm).
+    The dense layers of `model` to be made sparse, and the active blocks of each. A weight that two modules share is
+    never among them.
 
     Args:
-        model (`nn.Module`): changed in place and returned.
-        targets, ignore (`Iterable[str]`): shell-style patterns of module names; a layer is replaced if it matches a
-            target and no ignore. By default every `nn.Linear` outside heads and poolers. A weight that is tied to an
-            embedding is never replaced.
-        distribution (`str`): how the density is spread over the layers, `"uniform"` or `"erk"`.
+        targets, ignore (`Iterable[str]`): shell-style patterns of module names. A layer is chosen if it matches a
+            target and no ignore.
+        among (`Iterable[str]`, *optional*): the modules to choose from, by name. By default all.
 
     Raises:
-        ValueError: if no layer matches, or a block does not divide one of them; the model is then untouched.
+        ValueError: if no layer matches, or a block does not divide one of them.
     """
-    targets, ignore = tuple(targets), tuple(ignore)
-    tied = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name  # a model that is itself a layer has no place to put another
-        and module.weight not in tied
+    targets, ignore = list(targets), list(ignore)
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    # By exact type: a subclass computes something of its own. A model that is itself a layer has no place for another.
+    linears: dict[str, Any] = {name: layer for name, layer in model.named_modules() if name and type(layer) in types}
+    allowed = set(linears if among is None else among)
+    shapes = {
+        name: types[type(linear)].dense_shape(linear)
+        for name, linear in linears.items()
+        if name in allowed
+        and uses[id(linear.weight)] == 1
         and any(fnmatchcase(name, pattern) for pattern in targets)
         and not any(fnmatchcase(name, pattern) for pattern in ignore)
     }
-    if not linears:
-        present = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not shapes:
         raise ValueError(
-            f"`sparsify_` must find at least one linear layer. Got none for targets={list(targets)} and "
-            f"ignore={list(ignore)}. Linear layers of this model: {', '.join(present[:8]) or 'none'}. Change the "
-            "patterns."
+            f"At least one linear layer of {type(model).__name__} must be chosen. Got none for targets={targets} and "
+            f"ignore={ignore}. Its linear layers: {', '.join(list(linears)[:8]) or 'none'}. Change the patterns; "
+            "`ignore=()` makes heads sparse too."
         )
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-    nnzb = active_blocks(shapes, sparsity, as_block_shape(block_size), distribution)
-    for name, linear in linears.items():
-        model.set_submodule(name, BlockSparseLinear.from_dense(linear, block_size, nnzb=nnzb[name]))
-    return model
+    try:
+        return active_blocks(shapes, sparsity, block_shape, distribution)
+    except ValueError as error:
+        raise ValueError(f"{error} Or leave layers out by `targets` or `ignore`.") from error
 
 
-def densify_(model: nn.Module) -> nn.Module:
+def replace_by_sparse_(
+    model: nn.Module, nnzb: Mapping[str, int], block_shape: tuple[int, int], types: SparseTypes = SPARSE_TYPES
+) -> None:
+    """Replace the dense layers that `nnzb` names by sparse ones that keep so many of their largest blocks."""
+    for name, count in nnzb.items():
+        linear: Any = model.get_submodule(name)
+        model.set_submodule(name, types[type(linear)].from_dense(linear, block_shape, nnzb=count))
+
+
+def replace_by_dense_(model: nn.Module) -> None:
     """
-    Replace, in place, every sparse layer by a dense one with the same outputs. Optimiser state must be made anew.
+    Replace every sparse layer by a dense one with the same outputs.
 
     Raises:
         ValueError: if the model has no sparse layer.
     """
-    layers = sparse_layers(model)
+    layers = trainable_layers(model)
     if not layers:
         raise ValueError(
             "`densify_` must find at least one `BlockSparseLinear`. Got none: the model is dense already."
@@ -77,4 +93,3 @@ def densify_(model: nn.Module) -> nn.Module:
         raise ValueError("`densify_` must get a model that contains sparse layers. Got a layer: use `.to_linear()`.")
     for name, layer in layers.items():
         model.set_submodule(name, layer.to_linear())
-    return model

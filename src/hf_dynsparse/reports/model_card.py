@@ -10,8 +10,7 @@ from typing import Any
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from ..checkpoints.loading import empty_model, one_error
 from ..compress.int8.embedding import Int8Embedding
@@ -19,8 +18,8 @@ from ..compress.int8.quantizer import int8_modules
 from ..files import write_atomically
 from ..models import DynSparseBertConfig
 from ..models.bert.configuration_dynsparse_bert import count_units
-from ..models.body import body_modules
 from ..models.flops import inference_flops_per_sequence
+from ..models.heads import body_modules
 from ..nn.linear import BlockSparseLinear
 from ..optim.recipes import FINETUNE_MODES
 from .facts import EXPLORED, PICTURES, read_facts, task_metrics

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ...files import write_atomically
 from ...models import DynSparseBertConfig
 from ...models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
+from ...models.readme import README, SHORT
 
 
 __all__ = ["AUTO_MAP", "add_code", "save_with_code"]
@@ -38,6 +39,16 @@ _HEADER = """\
 # A copy of hf_dynsparse/{file}, for those who do not have that package:
 #     AutoModel.from_pretrained(..., trust_remote_code=True)
 # With it (`pip install hf_dynsparse`, then `import hf_dynsparse`) this file is not run, and the model is much faster.
+"""
+# What the short README.md beside a checkpoint says then.
+_README = """
+Without `hf_dynsparse` the code beside the weights serves, more slowly:
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
+```
 """
 _PACKAGE = Path(__file__).parents[2]
 
@@ -80,6 +91,7 @@ def save_with_code(model_or_folder: PreTrainedModel | str | Path, folder: str | 
                 shutil.copyfile(file, folder / file.name)
     for name, content in files.items():
         write_atomically(folder / name, content)
+    _mention_code(folder)
 
 
 def add_code(folder: Path) -> dict[str, bytes]:
@@ -95,6 +107,17 @@ def add_code(folder: Path) -> dict[str, bytes]:
     config["auto_map"] = AUTO_MAP
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {"config.json": text.encode(), **_modelling_files()}
+
+
+def _mention_code(folder: Path) -> None:
+    """Let the README.md that `save_pretrained` wrote say how to load with the code; no other is changed."""
+    readme = folder / README
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.exists() else ""
+    if SHORT in text and "trust_remote_code" not in text:
+        saved = (json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""])[0]
+        auto_class = next((auto for auto, place in AUTO_MAP.items() if place.endswith(f".{saved}")), "AutoModel")
+        text += _README.format(auto_class=auto_class, name=folder.resolve().name)
+        write_atomically(readme, text.encode())
 
 
 def _modelling_files() -> dict[str, bytes]:

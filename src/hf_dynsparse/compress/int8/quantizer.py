@@ -1,8 +1,6 @@
 """Int8 models in transformers: `to_int8_`, and checkpoints that `from_pretrained` reads."""
 
-import copy
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from math import inf
 from typing import Any, cast
@@ -11,13 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..._transformers import HfQuantizer, QuantizationConfigMixin, register_quantization_config, register_quantizer
+from ..._transformers import QuantizationConfigMixin, register_quantization_config, register_quantizer
 from ...files import Kinds, check_object
 from ...models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
-from ...models.checksums import separate_, verify_weights, warn_of_nonfinite, with_checksums
-from ...models.completeness import GIVEN, check_loaded, check_places, is_loaded
-from ...models.readme import write_readmes_
-from ...models.stock.layers import present_layers
+from ...models.stock.quantizer import LayerQuantizer, present_layers
 from ...nn.linear import BlockSparseLinear
 from .embedding import Int8Embedding
 from .index_coding import CODE_BITS
@@ -93,23 +88,12 @@ class DynSparseInt8Config(QuantizationConfigMixin):
 
 
 @register_quantizer(METHOD)
-class DynSparseInt8Quantizer(HfQuantizer):
-    """
-    Puts int8 layers into a model before its weights arrive. Made by `from_pretrained` and [`to_int8_`], kept as
-    `model.hf_quantizer`.
-    """
+class DynSparseInt8Quantizer(LayerQuantizer):
+    """Puts int8 layers into a model before its weights arrive. Made by `from_pretrained` and [`to_int8_`]."""
 
     quantization_config: DynSparseInt8Config
     requires_calibration = True  # ranges come from training: a model in floating point cannot be loaded as int8
     is_trainable = False
-
-    def __init__(self, quantization_config: DynSparseInt8Config, pre_quantized: bool = True) -> None:
-        super().__init__(copy.deepcopy(quantization_config), pre_quantized=pre_quantized)
-        self._source: str | None = None
-
-    def is_serializable(self) -> bool:
-        """Int8 values, scales and coded indices are saved as they are."""
-        return True
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float32, whatever was asked for: integers are exact in it."""
@@ -117,63 +101,42 @@ class DynSparseInt8Quantizer(HfQuantizer):
             logger.warning("An int8 model computes in float32. `dtype` %s is not looked at.", dtype)
         return torch.float32
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
-    ) -> None:
-        self._files = list(checkpoint_files or ())
-        self._source = str(model.name_or_path) if self._files else GIVEN
-        if not isinstance(model, DynSparseBertPreTrainedModel):  # which looks by itself
-            verify_weights(self._files)
-        put_int8_layers_(model, self.quantization_config)
-        prefix = f"{model.base_model_prefix}."
-        markers = "|".join(re.escape(name.removeprefix(prefix)) for name in int8_modules(model))
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.)({markers})\.weight$"}
-
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if self._source is not None:
-            self._check_loaded(model, self._source)
-        self.settle(model)
-        model.is_quantized = False  # else transformers would refuse to evaluate it with a Trainer
-        model._weight_conversions = []  # between old and new names of an architecture: they know dense weights only
+        super()._process_model_after_weight_loading(model, **kwargs)
         model.requires_grad_(False).eval()
-        if not isinstance(model, DynSparseBertPreTrainedModel):
-            write_readmes_(model)
 
-    def _check_loaded(self, model: PreTrainedModel, source: str) -> None:
-        modules = int8_modules(model)
-        for name, module in modules.items():
-            lost = [leaf for leaf, tensor in module.named_buffers() if not is_loaded(tensor)]
-            if lost:
-                raise ValueError(
-                    f"An int8 checkpoint must hold every tensor of its int8 layers, in its shape. Got {source} and "
-                    f"`{name}.{lost[0]}`, which fits to no tensor there. Load it with the configuration that it was "
-                    "saved with."
-                )
-            if not module.scale.is_meta:
-                _validate(name, module, source)
-        warn_of_nonfinite(model, source)
-        config = self.quantization_config
-        check_places(model, [*config.layers, *config.embeddings], source)
-        check_loaded(model, source, self._files)
+    def _verify(self, model: PreTrainedModel, source: str) -> None:
+        super()._verify(model, source)
+        for name, module in int8_modules(model).items():
+            for leaf in ("scale", "input_scale"):
+                scale = module._buffers.get(leaf)
+                if scale is not None and not scale.is_meta and not 0.0 < float(scale) < inf:
+                    raise ValueError(
+                        f"`{name}.{leaf}` must be positive and finite. Got {float(scale)} in {source}. It is damaged: "
+                        "load an intact checkpoint."
+                    )
 
-    def settle(self, model: PreTrainedModel) -> None:
+    def layers(self, model: nn.Module) -> dict[str, Any]:
+        """The int8 layers and embeddings."""
+        return dict(int8_modules(model))
+
+    def saved_layers(self) -> dict[str, Any]:
+        """What is said of each int8 layer; nothing of embeddings."""
+        return {**self.quantization_config.layers, **dict.fromkeys(self.quantization_config.embeddings)}
+
+    def put_layers_(self, model: PreTrainedModel) -> None:
+        """See `put_int8_layers_`."""
+        put_int8_layers_(model, self.quantization_config)
+
+    def write_config(self, model: PreTrainedModel) -> None:
         """Write the int8 layers of `model` as they are into the configuration."""
         self.quantization_config = describe_int8_layers(model)
         model.config.quantization_config = self.quantization_config
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What `save_pretrained` writes: the state of the model, and markers that stop who cannot read it."""
-        self.settle(model)
-        markers = {}
-        if not isinstance(model, DynSparseBertPreTrainedModel):  # of an architecture that is known without us
-            markers = {f"{name}.weight": torch.empty(0) for name in int8_modules(model)}
-        return with_checksums(model, {**model.state_dict(), **markers})
-
-    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def restore_layers_(self, model: nn.Module) -> None:
         """
-        A model in floating point with the weights that the integers represent, in place; its inputs are not rounded.
-        `model.dequantize()` comes here. Sparse layers stay sparse in a DynSparse BERT; a stock model becomes dense.
+        Give `model` the weights that the integers represent; its inputs are not rounded. Sparse layers stay sparse in
+        a DynSparse BERT; a stock model becomes dense.
         """
         keeps_sparse = isinstance(model, DynSparseBertPreTrainedModel)
         for name, module in int8_modules(model).items():
@@ -181,16 +144,7 @@ class DynSparseInt8Quantizer(HfQuantizer):
             if isinstance(layer, BlockSparseLinear) and not keeps_sparse:
                 layer = layer.to_linear()
             model.set_submodule(name, layer)
-        self.remove_quantization_config(model)
         model.requires_grad_(True)
-        return model if dtype is None else model.to(dtype)
-
-    def remove_quantization_config(self, model: Any) -> None:
-        """Make `model` forget that it was int8."""
-        super().remove_quantization_config(model)
-        separate_(model)
-        vars(model).pop("_weight_conversions", None)
-        vars(model).pop("save_pretrained", None)
 
 
 def to_int8_(model: Any) -> Any:
@@ -229,8 +183,7 @@ def to_int8_(model: Any) -> Any:
         model.hf_quantizer.remove_quantization_config(model)
     for name, module in made.items():
         model.set_submodule(name, module)
-    model.hf_quantizer = DynSparseInt8Quantizer(describe_int8_layers(model))
-    model.hf_quantizer.postprocess_model(model)
+    DynSparseInt8Quantizer(describe_int8_layers(model)).attach_(model)
     return model
 
 
@@ -272,19 +225,6 @@ def put_int8_layers_(model: PreTrainedModel, config: DynSparseInt8Config) -> Non
         else:
             made = _empty_layer(module, about, f"`{name}` in {model.name_or_path}")
         model.set_submodule(name, made)
-
-
-def _validate(name: str, module: Int8Module, source: str) -> None:
-    """Check what no shape tells: scales, and the index."""
-    for leaf in ("scale", "input_scale"):
-        scale = module._buffers.get(leaf)
-        if scale is not None and not 0.0 < float(scale) < inf:
-            raise ValueError(
-                f"`{name}.{leaf}` must be positive and finite. Got {float(scale)} in {source}. It is damaged: load an "
-                "intact checkpoint."
-            )
-    if isinstance(module, Int8BlockSparseLinear):
-        module.layout.validate(f"`{name}` in {source}")
 
 
 def _empty_layer(linear: Any, about: Mapping[str, Any] | None, label: str) -> nn.Module:

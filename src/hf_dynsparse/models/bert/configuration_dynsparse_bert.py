@@ -264,6 +264,11 @@ class DynSparseBertConfig(BertConfig):
             return {}
         return active_blocks(encoder_shapes(self), self.sparsity, self.block_shapes(), self.distribution)
 
+    def set_nnzb(self, nnzb: dict[str, int]) -> None:
+        """Say how many blocks each sparse layer has; `sparsity` becomes what that amounts to."""
+        self.nnzb = nnzb
+        self.sparsity = 1.0 - self.num_active_entries() / sum(map(prod, encoder_shapes(self).values()))
+
     def num_active_entries(self) -> int:
         """Active entries `nnz` of all encoder matrices."""
         nnzb, blocks = self.nnzb_per_layer(), self.block_shapes()

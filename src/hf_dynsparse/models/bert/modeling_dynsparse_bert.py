@@ -183,8 +183,7 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
                 f"{dense.name_or_path or type(dense).__name__}. Give a smaller `block_size`, or prune here: "
                 "`from_pretrained(..., sparsity=0.9)`."
             )
-        config.nnzb = nnzb
-        config.sparsity = 1.0 - config.num_active_entries() / sum(weight.numel() for weight in weights.values())
+        config.set_nnzb(nnzb)
         logger.info("%d of %d layers are sparse; sparsity %.4f.", len(nnzb), len(weights), config.sparsity)
         return cls.from_dense(dense, config)
 

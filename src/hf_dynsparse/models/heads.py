@@ -1,4 +1,4 @@
-"""The body of a transformers model: what may become sparse, and what the FLOP counts cover."""
+"""Heads and the rest of a transformers model: what starts afresh, what may become sparse, what FLOP counts cover."""
 
 from fnmatch import fnmatchcase
 
