@@ -78,8 +78,7 @@ READ = {
 }
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("streaming", "compressed"), [(False, True), (True, False)])
 @pytest.mark.parametrize("case", READ)
 def test_what_is_read(tmp_path: Path, case: str, streaming: bool, compressed: bool) -> None:
     name, content, rows = READ[case]

@@ -44,10 +44,14 @@ def read_picture(path):
 
 
 def test_training(tmp_path):
+    """Of a dense model there is one panel instead of two."""
     path = tmp_path / "new folder" / "training.png"
     plot_training(run_log(), path, title="BERT-Mini, s = 0.9, B = 16")
     height, width, _ = read_picture(path).shape
     assert 1000 < height < width
+    dense = [{key: entry[key] for key in entry.keys() & {"loss", "step", "dynsparse/flops"}} for entry in run_log()]
+    plot_training(dense, tmp_path / "dense.png")
+    assert read_picture(tmp_path / "dense.png").shape[0] < 0.7 * height
 
 
 def test_training_without_evaluation(tmp_path):
@@ -56,14 +60,7 @@ def test_training_without_evaluation(tmp_path):
     read_picture(path)
 
 
-def test_training_of_a_dense_model_is_one_panel(tmp_path):
-    dense = [{key: entry[key] for key in entry.keys() & {"loss", "step", "dynsparse/flops"}} for entry in run_log()]
-    plot_training(dense, tmp_path / "dense.png")
-    plot_training(run_log(), tmp_path / "sparse.png")
-    assert read_picture(tmp_path / "dense.png").shape[0] < 0.7 * read_picture(tmp_path / "sparse.png").shape[0]
-
-
-@pytest.mark.parametrize("grid", [(1, 1), (16, 16), (48, 192), (192, 48), (1500, 1100)])
+@pytest.mark.parametrize("grid", [(1, 1), (48, 192), (192, 48), (1100, 400)])
 def test_block_map(tmp_path, grid):
     path = tmp_path / "map.png"
     maps = block_maps(*grid)
@@ -71,7 +68,7 @@ def test_block_map(tmp_path, grid):
     read_picture(path)
 
 
-@pytest.mark.parametrize(("number", "ratio"), [(1, 1), (3, 2), (9, 30)])
+@pytest.mark.parametrize(("number", "ratio"), [(1, 1), (9, 30)])
 def test_comparison(tmp_path, number, ratio):
     path = tmp_path / "comparison.png"
     runs = {f"run {i}": run_log(200 + 40 * i, 1e12 * ratio**i, floor=3 - 0.02 * i) for i in range(number)}

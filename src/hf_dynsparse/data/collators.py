@@ -177,16 +177,8 @@ class DataCollatorForWholeWordMasking:
 
 def continuing(vocabulary: Mapping[str, int], size: int) -> np.ndarray:
     """
-    Which tokens go on with the word before them, by the mark that most tokens of the vocabulary begin with.
-
-    Args:
-        vocabulary (`Mapping[str, int]`):
-            Tokens and their ids.
-        size (`int`):
-            The highest id and one.
-
-    Returns:
-        `np.ndarray` of shape `(size,)` and type bool.
+    Which tokens go on with the word before them, a Boolean `[size]`, by the mark that most tokens of the vocabulary
+    begin with.
     """
     counts = {mark: sum(token.startswith(mark) for token in vocabulary) for mark in CONTINUES + BEGINS}
     mark = max(counts, key=lambda mark: counts[mark])
@@ -216,25 +208,10 @@ def uniform(values: np.ndarray) -> np.ndarray:
 
 def pad(rows: Sequence[Any], lengths: list[int], width: int, value: int, name: str = "input_ids") -> np.ndarray:
     """
-    Pad rows on the right.
-
-    Args:
-        rows (`Sequence[Any]`):
-            Lists, arrays or tensors of integers.
-        lengths (`list[int]`):
-            The length that each row must have.
-        width (`int`):
-            Length to pad to.
-        value (`int`):
-            What to pad with.
-        name (`str`, *optional*, defaults to `"input_ids"`):
-            The feature, for the error.
-
-    Returns:
-        `np.ndarray` of shape `(len(rows), width)` and type int64.
+    Pad rows of integers (lists, arrays or tensors) on the right with `value`: int64 `[rows, width]`.
 
     Raises:
-        ValueError: If a row has another length.
+        ValueError: If a row of the feature `name` has another length than `lengths` says.
     """
     padded = np.full((len(rows), width), value, dtype=np.int64)
     for target, row, length in zip(padded, rows, lengths, strict=True):
@@ -246,16 +223,10 @@ def pad(rows: Sequence[Any], lengths: list[int], width: int, value: int, name: s
 
 def stack(column: Sequence[Any], name: str) -> np.ndarray:
     """
-    Stack scalars, one an example.
-
-    Args:
-        column (`Sequence[Any]`):
-            Numbers, or arrays or tensors with one element and no dimension.
-        name (`str`):
-            The feature, for the error.
+    Numbers, or arrays or tensors without a dimension, as one array.
 
     Raises:
-        ValueError: If an entry is no number.
+        ValueError: If an entry of the feature `name` is none.
     """
     array = np.array([np.asarray(entry) for entry in column]) if np.ndim(column[0]) == 0 else np.empty((0, 0))
     if array.ndim != 1 or array.dtype.kind not in "biuf":

@@ -105,13 +105,7 @@ def embedded_corpus(
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """
-    Look up the versions of packages, in the order given; those that are not installed are left out.
-
-    Args:
-        packages (`Iterable[str]`):
-            Import names; `"python"` stands for the standard library.
-    """
+    """Versions by import name, in the order given, `"python"` for the standard library; of what is installed."""
     versions: dict[str, str] = {}
     for package in packages:
         if package == STANDARD_LIBRARY:
@@ -126,17 +120,11 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 def find_modules(package: str) -> list[tuple[str, Path]]:
     """
-    List the source files of an installed package, without its tests, sorted by name.
-
-    Args:
-        package (`str`):
-            Import name; `"python"` for the standard library. The package is not imported.
-
-    Returns:
-        `list[tuple[str, Path]]`: Dotted module names and the files they are in.
+    Dotted names of the modules of an installed package and their files, without its tests, sorted by name. The package
+    is not imported.
     """
     if package == STANDARD_LIBRARY:
-        root, parent = Path(sysconfig.get_paths()["stdlib"]), Path(sysconfig.get_paths()["stdlib"])
+        root = parent = Path(sysconfig.get_paths()["stdlib"])
     else:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
@@ -163,16 +151,11 @@ def corpus_files(folder: Path) -> EmbeddedCorpus:
 
 def write_corpus(modules: Sequence[tuple[str, Path]], folder: Path, progress: bool = True) -> None:
     """
-    Write the prose of modules to a training and a validation file, leaving repeated paragraphs out.
+    Write the prose of modules, given by name and source file, to a training and a validation file in `folder`. Where a
+    paragraph is repeated, the first module keeps it.
 
-    Args:
-        modules (`Sequence[tuple[str, Path]]`):
-            Document names and Python source files; where a paragraph is repeated, the first module keeps it.
-        folder (`Path`):
-            The folder for the two files. Each appears whole or not at all, and a corpus is only taken from the cache
-            when both are there. Several processes may build it at once: they write the same.
-        progress (`bool`, *optional*, defaults to `True`):
-            Whether to show a progress bar.
+    Each file appears whole or not at all, and a corpus is only taken from the cache when both are there. Several
+    processes may build it at once: they write the same.
     """
     parts: tuple[list[str], list[str]] = ([], [])
     seen: set[str] = set()
@@ -192,11 +175,8 @@ def write_corpus(modules: Sequence[tuple[str, Path]], folder: Path, progress: bo
 
 def module_prose(file: Path) -> Iterator[str]:
     """
-    Yield the paragraphs of prose of a Python source file, in the order of the file.
-
-    Args:
-        file (`Path`):
-            Source file. One that is too large, or no valid Python of this version, yields nothing.
+    The paragraphs of prose of a Python source file, in the order of the file. One that is too large, or no valid
+    Python of this version, has none.
     """
     if file.stat().st_size > MAX_SOURCE_BYTES:
         return

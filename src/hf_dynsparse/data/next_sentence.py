@@ -8,8 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]?\s+(?=[\"'(\[]?[A-Z0-9])")
-
-
 NUM_SPECIAL_TOKENS = 3  # [CLS] A [SEP] B [SEP]
 IS_NEXT, IS_RANDOM = 0, 1
 
@@ -76,22 +74,8 @@ def document_pairs(
     documents: list[list[list[int]]], number: int, room: int, random: Random, short_seq_probability: float
 ) -> Iterator[tuple[list[int], list[int], int]]:
     """
-    Cut one document into pairs.
-
-    Args:
-        documents (`list[list[list[int]]]`):
-            All documents, without empty ones.
-        number (`int`):
-            The document to cut.
-        room (`int`):
-            Tokens of A and B together.
-        random (`Random`):
-            Source of every draw.
-        short_seq_probability (`float`):
-            Share of pairs with a random shorter target.
-
-    Yields:
-        `tuple[list[int], list[int], int]`: A and B, not yet truncated, neither empty, and the label.
+    Cut document `number` into pairs of `room` tokens, a share of them shorter: A and B, not yet truncated, neither
+    empty, and the label.
     """
     document = documents[number]
     start = 0
@@ -128,17 +112,8 @@ def join(document: list[list[int]], start: int, stop: int) -> list[int]:
 
 def truncate_pair(first: list[int], second: list[int], room: int, random: Random) -> None:
     """
-    Shorten A and B in place, the longer one first, a token at a time from its front or back.
-
-    Args:
-        first (`list[int]`):
-            A.
-        second (`list[int]`):
-            B.
-        room (`int`):
-            Tokens that may remain.
-        random (`Random`):
-            Decides between front and back, so that neither end of a text is favoured.
+    Shorten A and B in place to `room` tokens, the longer one first, a token at a time from its front or back, as
+    `random` decides: neither end of a text is favoured.
     """
     while len(first) + len(second) > room:
         longer = first if len(first) > len(second) else second
@@ -148,19 +123,7 @@ def truncate_pair(first: list[int], second: list[int], room: int, random: Random
 def encode_pair(
     first: list[int], second: list[int], label: int, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[int] | int]:
-    """
-    Put `[CLS] A [SEP] B [SEP]` together.
-
-    Args:
-        first (`list[int]`):
-            A.
-        second (`list[int]`):
-            B.
-        label (`int`):
-            0 if B follows A, 1 if it is random.
-        tokenizer ([`PreTrainedTokenizerBase`]):
-            Gives `[CLS]` and `[SEP]`.
-    """
+    """`[CLS] A [SEP] B [SEP]`, with a label that is 0 if B follows A, 1 if it is random."""
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     ids = [cls, *first, sep, *second, sep]
     return {
@@ -176,14 +139,8 @@ def split_sentences(paragraph: str) -> list[str]:
     """
     Split a paragraph where a full stop, question or exclamation mark is followed by a space and a capital or digit.
 
-    Abbreviations are not known to it: good enough for the segments of next-sentence pairs, not for linguistics.
-
-    Args:
-        paragraph (`str`):
-            One line of text.
-
-    Returns:
-        `list[str]`: The sentences, in order; together they hold every word of the paragraph.
+    Together the sentences hold every word of the paragraph, which is one line of text. Abbreviations are not known:
+    good enough for the segments of next-sentence pairs, not for linguistics.
     """
     sentences: list[str] = []
     start = 0

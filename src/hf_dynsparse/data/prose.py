@@ -52,14 +52,9 @@ CODE = re.compile(
 
 def clean_text(text: str) -> Iterator[str]:
     """
-    Yield the paragraphs of English prose in a docstring or comment, each on one line and without markup.
-
-    Args:
-        text (`str`):
-            A docstring in plain text, reStructuredText, NumPy, Google or Markdown form.
-
-    Yields:
-        `str`: One paragraph; code, doctests, tables, headings, signatures and formulas are left out.
+    The paragraphs of English prose in a docstring or comment, each on one line and without markup. It may be in plain
+    text, reStructuredText, NumPy, Google or Markdown form; code, doctests, tables, headings, signatures and formulas
+    are left out.
     """
     for lines in split_paragraphs(FENCES.sub("", inspect.cleandoc(text))):
         paragraph = " ".join(" ".join(lines).split())
@@ -74,14 +69,8 @@ def clean_text(text: str) -> Iterator[str]:
 
 def split_paragraphs(text: str) -> Iterator[list[str]]:
     """
-    Split dedented text at blank lines, list items and changes of indentation, leaving literal blocks out.
-
-    Args:
-        text (`str`):
-            Text without fenced code blocks.
-
-    Yields:
-        `list[str]`: The stripped lines of one paragraph; a leading bullet or parameter name is taken off.
+    Split dedented text at blank lines, list items and changes of indentation, leaving literal blocks out: the stripped
+    lines of each paragraph, without a leading bullet or parameter name.
     """
     lines: list[str] = []
     indent = 0
@@ -132,13 +121,7 @@ def split_paragraphs(text: str) -> Iterator[list[str]]:
 
 
 def is_prose(paragraph: str) -> bool:
-    """
-    Whether a paragraph reads as English: mostly plain words, enough of them function words, no code.
-
-    Args:
-        paragraph (`str`):
-            One line of text without markup.
-    """
+    """Whether a paragraph without markup reads as English: mostly plain words, enough function words, no code."""
     words = paragraph.split()
     if len(paragraph) < MIN_LENGTH or len(words) < 8 or CODE.search(paragraph):
         return False

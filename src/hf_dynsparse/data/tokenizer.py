@@ -49,6 +49,7 @@ def train_wordpiece_tokenizer(
             " more for real text."
         )
     texts = learnable_pieces(texts, blank)
+    # A character takes up to two places in the vocabulary: a small one must have room for longer pieces.
     alphabet = count_alphabet(texts, blank, min(MAX_ALPHABET, max(MIN_ALPHABET, vocab_size // 4)))
     if not alphabet:
         raise ValueError("`texts` must hold at least one word. Got nothing to learn from: is the iterator used up?")
@@ -64,13 +65,7 @@ def train_wordpiece_tokenizer(
 def learnable_pieces(texts: Iterable[str], blank: BertTokenizer) -> list[str]:
     """
     Lines of texts, long ones in pieces, without the words that are too long for WordPiece: learning takes time that
-    grows with the square of the length of a word.
-
-    Args:
-        texts (`Iterable[str]`):
-            Training texts.
-        blank ([`BertTokenizer`]):
-            Tokenizer that says what a word is, and how long one may be.
+    grows with the square of the length of a word. `blank` says what a word is, and how long one may be.
     """
     backend: Any = blank.backend_tokenizer
     longest = backend.model.max_input_chars_per_word
@@ -86,17 +81,7 @@ def learnable_pieces(texts: Iterable[str], blank: BertTokenizer) -> list[str]:
 
 
 def count_alphabet(texts: Iterable[str], blank: BertTokenizer, limit: int) -> list[str]:
-    """
-    The most frequent characters of normalised texts, at most `limit`, in their own order.
-
-    Args:
-        texts (`Iterable[str]`):
-            Training texts.
-        blank ([`BertTokenizer`]):
-            Tokenizer to normalise with.
-        limit (`int`):
-            Each character takes up to two places in the vocabulary: a small one must have room for longer pieces.
-    """
+    """The most frequent characters of texts normalised by `blank`, at most `limit`, in their own order."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(blank.backend_tokenizer.normalizer.normalize_str(text))
@@ -113,24 +98,8 @@ def train_vocabulary(
     min_frequency: int,
 ) -> dict[str, int]:
     """
-    Learn a WordPiece vocabulary.
-
-    Args:
-        texts (`list[str]`):
-            Training texts.
-        blank ([`BertTokenizer`]):
-            Tokenizer to normalise and split words with.
-        special (`list[str]`):
-            Pieces that come first in the vocabulary.
-        alphabet (`list[str]`):
-            The only characters to learn from.
-        vocab_size (`int`):
-            Pieces to stop at; `special` and the alphabet are learned even if there are more.
-        min_frequency (`int`):
-            Times a pair of pieces must occur to become one piece.
-
-    Returns:
-        `dict[str, int]`: Pieces and their numbers.
+    Learn a WordPiece vocabulary from the characters of `alphabet`: pieces and their numbers, those in `special` first.
+    Both are in it even if there are more than `vocab_size`. `blank` normalises, and splits words.
     """
     tokenizer = Tokenizer(WordPiece(unk_token=blank.unk_token))
     tokenizer.normalizer = blank.backend_tokenizer.normalizer

@@ -100,12 +100,7 @@ class ModelFacts(SparseTotals):
 
 @dataclass(frozen=True)
 class LayerTopology(LayerFacts):
-    """
-    A row of a `TopologySummary`.
-
-    Args:
-        backend, why (`str`): what computes its products, and for which reason.
-    """
+    """A row of a `TopologySummary`: also what computes the products of the layer, and why."""
 
     backend: str
     why: str
