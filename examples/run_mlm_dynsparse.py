@@ -353,7 +353,7 @@ def settle_updates(model_args: ModelArguments, args: RunArguments) -> None:
 def check_topology(args: RunArguments, checkpoint: str | None) -> None:
     """Refuse updates that do not fit the run, or that differ from those of the run to resume."""
     settings = args.topology_settings()
-    if args.max_steps > 0 and (settings["num_updates"] is not None or settings["update_every"] is not None):
+    if args.max_steps > 0 and settings.say_when:
         check_updates_fit(args, args.max_steps)
     if args.learning_rate_rewinding:
         check_rewinding(settings)
@@ -447,7 +447,7 @@ def config_to_go_on(model_args: ModelArguments, args: RunArguments, config: Bert
     if not isinstance(config, DynSparseBertConfig):
         config = DynSparseBertConfig.from_stock(config, sparsity=0.0)
     block_size = None if model_args.block_size is None else parse_block_size(model_args.block_size)
-    changes_density = args.topology_settings()["density_schedule"] != "constant"
+    changes_density = args.topology_settings().density_schedule != "constant"
     if config.nnzb_per_layer():
         same_blocks = block_size is None or block_shapes_of(config.block_shapes(), block_size) == config.block_shapes()
         if model_args.dense_baseline or not same_blocks:

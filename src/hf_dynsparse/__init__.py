@@ -29,7 +29,15 @@ from .optim.lasso import group_lasso_
 from .reports.estimate import estimate_run
 from .reports.layers import topology_summary
 from .reports.model_card import write_model_card
-from .topology import METHODS, TopologyAverage, TopologyUpdater, prune_regrow_
+from .topology import (
+    METHODS,
+    TopologyAverage,
+    TopologyUpdater,
+    prune_regrow_,
+    register_method,
+    register_regrow_rule,
+    register_score,
+)
 from .training.arguments import DynSparseTrainingArguments
 from .training.callbacks.history import TopologyHistory
 from .training.callbacks.kernels import KernelCallback
@@ -81,6 +89,9 @@ __all__ = [
     "prepare_qat_",
     "prune_regrow_",
     "read_bsr",
+    "register_method",
+    "register_regrow_rule",
+    "register_score",
     "save_with_code",
     "seed_dropout_",
     "slim",

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn
 import datasets
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, PreTrainedModel, TrainerState, set_seed
+from transformers import PreTrainedModel, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoints.resume import check_final_sizes, check_same_model, find_run_to_resume
@@ -22,8 +22,9 @@ from ..checkpoints.run_lock import run_lock
 from ..hub import fetch_checkpoint
 from ..hub.trainer import open_hub_repository
 from ..models.density import sizes_of
-from .arguments import DynSparseTrainingArguments, naming_arguments
+from .arguments import DynSparseTrainingArguments
 from .callbacks.topology import TopologyCallback
+from .plugins import PLUGIN_HELP, PluginParser, load_plugins
 from .rewinding import rewinding
 from .threads import default_threads
 from .trainer import DynSparseTrainer
@@ -54,6 +55,8 @@ class ScriptArguments:
         },
     )
 
+    plugin: list[str] | None = field(default=None, metadata={"help": PLUGIN_HELP})
+
     # Optimiser steps where neither these nor epochs are given; without it the epochs have a default.
     default_steps: ClassVar[int | None] = None
 
@@ -73,8 +76,15 @@ class ScriptArguments:
 
 
 def parse_arguments(*kinds: Any, description: str | None = None) -> tuple[Any, ...]:
-    """Dataclasses of `kinds` from the command line, or from one JSON file given as the only argument."""
-    parser = HfArgumentParser(kinds, description=description)
+    """
+    Dataclasses of `kinds` from the command line, or from one JSON file given as the only argument. Plug-ins are
+    imported before: what they register is a valid choice.
+
+    Raises:
+        ValueError: see `load_plugins`.
+    """
+    load_plugins(sys.argv[1:])
+    parser = PluginParser(kinds, description=description)
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
         return parser.parse_json_file(os.path.abspath(sys.argv[1]))
     return parser.parse_args_into_dataclasses()
@@ -119,7 +129,7 @@ def check_updates_to_resume(args: DynSparseTrainingArguments, checkpoint: str) -
             steps, if its updates depend on it.
     """
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-    TopologyCallback(**args.topology_settings()).check_run(state, args.max_steps)
+    TopologyCallback(args.topology_settings(), group_lasso=args.group_lasso).check_run(state, args.max_steps)
 
 
 def check_updates_fit(args: DynSparseTrainingArguments, steps: int) -> None:
@@ -127,8 +137,7 @@ def check_updates_fit(args: DynSparseTrainingArguments, steps: int) -> None:
     Raises:
         ValueError: for topology updates that do not fit a run of so many steps.
     """
-    with naming_arguments():
-        TopologyCallback(**args.topology_settings()).settings.plan(steps)
+    args.topology_settings().plan(steps)
 
 
 def check_run_length(trainer: DynSparseTrainer) -> None:
@@ -140,8 +149,8 @@ def check_run_length(trainer: DynSparseTrainer) -> None:
         ValueError: naming what does not fit.
     """
     args, settings = trainer.args, trainer.args.topology_settings()
-    fixed = settings["num_updates"] is not None or settings["update_every"] is not None
-    if trainer.train_dataset is None or settings["num_updates"] == 0 or not (fixed or args.learning_rate_rewinding):
+    fixed, none = settings.say_when, settings.num_topology_updates == 0
+    if trainer.train_dataset is None or none or not (fixed or args.learning_rate_rewinding):
         return
     steps = args.max_steps
     if steps <= 0:

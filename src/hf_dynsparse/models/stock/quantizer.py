@@ -16,7 +16,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ... import nn as plain
-from ...nn.linear import TRAINING_BUFFERS, BlockSparseLinear, sparse_layers
+from ...nn.linear import TRAINING_BUFFER, BlockSparseLinear, sparse_layers
 from ..bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..checksums import separate_, verify_weights, warn_of_nonfinite, with_checksums
 from ..completeness import GIVEN, check_loaded, check_places, is_loaded
@@ -77,7 +77,7 @@ class DynSparseQuantizer(HfQuantizer):
             _replace_(model, present_layers(model, self.quantization_config.nnzb or {}), self.quantization_config)
             prefix = f"{model.base_model_prefix}."
             markers = "|".join(re.escape(name.removeprefix(prefix)) for name in sparse_layers(model))
-            ours = {rf"(^|\.)({markers})\.weight$", *(rf"\.{name}$" for name in TRAINING_BUFFERS)}
+            ours = {rf"(^|\.)({markers})\.weight$", TRAINING_BUFFER}
             model._keys_to_ignore_on_load_unexpected = ours | set(model._keys_to_ignore_on_load_unexpected or ())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
