@@ -349,7 +349,7 @@ def measure_updates(plan: Plan) -> Iterator[Row]:
     model = build_model(arm, make_config(arm, 30522, 128, None), head=True).cuda()
     optimizer = torch.optim.AdamW([layer.values for layer in sparse_layers(model).values()], lr=1e-3)
     batch = make_batch(8, 128, 30522, torch.device("cuda"))
-    updater = TopologyUpdater(model, optimizer, total_steps=plan.steps + 1, num_updates=plan.steps)
+    updater = TopologyUpdater(model, optimizer, total_steps=plan.steps + 1, num_topology_updates=plan.steps)
     compiled = torch.compile(model)
 
     def train() -> None:

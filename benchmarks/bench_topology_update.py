@@ -38,9 +38,9 @@ def main() -> None:
             model,
             optimizer,
             total_steps=steps + 1,
-            num_updates=steps,
+            num_topology_updates=steps,
             regrow_rule=args.regrow_rule,
-            schedule="constant",
+            pruning_schedule="constant",
         )
         seconds = []
         for step in updater.update_steps:

@@ -247,7 +247,7 @@ def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str
         return config
     config = AutoConfig.from_pretrained(source, **model_args.hub)
     if model_args.model_name_or_path:
-        gradual = args.topology_settings()["density_schedule"] != "constant"
+        gradual = args.topology_settings().density_schedule != "constant"
         name, keep_dense = model_args.model_name_or_path, model_args.dense_baseline
         config = continued_config(config, name, keep_dense=keep_dense, gradual=gradual, **how)
         if gradual and not model_args.dense_baseline:

@@ -10,7 +10,7 @@ import torch
 
 from hf_dynsparse import BlockSparseLinear
 from hf_dynsparse.ops import BACKENDS, native
-from hf_dynsparse.topology import PRUNE_SCORES, REGROW_RULES, track_exploration_
+from hf_dynsparse.topology import PRUNE_SCORES, REGROW_RULES, track_
 
 
 # `block_size` as a user writes it; the unstructured case, squares, a row, a column and a rectangle.
@@ -123,7 +123,7 @@ def make_layer(
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
     if tracked:
-        track_exploration_(layer)
+        track_(layer)
     return layer
 
 

@@ -149,7 +149,7 @@ def test_estimate(tmp_path, capsys):
         batch_size=2,
         num_topology_updates=7,
         pruning_ratio=1.0,
-        schedule="linear",
+        pruning_schedule="linear",
         readmit=True,
         dense_learning_rate=0.1,
     )
@@ -247,7 +247,10 @@ def test_animate(tmp_path, capsys):
         (["estimate", "--preset", "base", "--block_size", "axb"], "argument --block_size: `--block_size` must be a n"),
         (["estimate", "--preset", "base", "--sparsity", "1"], "`sparsity` is the share of inactive positions and"),
         (["estimate", "--preset", "base", "--max_steps", "-3"], "argument --max_steps: must be a number from 1 to"),
-        (["estimate", "--preset", "base", "--max_steps", "3", "--num_topology_updates", "3"], "`num_updates` must l"),
+        (
+            ["estimate", "--preset", "base", "--max_steps", "3", "--num_topology_updates", "3"],
+            "`num_topology_updates` mu",
+        ),
         (
             ["estimate", "--preset", "base", "--max_steps", "9" * 30],
             "argument --max_steps: must be a number from 1 to",

@@ -159,7 +159,7 @@ def variations(configurations: Iterable[Configuration], key: str) -> dict[str, l
     """
     ignored = {key, "method"} if key in TOPOLOGY else {key}
     if key == "method":
-        ignored |= TOPOLOGY.keys()  # a method is a preset of these
+        ignored |= TOPOLOGY  # a method is a preset of these
     groups: dict[str, list[Configuration]] = {}
     for each in configurations:
         if not each.is_dense and not each.is_probe and each.settings.get(key) is not None:

@@ -3,16 +3,17 @@
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from hf_dynsparse.training.arguments import METHOD_FLAGS
+from hf_dynsparse.topology import TopologyOptions
+from hf_dynsparse.topology.settings import OLD_NAMES
 
 
-# Topology arguments, and how `TopologyCallback` calls them in trainer_state.json.
-TOPOLOGY = {**METHOD_FLAGS, "regrow_std": "regrow_std", "group_lasso": "group_lasso"}
+# Topology arguments that a run records.
+TOPOLOGY = {option.name for option in fields(TopologyOptions)} - {"method", "seed"} | {"group_lasso"}
 RESULTS = (
     *("eval_loss", "flops", "dense_flops", "steps", "tokens", "epochs", "coverage", "topology_updates"),
     *("encoder_bytes", "dense_encoder_bytes", "checkpoint_bytes", "hardware"),
@@ -80,11 +81,12 @@ def _settings(plan: Mapping[str, Any], *files: Mapping[str, Any]) -> dict[str, A
     settings["sparsity"] = float(plan.get("sparsity", config["sparsity"]))
     settings["block_size"] = str(plan.get("block_size", config["block_size"]))
     recorded = state.get("stateful_callbacks", {}).get("TopologyCallback", {}).get("args", {})
+    recorded = {OLD_NAMES.get(name, name): value for name, value in recorded.items()}
     if summary["topology_updates"]:
         constant = recorded.get("density_schedule", "constant") == "constant"
-        for name, kept in TOPOLOGY.items():
-            if not (constant and kept.startswith("density")):
-                settings.setdefault(name, recorded.get(kept) or None)  # what is off is as if not there
+        for name in sorted(TOPOLOGY):
+            if not (constant and name.startswith("density")):
+                settings.setdefault(name, recorded.get(name) or None)  # what is off is as if not there
         if settings["topology_update_every"] is None:
             settings["num_topology_updates"] = summary["topology_updates"]
     return settings

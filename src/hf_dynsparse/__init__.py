@@ -45,7 +45,15 @@ if TYPE_CHECKING:
     from .reports.inspection import inspect_checkpoint
     from .reports.layers import topology_summary
     from .reports.model_card import write_model_card
-    from .topology import METHODS, TopologyAverage, TopologyUpdater, prune_regrow_
+    from .topology import (
+        METHODS,
+        TopologyAverage,
+        TopologyUpdater,
+        prune_regrow_,
+        register_method,
+        register_regrow_rule,
+        register_score,
+    )
     from .training.arguments import DynSparseTrainingArguments
     from .training.callbacks.history import TopologyHistory
     from .training.callbacks.kernels import KernelCallback
@@ -77,7 +85,9 @@ _MODULES = {
     ".reports.inspection": "inspect_checkpoint",
     ".reports.layers": "topology_summary",
     ".reports.model_card": "write_model_card",
-    ".topology": "METHODS TopologyAverage TopologyUpdater prune_regrow_",
+    ".topology": (
+        "METHODS TopologyAverage TopologyUpdater prune_regrow_ register_method register_regrow_rule register_score"
+    ),
     ".training.arguments": "DynSparseTrainingArguments",
     ".training.callbacks.history": "TopologyHistory",
     ".training.callbacks.kernels": "KernelCallback",
@@ -129,6 +139,9 @@ __all__ = [
     "prepare_qat_",
     "prune_regrow_",
     "read_bsr",
+    "register_method",
+    "register_regrow_rule",
+    "register_score",
     "save_with_code",
     "seed_dropout_",
     "slim",

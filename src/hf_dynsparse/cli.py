@@ -164,7 +164,7 @@ def _estimate(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         num_topology_updates=args.num_topology_updates,
         pruning_ratio=args.pruning_ratio,
-        schedule=args.pruning_schedule,
+        pruning_schedule=args.pruning_schedule,
         readmit=args.readmit,
         dense_learning_rate=args.dense_learning_rate,
     )

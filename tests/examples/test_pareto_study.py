@@ -464,10 +464,10 @@ def write_run(folder: Path) -> None:
     summary = {"seed": 1, "learning_rate": 2e-3, "topology_updates": 40, "sparsity": 0.9004, "seconds": 5.0}
     summary |= {"eval_loss": 3.0, "flops": 1e9, "dense_flops": 8e9, "coverage": 0.8, "versions": {"torch": "2"}}
     recorded = {
-        "num_updates": None,
-        "update_every": None,
+        "num_topology_updates": None,
+        "topology_update_every": None,
         "pruning_ratio": 0.5,
-        "schedule": "cosine",
+        "pruning_schedule": "cosine",
         "readmit": False,
     }
     state = {"log_history": [], "stateful_callbacks": {"TopologyCallback": {"args": recorded}}}

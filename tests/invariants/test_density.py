@@ -183,7 +183,7 @@ def test_the_stock_trainer_changes_density_in_one_process(tmp_path: Path) -> Non
         like.args,
         data_collator=like.data_collator,
         train_dataset=like.train_dataset,
-        callbacks=[TopologyCallback(**like.args.topology_settings())],
+        callbacks=[TopologyCallback(like.args.topology_settings())],
     )
     stock.train()
     assert (model.config.sparsity, model.config.nnzb) == (0.75, None)

@@ -247,7 +247,7 @@ def test_the_stock_trainer_refuses_what_it_cannot_load(tmp_path: Path) -> None:
 
     def stock(model: Any, **arguments: Any) -> Trainer:
         args = toy_arguments(tmp_path / "stock", method="gmp", **arguments)
-        callbacks = [TopologyCallback(**args.topology_settings())]
+        callbacks = [TopologyCallback(args.topology_settings(), group_lasso=args.group_lasso)]
         data = {"train_dataset": ours.train_dataset, "eval_dataset": ours.eval_dataset}
         return Trainer(model, args, data_collator=ours.data_collator, callbacks=callbacks, **data)
 

@@ -79,7 +79,7 @@ def test_sparse_training_is_masked_dense_training(block_size: int | tuple[int, i
     for seed, layer in enumerate((model[0], model[2])):
         layer.reset_parameters(std=0.2, generator=generator(seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=DECAY)
-    updater = TopologyUpdater(model, optimizer, STEPS, UPDATES, RATIO)
+    updater = TopologyUpdater(model, optimizer, STEPS, num_topology_updates=UPDATES, pruning_ratio=RATIO)
     pairs = [(layer, MaskedDense(layer)) for layer in (model[0], model[2])]
     first, second = pairs[0][1], pairs[1][1]
     assert all(layer.block_shape == sides(block_size) for layer, _ in pairs)

@@ -76,7 +76,7 @@ MUTANTS: dict[str, dict[str, Any]] = {
     "another first topology": {"topology_of_rank": 1, "num_topology_updates": 0},
     "another seed": {"settings_of_rank": {"seed": 8}},
     # Nothing that the ranks do at an update would meet.
-    "another number of updates": {"settings_of_rank": {"num_updates": UPDATES + 1}},
+    "another number of updates": {"settings_of_rank": {"num_topology_updates": UPDATES + 1}},
 }
 
 # Largest absolute difference allowed at the end, for values of order 0.02 to 1 (the loss: 5.5).

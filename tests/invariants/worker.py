@@ -96,7 +96,7 @@ def train(
         )
     callbacks = []
     if settings_of_rank and rank:
-        callbacks = [TopologyCallback(**{**args.topology_settings(), **settings_of_rank})]
+        callbacks = [TopologyCallback(args.topology_settings(), group_lasso=args.group_lasso, **settings_of_rank)]
     if die is not None:
         MOMENTS[die](die_after_calls=3)
     tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(SPECIAL + PIECES)}, model_max_length=32)

@@ -103,7 +103,7 @@ def test_one_graph_survives_updates():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     optimizer = torch.optim.AdamW(model.parameters())
-    updater = TopologyUpdater(model, optimizer, total_steps=6, num_updates=3)
+    updater = TopologyUpdater(model, optimizer, total_steps=6, num_topology_updates=3)
     losses = []
     for step in range(1, 5):
         loss = compiled(**toy_batch()).loss

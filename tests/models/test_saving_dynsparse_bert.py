@@ -21,7 +21,7 @@ from hf_dynsparse import (
     sparse_layers,
 )
 from hf_dynsparse.models import loading
-from hf_dynsparse.topology import track_exploration_
+from hf_dynsparse.topology import track_
 from tests.toy import toy_batch, toy_config, toy_model
 
 
@@ -171,7 +171,7 @@ def test_shards(tmp_path):
 def test_exploration_buffers_are_no_part_of_a_loaded_model(tmp_path):
     model = trained_model()
     for layer in sparse_layers(model).values():
-        track_exploration_(layer)
+        track_(layer)
     model.save_pretrained(tmp_path)
     assert any(name.endswith("ever_active") for name in load_file(tmp_path / "model.safetensors"))
     loaded = load(AutoModelForMaskedLM, tmp_path)

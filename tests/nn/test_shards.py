@@ -133,7 +133,7 @@ def test_an_update_of_shards(join: Callable[..., None], settings: dict[str, obje
     models = {"plain": plain, "sharded": sharded, "resumed": resumed}
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-2) for name, model in models.items()}
     updaters = {
-        name: TopologyUpdater(model, optimizers[name], 12, update_every=3, **settings)
+        name: TopologyUpdater(model, optimizers[name], 12, topology_update_every=3, **settings)
         for name, model in models.items()
     }
     for name in ("plain", "sharded"):
@@ -156,7 +156,7 @@ def test_an_update_of_shards(join: Callable[..., None], settings: dict[str, obje
 def test_an_update_that_sees_a_shard_with_nan_is_skipped(join: Callable[..., None]) -> None:
     join()
     model = fully_shard(Network())
-    updater = TopologyUpdater(model, torch.optim.SGD(model.parameters()), 2, num_updates=1)
+    updater = TopologyUpdater(model, torch.optim.SGD(model.parameters()), 2, num_topology_updates=1)
     local_rows(model.block[0].values)[0][3] = float("nan")
     assert updater.step(1) is None
 
@@ -175,7 +175,7 @@ def test_flattened_values_are_refused() -> None:
     model = Network()
     model.outer.values = nn.Parameter(model.outer.values.detach().flatten())
     with pytest.raises(ValueError, match=r"needs whole blocks\. Got `outer.values` of shape \(80,\) .* FSDP1"):
-        TopologyUpdater(model, torch.optim.SGD(model.parameters()), 2, num_updates=1)
+        TopologyUpdater(model, torch.optim.SGD(model.parameters()), 2, num_topology_updates=1)
 
 
 def test_an_optimizer_of_other_parameters_is_refused(join: Callable[..., None]) -> None:
@@ -184,4 +184,4 @@ def test_an_optimizer_of_other_parameters_is_refused(join: Callable[..., None]) 
     early = torch.optim.SGD(model.parameters())
     fully_shard(model)
     with pytest.raises(ValueError, match=r"must train the parameters .* Got one without `block.0.values`"):
-        TopologyUpdater(model, early, 2, num_updates=1)
+        TopologyUpdater(model, early, 2, num_topology_updates=1)

@@ -19,6 +19,7 @@ from hf_dynsparse.nn.shards import load_whole_model_, load_whole_optimizer_, who
 from hf_dynsparse.optim.block_adam import BlockAdamW
 from hf_dynsparse.optim.groups import parameter_groups
 from hf_dynsparse.optim.moments import clear_moments_
+from hf_dynsparse.topology import TopologySettings
 
 
 RATE = 1e-2
@@ -150,7 +151,8 @@ def test_sharded_ages(one_rank: None) -> None:
     optimizers = {
         name: BlockAdamW(parameter_groups(model), lr=RATE, new_block_warmup=2) for name, model in models.items()
     }
-    updaters = {name: TopologyUpdater(model, optimizers[name], 8, update_every=2) for name, model in models.items()}
+    settings = TopologySettings(topology_update_every=2)
+    updaters = {name: TopologyUpdater(model, optimizers[name], 8, settings) for name, model in models.items()}
 
     def run(name: str, steps: range) -> None:
         for step in steps:

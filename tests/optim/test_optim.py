@@ -128,7 +128,7 @@ def test_moments_of_another_size_are_refused() -> None:
     message = r"one row for each block .* Got 'exp_avg' of shape \(8, 4, 4\) for `.*values` of shape \(12, 4, 4\)"
     for num_updates in (0, 1):
         with pytest.raises(ValueError, match=message):
-            TopologyUpdater(layer, optimizer, 10, num_updates)
+            TopologyUpdater(layer, optimizer, 10, num_topology_updates=num_updates)
     with pytest.raises(ValueError, match=message):
         prune_regrow_(layer, optimizer, pruning_ratio=0.5, nnzb=13)
     assert layer.nnzb == 12

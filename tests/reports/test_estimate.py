@@ -82,8 +82,8 @@ def test_coverage_by_hand():
 def test_coverage_is_what_a_run_reaches(schedule, readmit):
     model = toy_model(hidden_size=64, intermediate_size=128, block_size=1, sparsity=0.9)
     optimizer = torch.optim.SGD(model.parameters())
-    settings = {"pruning_ratio": 0.5, "schedule": schedule, "readmit": readmit}
-    updater = TopologyUpdater(model, optimizer, total_steps=100, num_updates=20, **settings)
+    settings = {"pruning_ratio": 0.5, "pruning_schedule": schedule, "readmit": readmit}
+    updater = TopologyUpdater(model, optimizer, total_steps=100, num_topology_updates=20, **settings)
     for step in range(1, 101):
         if step in updater.update_steps:
             for layer in sparse_layers(model).values():  # as if training had made old and new weights alike
@@ -106,9 +106,9 @@ def test_as_many_updates_as_the_trainer_makes():
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"max_steps": 10, "num_topology_updates": 20}, r"`num_updates` must lie in \[0, 9\]"),
+        ({"max_steps": 10, "num_topology_updates": 20}, r"`num_topology_updates` must lie in \[0, 9\]"),
         ({"pruning_ratio": 1.5}, "`pruning_ratio` is the share of active blocks"),
-        ({"schedule": "steps"}, "`schedule` must be one of"),
+        ({"pruning_schedule": "steps"}, "`pruning_schedule` must be one of"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, problem):

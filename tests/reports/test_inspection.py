@@ -22,7 +22,7 @@ from hf_dynsparse import (
 )
 from hf_dynsparse.reports.facts import checkpoint_bytes
 from hf_dynsparse.reports.layers import model_facts
-from hf_dynsparse.topology import dof_coverage, prune_regrow_, track_exploration_
+from hf_dynsparse.topology import dof_coverage, prune_regrow_, track_
 
 
 def model_of(kind):
@@ -101,7 +101,7 @@ def test_a_run_that_has_not_ended_has_a_coverage(tmp_path):
     model = toy_model()
     layers = sparse_layers(model)
     for update, layer in enumerate(layers.values()):
-        track_exploration_(layer)
+        track_(layer)
         prune_regrow_(layer, pruning_ratio=0.5, generator=torch.Generator().manual_seed(update))
     model.save_pretrained(tmp_path / "checkpoint-3")
     report = inspect_checkpoint(tmp_path / "checkpoint-3")

@@ -139,8 +139,9 @@ def test_what_a_run_tells(finished: Path) -> None:
     assert (told["`learning_rate`"], told["`weight_decay`"], told["`adam_epsilon`"]) == ("0.01", "0.01", "1e-06")
     assert "`bf16`" not in told
     topology = dict(found["topology updates", "3"])
-    assert (topology["`prune_score`"], topology["`regrow_rule`"], topology["`schedule`"]) == ("l1", "random", "cosine")
-    assert (topology["`pruning_ratio`"], topology["`num_updates`"]) == ("0.5", "3")
+    names = ("`prune_score`", "`regrow_rule`", "`pruning_schedule`")
+    assert [topology[name] for name in names] == ["l1", "random", "cosine"]
+    assert (topology["`pruning_ratio`"], topology["`num_topology_updates`"]) == ("0.5", "3")
     assert f"{summary['coverage']:.1%}" in card.text
     evaluations = found["step", "training loss", "loss"]
     assert [row[0] for row in evaluations] == ["4", "8", "12"]

@@ -50,8 +50,8 @@ def averaged_run(model: nn.Module, average: TopologyAverage, decay: float | None
 @pytest.mark.parametrize(
     "settings",
     [
-        {"num_updates": 4, "pruning_ratio": 0.3},
-        {"num_updates": 4, "pruning_ratio": 0.0, "density_schedule": "cubic", "initial_sparsity": 0.2},
+        {"num_topology_updates": 4, "pruning_ratio": 0.3},
+        {"num_topology_updates": 4, "pruning_ratio": 0.0, "density_schedule": "cubic", "initial_sparsity": 0.2},
     ],
     ids=["exchange", "shrink"],
 )
@@ -83,7 +83,7 @@ def test_the_averaged_model_is_plain_and_can_be_saved(tmp_path: Any, begun_befor
     # Whether it was made before or after the model has begun to record, and though the model has become smaller.
     model = toy_model(sparsity=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    settings = {"num_updates": 1, "density_schedule": "cubic", "final_sparsity": 0.75}
+    settings = {"num_topology_updates": 1, "density_schedule": "cubic", "final_sparsity": 0.75}
     average = TopologyAverage(model) if begun_before else None
     updater = TopologyUpdater(model, optimizer, total_steps=2, **settings)
     average = average or TopologyAverage(model)

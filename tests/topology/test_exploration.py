@@ -5,8 +5,9 @@ import torch
 from helpers import generator, make_layer, place_
 
 from hf_dynsparse import prune_regrow_
-from hf_dynsparse.topology import block_ages, dof_coverage, ever_active, track_exploration_
-from hf_dynsparse.topology.exploration import is_tracked, record_active_, untrack_exploration_
+from hf_dynsparse.topology import block_ages, dof_coverage, ever_active, track_
+from hf_dynsparse.topology.exploration import is_tracked, record_active_
+from hf_dynsparse.topology.records import untrack_
 from hf_dynsparse.topology.update import LayerUpdate
 
 
@@ -35,19 +36,19 @@ def test_buffers_come_and_go() -> None:
     layer = make_layer()
     names = list(layer.state_dict())
     assert not is_tracked(layer)
-    with pytest.raises(ValueError, match=r"Call `track_exploration_\(layer\)` first"):
+    with pytest.raises(ValueError, match=r"Call `track_\(layer\)` first"):
         ever_active(layer)
-    track_exploration_(layer)
+    track_(layer)
     assert is_tracked(layer)
     assert list(layer.state_dict()) == [*names, "ever_active", "active_since"]
-    untrack_exploration_(layer)
+    untrack_(layer)
     assert not is_tracked(layer)
     assert list(layer.state_dict()) == names
 
 
 def test_ages_and_newborns_by_hand() -> None:
     layer = place_(make_layer((4, 4), 1, 4), [0, 5, 10, 15], [4.0, 3.0, 2.0, 1.0])
-    track_exploration_(layer)
+    track_(layer)
     assert block_ages(layer, 0).tolist() == [0, 0, 0, 0]
     # The first update removes slots 2 and 3: nothing is newborn yet.
     assert prune_regrow_(layer, pruning_ratio=0.5, update=0) == LayerUpdate(2, 0)

@@ -10,8 +10,7 @@ from torch import nn
 from hf_dynsparse import TopologyUpdater
 from hf_dynsparse.blocks.sizes import count_active_blocks
 from hf_dynsparse.optim.moments import check_optimizer_state
-from hf_dynsparse.topology import TopologySettings, method_settings
-from hf_dynsparse.topology.hidden_copy import choose_by_hidden_copy, remember_, track_hidden_copy_
+from hf_dynsparse.topology import Replacement, TopologySettings, UpdateContext, track_
 from hf_dynsparse.topology.update import replace_blocks_
 
 
@@ -25,14 +24,17 @@ def single_values(values: list[float]) -> nn.Module:
     layer = make_layer((1, len(values)), 1, len(values))
     with torch.no_grad():
         layer.values.copy_(torch.tensor(values).view(-1, 1, 1)[layer.block_index.long()])
-    track_hidden_copy_(layer)
+    track_(layer, {"hidden_copy"})
     return layer
 
 
-def update(layer: nn.Module, nnzb: int, optimizer: torch.optim.Optimizer | None = None) -> dict[int, float]:
-    chosen = choose_by_hidden_copy(layer, "l1", nnzb)
-    remember_(layer, chosen.slots)
-    replace_blocks_(layer, chosen, optimizer)
+def choose(layer: nn.Module, nnzb: int, **options: object) -> Replacement:
+    settings = TopologySettings(method="prune_ofa", **options)
+    return UpdateContext(0, 0.0, settings, {"layer": layer}, {"layer": nnzb}, nnzb).choose("layer", nnzb)
+
+
+def update(layer: nn.Module, nnzb: int) -> dict[int, float]:
+    replace_blocks_(layer, choose(layer, nnzb))
     return dict(sorted(zip(layer.block_index.tolist(), layer.values.flatten().tolist(), strict=True)))
 
 
@@ -52,7 +54,7 @@ def test_a_block_returns_when_survivors_have_shrunk_below_it() -> None:
 
 def test_ties_stay_and_what_was_never_active_is_zero() -> None:
     layer = make_layer((1, 5), 1, 2)
-    track_hidden_copy_(layer)
+    track_(layer, {"hidden_copy"})
     with torch.no_grad():
         layer.values.zero_()
     before = layer.block_index.tolist()
@@ -65,7 +67,7 @@ def test_ties_stay_and_what_was_never_active_is_zero() -> None:
 def test_choosing_changes_nothing() -> None:
     layer = single_values([4.0, -3.0, 2.0, 1.0])
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    choose_by_hidden_copy(layer, "l2", 2)
+    choose(layer, 2, prune_score="l2")
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
@@ -77,8 +79,9 @@ def test_a_run_is_that_of_a_dense_weight_with_a_mask(block_size: int | tuple[int
     layer = make_layer(grid, block_size, grid[0] * grid[1])
     model = nn.Sequential(layer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
-    settings = method_settings("prune_ofa", {"update_every": 2, "final_sparsity": 0.75})
-    updater = TopologyUpdater(model, optimizer, STEPS, **settings)
+    updater = TopologyUpdater(
+        model, optimizer, STEPS, method="prune_ofa", topology_update_every=2, final_sparsity=0.75
+    )
     blocks = torch.empty(layer.num_blocks, rows, columns)  # the dense weight, block by block
     returned = 0
     for step in range(1, STEPS + 1):
@@ -111,8 +114,8 @@ def test_a_block_is_forgotten_without_it() -> None:
     layer = make_layer((12, 16), 1, 192)
     model = nn.Sequential(layer)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    given = {"update_every": 2, "final_sparsity": 0.75, "hidden_copy": False}
-    updater = TopologyUpdater(model, optimizer, STEPS, **method_settings("prune_ofa", given))
+    given = {"topology_update_every": 2, "final_sparsity": 0.75, "hidden_copy": False}
+    updater = TopologyUpdater(model, optimizer, STEPS, method="prune_ofa", **given)
     for step in range(1, STEPS + 1):
         model(torch.randn(6, 16, generator=generator(step))).square().mean().backward()
         optimizer.step()
@@ -136,4 +139,4 @@ def test_a_block_is_forgotten_without_it() -> None:
 )
 def test_what_makes_no_sense_is_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        TopologySettings(**method_settings("prune_ofa", given))
+        TopologySettings(method="prune_ofa", **given)

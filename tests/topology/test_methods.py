@@ -1,6 +1,7 @@
 """Every method in the table, and density that changes: exact counts, survivors untouched, new blocks from zero."""
 
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from hf_dynsparse import BlockSparseLinear, TopologyUpdater
 from hf_dynsparse.blocks.distributions import active_blocks, erk
 from hf_dynsparse.blocks.sizes import count_active_blocks
 from hf_dynsparse.optim.moments import check_optimizer_state
-from hf_dynsparse.topology import METHODS, block_ages, density_share, ever_active, method_settings, prune_regrow_
-from hf_dynsparse.topology.allocation import allocate_globally, count_entries, share_out
-from hf_dynsparse.topology.update import pruned_count
+from hf_dynsparse.topology import METHODS, TopologySettings, block_ages, density_share, ever_active, prune_regrow_
+from hf_dynsparse.topology.allocation import allocate_globally, share_out
+from hf_dynsparse.topology.counts import count_entries, pruned_count
 
 
 pytestmark = pytest.mark.usefixtures("deterministic")
@@ -42,9 +43,9 @@ def batch(seed: int) -> torch.Tensor:
 
 
 def settings_of(method: str, **given: object) -> dict:
-    settings = method_settings(method, given)
-    if settings["num_updates"] is None and settings["update_every"] is None:
-        settings["num_updates"] = 9
+    settings = TopologySettings(method=method, **given)
+    settings = asdict(settings if settings.say_when else replace(settings, num_topology_updates=9))
+    del settings["seed"]
     return settings
 
 
@@ -151,25 +152,25 @@ def same(first: Network, second: Network) -> bool:
 
 
 FROM_HALF = {"initial_sparsity": 0.5, "density_end": 0.7}
-GRANET_AS_RIGL = {"initial_sparsity": 0.75, "density_end": 1.0, "allocation": "layer", "last_step": 0.75}
+GRANET_AS_RIGL = {"initial_sparsity": 0.75, "density_end": 1.0, "allocation": "layer", "topology_last_step": 0.75}
 
 
 @pytest.mark.parametrize(
     ("method", "given", "other", "theirs"),
     [
-        ("static", {}, "dynsparse", {"num_updates": 0}),
+        ("static", {}, "dynsparse", {"num_topology_updates": 0}),
         # RigL with random regrowth, no return and no step left out is SET.
         (
             "rigl",
-            {"regrow_rule": "random", "readmit": False, "replace_step": False, "schedule": "constant"},
+            {"regrow_rule": "random", "readmit": False, "replace_step": False, "pruning_schedule": "constant"},
             "set",
-            {"last_step": 0.75},
+            {"topology_last_step": 0.75},
         ),
-        ("mest", {"prune_score": "l1", "schedule": "constant", "pruning_ratio": 0.3}, "set", {}),
+        ("mest", {"prune_score": "l1", "pruning_schedule": "constant", "pruning_ratio": 0.3}, "set", {}),
         ("granet", GRANET_AS_RIGL, "rigl", {"pruning_ratio": 0.5, "replace_step": False}),
         ("granet", {"pruning_ratio": 0.0, "allocation": "layer"}, "gmp", FROM_HALF),
         ("gmp", {"density_schedule": "constant"}, "static", {}),
-        ("prune_ofa", {"hidden_copy": False}, "gmp", {"update_every": 0.01, "last_step": 0.8}),
+        ("prune_ofa", {"hidden_copy": False}, "gmp", {"topology_update_every": 0.01, "topology_last_step": 0.8}),
         # Phases that never leave the final density.
         ("dynsparse", {"density_schedule": "0:0"}, "dynsparse", {}),
         ("snfs", {"allocation": "layer", "regrow_rule": "random"}, "dynsparse", {}),
@@ -211,7 +212,7 @@ def test_bad_density_schedules_are_errors(schedule: str, message: str) -> None:
         ({"final_sparsity": 0.9, "initial_sparsity": 0.1}, "Got final_sparsity=0.9 and initial_sparsity=0.1"),
         ({"final_sparsity": 0.9, "density_schedule": "constant"}, "Got 0.9 with density_schedule='constant'"),
         ({"final_sparsity": 0.5}, "Got 0.5 for a model with 144 active entries, where it leaves 288"),
-        ({"num_updates": 0}, "changes in topology updates only. Got density_schedule='cubic'"),
+        ({"num_topology_updates": 0}, "changes in topology updates only. Got density_schedule='cubic'"),
     ],
 )
 def test_bad_densities_are_errors(given: dict, message: str) -> None:
@@ -262,7 +263,7 @@ def test_the_initial_blocks_are_like_those_that_are_there() -> None:
     layer.reset_parameters(0.05, generator(1))
     old, values = layer.block_index.clone(), layer.values.detach().clone()
     optimizer = torch.optim.AdamW(model.parameters())
-    TopologyUpdater(model, optimizer, 10, 2, density_schedule="cubic", seed=3)
+    TopologyUpdater(model, optimizer, 10, num_topology_updates=2, density_schedule="cubic", seed=3)
     assert layer.nnzb == layer.num_blocks == 4096
     assert torch.equal(layer.block_index[: len(old)], old)
     assert torch.equal(layer.values[: len(old)], values)
@@ -272,7 +273,8 @@ def test_the_initial_blocks_are_like_those_that_are_there() -> None:
     again = nn.ModuleDict({"layer": BlockSparseLinear(256, 256, 4, sparsity=0.9)})
     again["layer"].reset_parameters(0.05, generator(1))
     torch.manual_seed(99)  # which plays no part
-    TopologyUpdater(again, torch.optim.AdamW(again.parameters()), 10, 2, density_schedule="cubic", seed=3)
+    optimizer = torch.optim.AdamW(again.parameters())
+    TopologyUpdater(again, optimizer, 10, num_topology_updates=2, density_schedule="cubic", seed=3)
     assert torch.equal(again["layer"].values, layer.values)
 
 
@@ -430,7 +432,7 @@ def test_layers_of_zeros_begin_with_zeros() -> None:
     model = Network()
     with torch.no_grad():
         model.layers["first"].values.zero_()
-    TopologyUpdater(model, torch.optim.SGD(model.parameters()), 10, 2, density_schedule="cubic")
+    TopologyUpdater(model, torch.optim.SGD(model.parameters()), 10, num_topology_updates=2, density_schedule="cubic")
     assert model.layers["first"].values.shape == (96, 2, 2)
     assert not model.layers["first"].values.any()
 
@@ -452,15 +454,15 @@ def test_a_resumed_updater_leaves_sizes_alone() -> None:
 
 # Where updates fall and the density changes: steps of updates, then the settings that say so; of 40 steps.
 WINDOWS = {
-    "to the half, frozen from 0.8 on": (range(2, 33, 2), {"update_every": 2}),
-    "by shares of the run": (range(4, 33, 4), {"update_every": 0.1}),
+    "to the half, frozen from 0.8 on": (range(2, 33, 2), {"topology_update_every": 2}),
+    "by shares of the run": (range(4, 33, 4), {"topology_update_every": 0.1}),
     "a late window": (
         range(6, 37, 3),
-        {"update_every": 3, "first_step": 0.1, "last_step": 0.9, "density_begin": 0.25},
+        {"topology_update_every": 3, "topology_first_step": 0.1, "topology_last_step": 0.9, "density_begin": 0.25},
     ),
-    "updates end inside of it": (range(3, 16, 3), {"update_every": 3, "last_step": 15}),
-    "the window ends between updates": (range(7, 29, 7), {"update_every": 7, "density_end": 0.6}),
-    "by their number": ((4, 11, 18, 25, 32), {"num_updates": 5, "first_step": 4}),
+    "updates end inside of it": (range(3, 16, 3), {"topology_update_every": 3, "topology_last_step": 15}),
+    "the window ends between updates": (range(7, 29, 7), {"topology_update_every": 7, "density_end": 0.6}),
+    "by their number": ((4, 11, 18, 25, 32), {"num_topology_updates": 5, "topology_first_step": 4}),
 }
 
 
@@ -472,7 +474,7 @@ def test_a_model_is_pruned_to_its_final_sparsity_exactly(block_size: int | tuple
     grids = {"a": (16 // rows, 24 // columns), "b": (12 // rows, 16 // columns)}
     model = nn.ModuleDict({name: make_layer(grid, block_size, grid[0] * grid[1]) for name, grid in grids.items()})
     before = {name: layer.values.detach().clone() for name, layer in model.items()}
-    settings = method_settings("prune_ofa", {"final_sparsity": 0.85, **given})
+    settings = asdict(TopologySettings(method="prune_ofa", final_sparsity=0.85, **given))
     updater = TopologyUpdater(model, torch.optim.AdamW(model.parameters()), STEPS, **settings)
     assert updater.update_steps == tuple(steps)
     begin, end = settings["density_begin"], settings["density_end"]
@@ -491,7 +493,7 @@ def test_a_model_is_pruned_to_its_final_sparsity_exactly(block_size: int | tuple
 def test_a_sparse_model_is_pruned_further_by_its_distribution() -> None:
     """From its own density, layer by layer, to that of an ERK; a resumed run goes the same way."""
     model = Network()
-    given = {"final_sparsity": 0.9, "update_every": 4, "hidden_copy": False}
+    given = {"final_sparsity": 0.9, "topology_update_every": 4, "hidden_copy": False}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     settings = {**settings_of("prune_ofa", **given), "distribution": "erk"}
     updater = TopologyUpdater(model, optimizer, STEPS, **settings)

@@ -54,7 +54,7 @@ def regrown_columns(rule: str, block_size: int, outlier: float) -> list[int]:
     layer.reset_parameters(generator=generator())
     before = set(layer.block_index.tolist())
     updater = TopologyUpdater(
-        layer, torch.optim.SGD(layer.parameters()), total_steps=2, num_updates=1, regrow_rule=rule
+        layer, torch.optim.SGD(layer.parameters()), total_steps=2, num_topology_updates=1, regrow_rule=rule
     )
     input = torch.randn(64, layer.in_features, generator=generator(1))
     input[:, 2 * block_size] *= outlier
@@ -144,7 +144,7 @@ def test_a_dense_gradient_is_collected_only_where_it_is_needed(prune_score: str,
         layer,
         torch.optim.SGD(layer.parameters()),
         total_steps=2,
-        num_updates=1,
+        num_topology_updates=1,
         prune_score=prune_score,
         regrow_rule=regrow_rule,
     )
@@ -191,7 +191,7 @@ def test_a_run_with_values_for_new_blocks_can_be_repeated() -> None:
     for _ in range(2):
         model = nn.ModuleDict({"a": make_layer((8, 8), 2, 10), "b": make_layer((8, 8), 2, 10)})
         optimizer = torch.optim.SGD(model.parameters())
-        updater = TopologyUpdater(model, optimizer, total_steps=3, num_updates=2, regrow_std=0.1)
+        updater = TopologyUpdater(model, optimizer, total_steps=3, num_topology_updates=2, regrow_std=0.1)
         reports = [updater.step(step) for step in (1, 2)]
         assert all(report is not None for report in reports)
         runs.append(model)
@@ -204,4 +204,4 @@ def test_a_negative_standard_deviation_is_an_error() -> None:
     layer = make_layer()
     for std in (-0.1, float("nan")):
         with pytest.raises(ValueError, match=rf"`regrow_std` .* must not be negative\. Got {std}\. 0 starts"):
-            TopologyUpdater(layer, torch.optim.SGD(layer.parameters()), 2, num_updates=1, regrow_std=std)
+            TopologyUpdater(layer, torch.optim.SGD(layer.parameters()), 2, num_topology_updates=1, regrow_std=std)

@@ -5,8 +5,8 @@ import torch
 from helpers import generator
 
 from hf_dynsparse.topology import PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics
+from hf_dynsparse.topology.counts import replaced_count
 from hf_dynsparse.topology.scores import resolve_score, select_highest
-from hf_dynsparse.topology.update import replaced_count
 
 
 BLOCKS = torch.tensor([[[1.0, -1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, -2.5]], [[1.25, 0.0], [-1.25, 0.5]]])

@@ -8,8 +8,8 @@ from helpers import COVERAGE_ATOL, SCORES_AND_RULES, cosine_ratio, generator, ma
 
 from hf_dynsparse import BlockSparseLinear, prune_regrow_
 from hf_dynsparse.optim.moments import check_optimizer_state
-from hf_dynsparse.topology import REGROW_RULES, LayerUpdate, block_ages, dof_coverage, ever_active, track_exploration_
-from hf_dynsparse.topology.update import replaced_count
+from hf_dynsparse.topology import REGROW_RULES, LayerUpdate, block_ages, dof_coverage, ever_active, track_
+from hf_dynsparse.topology.counts import replaced_count
 
 
 pytestmark = pytest.mark.usefixtures("deterministic")
@@ -235,7 +235,7 @@ def test_coverage_of_a_run_is_the_closed_form(num_updates: int, readmit: bool) -
     layer = BlockSparseLinear(512, 512, block_size=1, sparsity=0.9)
     density, missed = layer.nnzb / layer.num_blocks, 1 - layer.nnzb / layer.num_blocks
     layer.reset_parameters(generator=generator(1))
-    track_exploration_(layer)
+    track_(layer)
     for update in range(num_updates):
         with torch.no_grad():  # as if training had made old and new weights alike
             layer.values.normal_(generator=generator(1000 + update))

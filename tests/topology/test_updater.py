@@ -63,7 +63,7 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.T
 
 def test_reports_come_at_update_steps_only() -> None:
     model = Network()
-    reports = run(model, num_updates=3)
+    reports = run(model, num_topology_updates=3)
     assert [step for step, report in enumerate(reports, start=1) if report] == [3, 6, 9]
     first, second, third = filter(None, reports)
     assert [report.update for report in (first, second, third)] == [0, 1, 2]
@@ -81,7 +81,7 @@ def test_reports_come_at_update_steps_only() -> None:
 def test_newborn_share_by_hand() -> None:
     model = Network()
     updater = TopologyUpdater(
-        model, torch.optim.SGD(model.parameters()), total_steps=3, num_updates=2, schedule="constant"
+        model, torch.optim.SGD(model.parameters()), 3, num_topology_updates=2, pruning_schedule="constant"
     )
     assert updater.step(1).newborn_share == 0.0
     # Nothing trains: the zeros of the first update are the lowest of the second.
@@ -92,7 +92,7 @@ def test_newborn_share_by_hand() -> None:
 def test_the_same_seed_gives_the_same_run(regrow_rule: str) -> None:
     models = [Network(), Network(), Network(swap=True), Network()]
     for model, seed in zip(models, (3, 3, 3, 4), strict=True):
-        run(model, num_updates=4, regrow_rule=regrow_rule, seed=seed)
+        run(model, num_topology_updates=4, regrow_rule=regrow_rule, seed=seed)
     assert indices(models[0]) == indices(models[1])
     assert indices(models[0]) == indices(models[2])  # the order of the layers does not matter
     assert all(torch.equal(*pair) for pair in zip(*(model.parameters() for model in models[:2]), strict=True))
@@ -104,14 +104,14 @@ def test_the_global_generator_is_neither_read_nor_moved() -> None:
     for seed, model in enumerate(models):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        run(model, num_updates=4)
+        run(model, num_topology_updates=4)
         assert torch.equal(torch.get_rng_state(), state)
     assert indices(models[0]) == indices(models[1])
 
 
 def test_layers_of_equal_shape_draw_differently() -> None:
     model = nn.ModuleDict({"a": make_layer((20, 20), 1, 40), "b": make_layer((20, 20), 1, 40)})
-    updater = TopologyUpdater(model, torch.optim.SGD(model.parameters()), total_steps=2, num_updates=1)
+    updater = TopologyUpdater(model, torch.optim.SGD(model.parameters()), total_steps=2, num_topology_updates=1)
     assert torch.equal(model["a"].block_index, model["b"].block_index)
     updater.step(1)
     assert not torch.equal(model["a"].block_index, model["b"].block_index)
@@ -121,12 +121,12 @@ def test_a_resumed_run_repeats_the_draws() -> None:
     whole, parts = Network(), Network()
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (whole, parts)]
     updaters = [
-        TopologyUpdater(model, optimizer, total_steps=12, num_updates=5, regrow_rule="gradient")
+        TopologyUpdater(model, optimizer, 12, num_topology_updates=5, regrow_rule="gradient")
         for model, optimizer in zip((whole, parts), optimizers, strict=True)
     ]
     for step in range(1, 12):
         if step in (4, 6):  # stop and resume: a new updater that has seen nothing
-            updaters[1] = TopologyUpdater(parts, optimizers[1], total_steps=12, num_updates=5, regrow_rule="gradient")
+            updaters[1] = TopologyUpdater(parts, optimizers[1], 12, num_topology_updates=5, regrow_rule="gradient")
             updaters[1].prepare(step)
         for model, optimizer, updater in zip((whole, parts), optimizers, updaters, strict=True):
             model(batch(step)).square().mean().backward()
@@ -144,7 +144,7 @@ def test_no_dense_gradient_where_nothing_needs_it(regrow_rule: str, monkeypatch:
     monkeypatch.setattr(DenseGradientProbe, "__init__", refuse)
     model = Network()
     updater = TopologyUpdater(
-        model, torch.optim.SGD(model.parameters()), total_steps=6, update_every=1, regrow_rule=regrow_rule
+        model, torch.optim.SGD(model.parameters()), total_steps=6, topology_update_every=1, regrow_rule=regrow_rule
     )
     for step in range(1, 7):
         assert updater._probe is None
@@ -163,8 +163,8 @@ def test_a_topology_that_churns_in_place_is_told_once(
         model,
         torch.optim.SGD(model.parameters()),
         total_steps=6,
-        update_every=1,
-        schedule="constant",
+        topology_update_every=1,
+        pruning_schedule="constant",
         pruning_ratio=0.3,
         prune_score=prune_score,
     )
@@ -179,7 +179,7 @@ def test_a_topology_that_churns_in_place_is_told_once(
 def test_the_dense_gradient_is_collected_at_update_steps_only() -> None:
     model = Network()
     updater = TopologyUpdater(
-        model, torch.optim.SGD(model.parameters()), total_steps=6, update_every=2, regrow_rule="gradient"
+        model, torch.optim.SGD(model.parameters()), total_steps=6, topology_update_every=2, regrow_rule="gradient"
     )
     for step in range(1, 7):
         observed = [layer.block_index in _observers for layer in model.layers.values()]
@@ -190,7 +190,7 @@ def test_the_dense_gradient_is_collected_at_update_steps_only() -> None:
 
 def observed_update(model: Network) -> TopologyUpdater:
     """An updater that collects the dense gradient for the update after the first step."""
-    settings = {"total_steps": 6, "update_every": 1, "regrow_rule": "gradient"}
+    settings = {"total_steps": 6, "topology_update_every": 1, "regrow_rule": "gradient"}
     return TopologyUpdater(model, torch.optim.SGD(model.parameters()), **settings)
 
 
@@ -284,7 +284,7 @@ def test_gradient_regrow_takes_the_largest_over_micro_batches(block_size: int) -
     model = Network(block_size)
     batches = [torch.randn(5, model.layers["first"].in_features, generator=generator(seed)) for seed in range(3)]
     updater = TopologyUpdater(
-        model, torch.optim.SGD(model.parameters()), total_steps=2, num_updates=1, regrow_rule="gradient"
+        model, torch.optim.SGD(model.parameters()), total_steps=2, num_topology_updates=1, regrow_rule="gradient"
     )
     before = indices(model)
     expected = dense_gradients(model, batches)
@@ -303,7 +303,7 @@ def test_gradient_regrow_takes_the_largest_over_micro_batches(block_size: int) -
 def test_gradient_regrow_without_a_backward_pass_is_an_error() -> None:
     model = Network()
     updater = TopologyUpdater(
-        model, torch.optim.SGD(model.parameters()), total_steps=2, num_updates=1, regrow_rule="gradient"
+        model, torch.optim.SGD(model.parameters()), total_steps=2, num_topology_updates=1, regrow_rule="gradient"
     )
     with pytest.raises(RuntimeError, match="must see a backward pass .* Got none through BlockSparseLinear"):
         updater.step(1)
@@ -325,7 +325,7 @@ def test_an_update_that_sees_no_finite_number_is_skipped(
 ) -> None:
     model = Network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    updater = TopologyUpdater(model, optimizer, total_steps=4, num_updates=2, regrow_rule=regrow_rule)
+    updater = TopologyUpdater(model, optimizer, total_steps=4, num_topology_updates=2, regrow_rule=regrow_rule)
     for step in range(1, 4):
         optimizer.zero_grad()
         model(batch(step)).square().mean().backward()
@@ -349,7 +349,7 @@ def test_an_update_that_sees_no_finite_number_is_skipped(
 def test_an_update_whose_score_overflows_is_skipped_too(caplog: pytest.LogCaptureFixture) -> None:
     model = Network()
     optimizer = torch.optim.SGD(model.parameters())
-    updater = TopologyUpdater(model, optimizer, total_steps=2, num_updates=1, prune_score="l2")
+    updater = TopologyUpdater(model, optimizer, total_steps=2, num_topology_updates=1, prune_score="l2")
     with torch.no_grad():
         model.layers["second"].values[0] = 1e30  # finite, and its square is not
     before = snapshot(model, optimizer)
@@ -364,17 +364,17 @@ def test_layers_that_share_a_part_are_refused(part: str) -> None:
     setattr(model["b"], part, getattr(model["a"], part))
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(ValueError, match=f"of its own for topology updates. Got one `{part}` for `a` and `b`. To tie"):
-        TopologyUpdater(model, optimizer, total_steps=10, num_updates=1)
-    TopologyUpdater(model, optimizer, total_steps=10, num_updates=0)
+        TopologyUpdater(model, optimizer, total_steps=10, num_topology_updates=1)
+    TopologyUpdater(model, optimizer, total_steps=10, num_topology_updates=0)
     tied = nn.ModuleDict({"a": model["a"], "b": model["a"]})  # one module in two places is one layer
-    assert len(TopologyUpdater(tied, optimizer, total_steps=10, num_updates=1).layers) == 1
+    assert len(TopologyUpdater(tied, optimizer, total_steps=10, num_topology_updates=1).layers) == 1
 
 
 def test_unknown_optimizer_state_is_an_error_before_anything_changes() -> None:
     model = Network()
     optimizer = torch.optim.SGD(model.parameters())
     optimizer.state[model.layers["second"].values]["mixed"] = torch.zeros(3)
-    updater = TopologyUpdater(model, optimizer, total_steps=2, num_updates=1)
+    updater = TopologyUpdater(model, optimizer, total_steps=2, num_topology_updates=1)
     before = snapshot(model, optimizer)
     with pytest.raises(TypeError, match=r"Got 'mixed': torch.float32 of shape \(3,\) in SGD"):
         updater.step(1)
@@ -384,20 +384,20 @@ def test_unknown_optimizer_state_is_an_error_before_anything_changes() -> None:
 def test_no_updates_is_static() -> None:
     model = Network()
     before = indices(model)
-    assert run(model, num_updates=0) == [None] * 12
+    assert run(model, num_topology_updates=0) == [None] * 12
     assert indices(model) == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_updates": 1, "pruning_ratio": 1.5}, r"`pruning_ratio` .* Got 1.5"),
-        ({"num_updates": 1, "schedule": "sine"}, "`schedule` must be one of"),
-        ({"num_updates": 1, "prune_score": "l3"}, "`prune_score` must be one of .* Got 'l3'"),
-        ({"num_updates": 1, "regrow_rule": "l1"}, "`regrow_rule` must be one of"),
-        ({"num_updates": 10}, r"`num_updates` must lie in \[0, 9\]"),
+        ({"num_topology_updates": 1, "pruning_ratio": 1.5}, r"`pruning_ratio` .* Got 1.5"),
+        ({"num_topology_updates": 1, "pruning_schedule": "sine"}, "`pruning_schedule` must be one of"),
+        ({"num_topology_updates": 1, "prune_score": "l3"}, "`prune_score` must be one of .* Got 'l3'"),
+        ({"num_topology_updates": 1, "regrow_rule": "l1"}, "`regrow_rule` must be one of"),
+        ({"num_topology_updates": 10}, r"`num_topology_updates` must lie in \[0, 9\]"),
         ({}, "exactly one of"),
-        ({"num_updates": 1, "first_step": 0}, "Got first_step=0"),
+        ({"num_topology_updates": 1, "topology_first_step": 0}, "Got topology_first_step=0"),
     ],
 )
 def test_bad_arguments_are_errors(arguments: dict, message: str) -> None:
@@ -409,7 +409,7 @@ def test_bad_arguments_are_errors(arguments: dict, message: str) -> None:
 def test_a_model_without_sparse_layers_is_an_error() -> None:
     model = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="needs a model with `BlockSparseLinear` layers. Got none: build"):
-        TopologyUpdater(model, torch.optim.SGD(model.parameters()), total_steps=10, num_updates=1)
+        TopologyUpdater(model, torch.optim.SGD(model.parameters()), total_steps=10, num_topology_updates=1)
 
 
 def test_gradient_regrow_of_a_compiled_model() -> None:
@@ -417,7 +417,7 @@ def test_gradient_regrow_of_a_compiled_model() -> None:
     model, plain = Network(), Network()
     compiled = torch.compile(model, backend="aot_eager")
     updaters = [
-        TopologyUpdater(net, torch.optim.SGD(net.parameters()), total_steps=3, num_updates=1, regrow_rule="gradient")
+        TopologyUpdater(net, torch.optim.SGD(net.parameters()), 3, num_topology_updates=1, regrow_rule="gradient")
         for net in (compiled, plain)
     ]
     assert updaters[0].update_steps == (2,)  # compiled in step 1, when nobody looks
@@ -434,7 +434,13 @@ def test_patient_updates_remove_no_newborn_block() -> None:
         layer = make_layer((16, 16), 2, 128)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)  # new blocks stay zero
         updater = TopologyUpdater(
-            nn.Sequential(layer), optimizer, 10, 4, pruning_ratio=0.25, prune_score=score, schedule="constant"
+            nn.Sequential(layer),
+            optimizer,
+            10,
+            num_topology_updates=4,
+            pruning_ratio=0.25,
+            prune_score=score,
+            pruning_schedule="constant",
         )
         reports = [report for step in range(1, 11) if (report := updater.step(step)) is not None]
         shares[score] = [report.newborn_share for report in reports]

@@ -1,10 +1,10 @@
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_dynsparse import DynSparseTrainingArguments, TopologyCallback
-from hf_dynsparse.topology import METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, TopologySettings
+from hf_dynsparse.topology import METHODS, PRUNE_SCORES, REGROW_RULES, SCHEDULES, TopologyOptions, TopologySettings
 from hf_dynsparse.training.scripts import check_updates_fit
 
 
@@ -33,23 +33,40 @@ def test_defaults_are_the_paper(tmp_path):
     args = DynSparseTrainingArguments(output_dir=str(tmp_path))
     assert (args.adam_epsilon, args.weight_decay, args.adam_beta1, args.adam_beta2) == (1e-6, 0.01, 0.9, 0.999)
     settings = args.topology_settings()
-    assert (settings["pruning_ratio"], settings["prune_score"], settings["regrow_rule"]) == (0.5, "l1", "random")
-    assert (settings["schedule"], settings["readmit"], settings["group_lasso"]) == ("cosine", False, 0.0)
-    assert {**settings, "seed": 0} == {**asdict(TopologySettings()), "group_lasso": 0.0}
+    assert (settings.pruning_ratio, settings.prune_score, settings.regrow_rule) == (0.5, "l1", "random")
+    assert (settings.pruning_schedule, settings.readmit, args.group_lasso) == ("cosine", False, 0.0)
+    assert settings == TopologySettings(seed=42)
     assert args.get_warmup_steps(757_000) == pytest.approx(10_000, rel=0.001)
     assert args.lr_scheduler_type == "linear"
     # Each rank's topology is compared instead of overwritten.
     assert args.ddp_broadcast_buffers is False
 
 
-def test_settings_are_the_arguments_of_the_callback(tmp_path):
+def test_settings_are_those_of_the_callback(tmp_path):
     args = DynSparseTrainingArguments(
         output_dir=str(tmp_path), seed=7, pruning_schedule="linear", topology_last_step=9
     )
     settings = args.topology_settings()
-    assert settings.keys() == {*asdict(TopologySettings()), "group_lasso"}
-    assert (settings["seed"], settings["schedule"], settings["last_step"]) == (7, "linear", 9)
-    assert TopologyCallback(**settings).state()["args"] == settings
+    assert (settings.seed, settings.pruning_schedule, settings.topology_last_step) == (7, "linear", 9)
+    saved = TopologyCallback(settings, group_lasso=0.1).state()["args"]
+    assert saved == {**asdict(settings), "group_lasso": 0.1}
+    assert TopologyCallback(**saved).settings == settings
+
+
+def test_a_state_of_the_first_version_has_other_names():
+    old = {"num_updates": 3, "update_every": None, "first_step": 2, "last_step": 9, "schedule": "linear", "seed": 7}
+    new = TopologySettings(
+        num_topology_updates=3, topology_first_step=2, topology_last_step=9, pruning_schedule="linear", seed=7
+    )
+    assert TopologyCallback(**old).settings == new
+    TopologyCallback(new).check_settings({"args": old})
+    with pytest.raises(ValueError, match=r"Got topology_last_step: None \(checkpoint: 9\)"):
+        TopologyCallback(new, topology_last_step=None).check_settings({"args": old})
+
+
+def test_help_stands_beside_every_option():
+    own = {option.name: option for option in fields(DynSparseTrainingArguments)}
+    assert all(own[option.name].metadata["help"] for option in fields(TopologyOptions))
 
 
 def test_command_line():
@@ -61,7 +78,7 @@ def test_command_line():
         ["--output_dir", "x", "--method", "rigl", "--replace_step", "false", "--pruning_ratio", "0.2"]
     )
     settings = rigl.topology_settings()
-    assert (settings["readmit"], settings["replace_step"], settings["pruning_ratio"]) == (True, False, 0.2)
+    assert (settings.readmit, settings.replace_step, settings.pruning_ratio) == (True, False, 0.2)
     assert isinstance(args, TrainingArguments)
 
 
@@ -86,25 +103,22 @@ def test_what_is_given_wins_over_the_method(tmp_path):
         return DynSparseTrainingArguments(output_dir=str(tmp_path), **arguments).topology_settings()
 
     rigl, changed = settings(method="rigl"), settings(method="rigl", pruning_ratio=0.5, readmit=False)
-    assert (rigl["regrow_rule"], rigl["readmit"], rigl["replace_step"], rigl["last_step"]) == (
-        "gradient",
-        True,
-        True,
-        0.75,
-    )
-    assert changed == {**rigl, "pruning_ratio": 0.5, "readmit": False}
-    assert settings(method="itop")["update_every"] == 0.05
+    assert (rigl.regrow_rule, rigl.readmit, rigl.replace_step) == ("gradient", True, True)
+    assert rigl.topology_last_step == 0.75
+    assert changed == replace(rigl, pruning_ratio=0.5, readmit=False)
+    assert settings(method="itop").topology_update_every == 0.05
     # A number of updates takes the place of the preset's interval, and an interval that of its number.
     both = settings(method="itop", num_topology_updates=7)
-    assert (both["num_updates"], both["update_every"]) == (7, None)
+    assert (both.num_topology_updates, both.topology_update_every) == (7, None)
     both = settings(method="static", topology_update_every=0.1)
-    assert (both["num_updates"], both["update_every"]) == (None, 0.1)
+    assert (both.num_topology_updates, both.topology_update_every) == (None, 0.1)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_sets_what_the_callback_takes(tmp_path, method):
-    settings = DynSparseTrainingArguments(output_dir=str(tmp_path), method=method).topology_settings()
-    assert TopologyCallback(**settings).state()["args"] == settings
+def test_settings_of_every_method_are_complete(method):
+    """What they amount to, given explicitly, amounts to the same."""
+    settings = TopologySettings(method=method)
+    assert replace(settings) == settings == TopologyCallback(**TopologyCallback(settings).state()["args"]).settings
 
 
 @pytest.mark.parametrize(
@@ -123,5 +137,5 @@ def test_errors_name_arguments_that_exist(tmp_path, given, error):
 
 def test_errors_about_steps_name_arguments_that_exist(tmp_path):
     args = DynSparseTrainingArguments(output_dir=str(tmp_path), topology_update_every=1, topology_first_step=40)
-    with pytest.raises(ValueError, match=r"1 <= first_step .* Got topology_first_step=40, topology_last_step=None"):
+    with pytest.raises(ValueError, match=r"Got topology_first_step=40, topology_last_step=None"):
         check_updates_fit(args, 30)

@@ -103,10 +103,10 @@ def test_what_each_mode_does_to_the_topology(tmp_path, mode):
 def test_gradual_takes_the_method_of_prune_once_for_all(tmp_path):
     args = arguments(tmp_path, finetune_mode="gradual")
     settings = args.topology_settings()
-    assert (args.method, settings["pruning_ratio"], settings["hidden_copy"]) == ("prune_ofa", 0.0, True)
+    assert (args.method, settings.pruning_ratio, settings.hidden_copy) == ("prune_ofa", 0.0, True)
     assert arguments(tmp_path, finetune_mode="gradual", method="gmp").method == "gmp"
     set_final_sparsity_(args, 0.9)
-    assert args.topology_settings()["final_sparsity"] == 0.9
+    assert args.topology_settings().final_sparsity == 0.9
     with pytest.raises(ValueError, match="Got sparsity=0.8 and final_sparsity=0.9"):
         set_final_sparsity_(args, 0.8)
     with pytest.raises(ValueError, match="Got sparsity=None and final_sparsity=None"):

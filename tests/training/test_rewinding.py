@@ -6,7 +6,7 @@ import pytest
 from toy import toy_arguments, toy_config, toy_model, toy_trainer
 
 from hf_dynsparse.models.auto import every_block
-from hf_dynsparse.topology import method_settings, update_steps
+from hf_dynsparse.topology import TopologySettings, update_steps
 from hf_dynsparse.training.rewinding import rewinding, rewound_multiplier
 
 
@@ -83,15 +83,15 @@ def test_what_cannot_be_rewound(tmp_path: Path, given: dict, message: str) -> No
 
 
 def test_rewinds_fall_on_updates() -> None:
-    settings = {**method_settings("prune_ofa", {"density_begin": 0.22, "density_end": 0.6}), "update_every": 7}
+    settings = TopologySettings(method="prune_ofa", topology_update_every=7, density_begin=0.22, density_end=0.6)
     multiplier = rewinding(settings, 100, 5)
     rises = [step for step in range(6, 101) if multiplier(step) > multiplier(step - 1)]
-    updates = update_steps(100, update_every=7)
+    updates = update_steps(100, topology_update_every=7)
     assert rises == [step for step in updates if 22 <= step < 60] + [60]  # at its end the window is left as it began
     assert multiplier(60) == multiplier(21) == pytest.approx(40 / 56)
 
 
 def test_a_window_that_leaves_nothing_to_decay_over() -> None:
-    settings = method_settings("prune_ofa", {"density_end": 1.0})
+    settings = TopologySettings(method="prune_ofa", density_end=1.0)
     with pytest.raises(ValueError, match="Got 50 steps, a window from 0 to 50 and 0 steps of warm-up"):
         rewinding(settings, 50, 0)

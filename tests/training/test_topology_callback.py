@@ -96,7 +96,7 @@ def test_callbacks_that_are_made_anew_on_resume_serve_as_the_first(tmp_path: Pat
 def test_a_stock_trainer_that_makes_its_callbacks_anew_keeps_the_history_in_step(tmp_path: Path) -> None:
     for restore, resume in ((False, None), (True, str(tmp_path / "checkpoint-4"))):
         settings = {"restore_callback_states_from_checkpoint": restore, **SAVING}
-        trainer = stock_trainer(tmp_path, TopologyCallback(3), **settings)
+        trainer = stock_trainer(tmp_path, TopologyCallback(num_topology_updates=3), **settings)
         trainer.add_callback(TopologyHistory(trainer))
         trainer.train(resume_from_checkpoint=resume)
         assert [frame.step for frame in read_history(tmp_path)] == [0, 3, 6, 9]
@@ -199,7 +199,7 @@ def test_a_run_leaves_nothing_behind_however_it_ends(
 
 
 def test_a_stock_run_that_stops_early_observes_nothing_any_more(tmp_path: Path) -> None:
-    trainer = stock_trainer(tmp_path, TopologyCallback(3, regrow_rule="gradient"), End(None))
+    trainer = stock_trainer(tmp_path, TopologyCallback(num_topology_updates=3, regrow_rule="gradient"), End(None))
     trainer.train()
     assert trainer.state.global_step == 2
     assert not _observers
@@ -207,7 +207,7 @@ def test_a_stock_run_that_stops_early_observes_nothing_any_more(tmp_path: Path) 
 
 def test_an_interrupted_stock_run_observes_nothing_once_it_is_dropped_or_told_to_end(tmp_path: Path) -> None:
     for drop in (True, False):
-        callback = TopologyCallback(3, regrow_rule="gradient")
+        callback = TopologyCallback(num_topology_updates=3, regrow_rule="gradient")
         trainer = stock_trainer(tmp_path, callback, End(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
@@ -225,7 +225,7 @@ def test_the_log_of_a_stock_trainer_has_the_metrics(tmp_path: Path, caplog: pyte
     settings = {"seeded_dropout": False, "logging_steps": 2}
     with caplog.at_level(logging.INFO, "hf_dynsparse"):
         how = toy_arguments(tmp_path, **settings).topology_settings()
-        stock = stock_trainer(tmp_path / "stock", TopologyCallback(**how), **settings)
+        stock = stock_trainer(tmp_path / "stock", TopologyCallback(how, group_lasso=0.1), **settings)
         stock.add_callback(EpochCallback(stock.data_collator))
         stock.train()
     assert [record.message[:34] for record in caplog.records if record.name.endswith("callbacks.topology")] == [
@@ -248,7 +248,7 @@ def test_the_log_of_a_search_in_a_stock_trainer_has_its_metrics(tmp_path: Path) 
 @pytest.mark.parametrize("make", [stock_trainer, own_trainer])
 @pytest.mark.parametrize("removed", [True, False])
 def test_a_model_that_is_saved_untrained_or_without_updates_is_plain(tmp_path: Path, make: Any, removed: bool) -> None:
-    trainer = make(tmp_path, TopologyCallback(3))
+    trainer = make(tmp_path, TopologyCallback(num_topology_updates=3))
     if removed:
         trainer.remove_callback(TopologyCallback)
         trainer.args.max_steps = 2
@@ -260,9 +260,11 @@ def test_a_model_that_is_saved_untrained_or_without_updates_is_plain(tmp_path: P
 
 
 def test_a_stock_trainer_resumes_what_was_recorded(tmp_path: Path) -> None:
-    straight = stock_trainer(tmp_path / "straight", callback := TopologyCallback(3), **SAVING)
+    straight = stock_trainer(tmp_path / "straight", callback := TopologyCallback(num_topology_updates=3), **SAVING)
     straight.train()
-    resumed = stock_trainer(tmp_path / "resumed", other := TopologyCallback(3), model=toy_model(seed=1), **SAVING)
+    resumed = stock_trainer(
+        tmp_path / "resumed", other := TopologyCallback(callback.settings), model=toy_model(seed=1), **SAVING
+    )
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-8"))
     assert other.metrics == callback.metrics
     assert all(torch.equal(ever, other.ever_active[name]) for name, ever in callback.ever_active.items())

@@ -112,7 +112,7 @@ def test_stock_trainer_with_the_callback_is_the_same_run(tmp_path):
     ours = toy_trainer(tmp_path / "ours", toy_model(hidden_dropout_prob=0.1), **settings)
     ours.train()
     args = toy_arguments(tmp_path / "stock", **settings)
-    callback, collator = TopologyCallback(**args.topology_settings()), toy_collator()
+    callback, collator = TopologyCallback(args.topology_settings(), group_lasso=args.group_lasso), toy_collator()
     stock = Trainer(
         toy_model(hidden_dropout_prob=0.1),
         args,
@@ -192,7 +192,7 @@ def test_model_init_is_refused_aloud(tmp_path):
 
 
 def test_a_callback_of_ones_own_is_not_doubled(tmp_path):
-    own = TopologyCallback(update_every=5, regrow_rule="unfired")
+    own = TopologyCallback(topology_update_every=5, regrow_rule="unfired")
     trainer = DynSparseTrainer(
         toy_model(),
         toy_arguments(tmp_path),
@@ -207,7 +207,7 @@ def test_a_callback_of_ones_own_is_not_doubled(tmp_path):
 
 
 def test_too_many_updates(tmp_path):
-    with pytest.raises(ValueError, match=r"`num_updates` must lie in \[0, 11\] for 12 steps.*Got 12"):
+    with pytest.raises(ValueError, match=r"`num_topology_updates` must lie in \[0, 11\] for 12 steps.*Got 12"):
         toy_trainer(tmp_path, num_topology_updates=12).train()
 
 

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether the model at hand is the one it holds."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, TrainerState
 from .._transformers import TRAINER_STATE_NAME
 from ..models.checksums import open_weights
 from ..models.density import sizes_of
-from ..nn.linear import TRAINING_BUFFERS, trainable_layers
+from ..nn.linear import TRAINING_BUFFER, trainable_layers
 from ..topology.resize import set_size_
 from .saving import last_checkpoint, weight_files
 
@@ -62,11 +63,10 @@ def check_same_model(model: PreTrainedModel, checkpoint: str | Path, resized: bo
         with open_weights(file) as weights:
             saved |= {name: weights.get_slice(name).get_shape() for name in list(weights.keys())}
     tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    # A run without these may be followed by one with them.
-    recorded = tuple(f".{name}" for name in TRAINING_BUFFERS)
     by_block = {f"{name}.{part}" for name in trainable_layers(model) for part in ("values", "block_index")}
     for name, tensor in model.state_dict().items():
-        if not saved or name in tied or name.endswith(recorded):
+        # A run that does not record something may be followed by one that does.
+        if not saved or name in tied or re.search(TRAINING_BUFFER, name):
             continue
         first = int(resized and name in by_block)
         if name not in saved or saved[name][first:] != list(tensor.shape[first:]):

@@ -15,8 +15,9 @@ from ..ops import Problem, block_sparse_linear, to_dense
 
 Layer = TypeVar("Layer", bound="LinearLayer")
 
-# Buffers that training adds to a sparse layer to record what it needs; a loaded model has no use for them.
-TRAINING_BUFFERS = ("ever_active", "active_since", "gradient_momentum", "hidden_values", "input_range")
+# The ends of names of buffers in which training records what it needs; a loaded model has no use for them. The first
+# are those of the first version; whatever is new begins with `recorded_`.
+TRAINING_BUFFER = r"\.(ever_active|active_since|gradient_momentum|hidden_values|input_range|recorded_\w+)$"
 
 # The parameter that a search for a ticket adds to output projections; a loaded model has no use for it either.
 SEARCH_GATES = "gates"

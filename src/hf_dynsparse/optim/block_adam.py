@@ -39,7 +39,7 @@ class BlockAdamW(torch.optim.AdamW):
     Example:
         ```python
         >>> optimizer = BlockAdamW(parameter_groups(model, weight_decay=0.01), lr=1e-3)
-        >>> updater = TopologyUpdater(model, optimizer, total_steps=1000, num_updates=80)
+        >>> updater = TopologyUpdater(model, optimizer, total_steps=1000, num_topology_updates=80)
         ```
     """
 

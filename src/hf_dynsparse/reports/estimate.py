@@ -13,7 +13,7 @@ from ..models.bert.configuration_dynsparse_bert import PRESETS, encoder_shapes
 from ..models.flops import flops_per_sequence
 from ..optim.groups import sparse_learning_rate
 from ..topology import default_num_updates, pruning_ratio_at, update_steps
-from ..topology.update import replaced_count
+from ..topology.counts import replaced_count
 from .layers import model_facts
 from .tables import plain_table
 
@@ -123,7 +123,7 @@ def estimate_run(
     batch_size: int | None = None,
     num_topology_updates: int | None = None,
     pruning_ratio: float = 0.5,
-    schedule: str = "cosine",
+    pruning_schedule: str = "cosine",
     readmit: bool = False,
     dense_learning_rate: float | None = None,
 ) -> RunEstimate:
@@ -137,7 +137,7 @@ def estimate_run(
             give its FLOPs.
         num_topology_updates (`int`, *optional*): as many as the Trainer would make by default: 80, or as many as leave
             100 steps between them.
-        pruning_ratio, schedule, readmit: see [`TopologyUpdater`]; regrowth is random.
+        pruning_ratio, pruning_schedule, readmit: see [`TopologyUpdater`]; regrowth is random.
         dense_learning_rate (`float`, *optional*): that of the dense twin. By default the best in the paper's sweeps,
             if they have a model of this size: mini, small, medium or base.
 
@@ -163,7 +163,7 @@ def estimate_run(
     shapes, sides, nnzb = encoder_shapes(config), config.block_shapes(), config.nnzb_per_layer()
     blocks = {name: prod(block_grid(shapes[name], sides[name])) for name in nnzb}
     size, index_bytes = model_facts(model), 4 * sum(nnzb.values())
-    updates = num_topology_updates, pruning_ratio, schedule, readmit
+    updates = num_topology_updates, pruning_ratio, pruning_schedule, readmit
     factor = sparse_learning_rate(1.0, config.sparsity)
     return RunEstimate(
         Footprint(size.parameters, index_bytes),
@@ -185,7 +185,7 @@ def expected_coverage(
     num_blocks: int,
     num_updates: int,
     pruning_ratio: float = 0.5,
-    schedule: str = "cosine",
+    pruning_schedule: str = "cosine",
     readmit: bool = False,
 ) -> float:
     """
@@ -195,12 +195,12 @@ def expected_coverage(
 
     Args:
         nnzb, num_blocks (`int`): active blocks, and positions a block can take.
-        num_updates, pruning_ratio, schedule, readmit: see [`TopologyUpdater`].
+        num_updates, pruning_ratio, pruning_schedule, readmit: see [`TopologyUpdater`].
     """
     free = num_blocks - nnzb
     missed = free / num_blocks
     for update in range(num_updates):
-        ratio = pruning_ratio_at(update, num_updates, pruning_ratio, schedule)
+        ratio = pruning_ratio_at(update, num_updates, pruning_ratio, pruning_schedule)
         replaced = replaced_count(ratio, nnzb, num_blocks, readmit)
         missed *= 1.0 - replaced / max(1, free + replaced * readmit)
     return 1.0 - missed

@@ -1,6 +1,7 @@
 """What a saved model holds, from the headers and block indices of its files alone: no weight is read."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..compress.int8.layers import Int8BlockSparseLinear
 from ..compress.int8.quantizer import int8_modules
 from ..files import check_object
 from ..models.bert.configuration_dynsparse_bert import count_units
-from ..nn.linear import TRAINING_BUFFERS, sparse_layers
+from ..nn.linear import TRAINING_BUFFER, sparse_layers
 from .layers import WEIGHT_LEAVES, LayerFacts, SparseTotals
 from .tables import plain_table
 
@@ -275,8 +276,9 @@ def _check_described(model: PreTrainedModel, places: dict[str, Place], source: s
 def _saved_layer(
     name: str, shape: tuple[int, int], places: dict[str, Place], saved: dict[str, bytes], source: str
 ) -> SavedLayer:
-    leaves = ("values", "block_index", *TRAINING_BUFFERS)
-    here = {leaf: places[f"{name}.{leaf}"] for leaf in leaves if f"{name}.{leaf}" in places}
+    recorded = [key for key in places if key.startswith(f"{name}.") and re.search(TRAINING_BUFFER, key)]
+    keys = [key for key in (f"{name}.values", f"{name}.block_index", *recorded) if key in places]
+    here = {key.removeprefix(f"{name}."): places[key] for key in keys}
     values, index = here.get("values"), here.get("block_index")
     if (
         values is None

@@ -2,12 +2,16 @@
 
 from .allocation import ALLOCATIONS
 from .averaging import TopologyAverage
-from .exploration import block_ages, dof_coverage, ever_active, track_exploration_
+from .context import UpdateContext
+from .exploration import block_ages, dof_coverage, ever_active
+from .methods import METHODS, Method
+from .records import track_, untrack_
+from .registry import register_method, register_regrow_rule, register_score
 from .report import TopologyReport
 from .schedules import DENSITY_SCHEDULES, SCHEDULES, default_num_updates, density_share, pruning_ratio_at, update_steps
 from .scores import PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics, Score
-from .settings import METHODS, Method, TopologySettings, method_settings
-from .update import LayerUpdate, prune_regrow_
+from .settings import TopologyOptions, TopologySettings
+from .update import LayerUpdate, Replacement, prune_regrow_
 from .updater import TopologyUpdater
 
 
@@ -22,19 +26,25 @@ __all__ = [
     "BlockStatistics",
     "LayerUpdate",
     "Method",
+    "Replacement",
     "Score",
     "TopologyAverage",
+    "TopologyOptions",
     "TopologyReport",
     "TopologySettings",
     "TopologyUpdater",
+    "UpdateContext",
     "block_ages",
     "default_num_updates",
     "density_share",
     "dof_coverage",
     "ever_active",
-    "method_settings",
     "prune_regrow_",
     "pruning_ratio_at",
-    "track_exploration_",
+    "register_method",
+    "register_regrow_rule",
+    "register_score",
+    "track_",
+    "untrack_",
     "update_steps",
 ]

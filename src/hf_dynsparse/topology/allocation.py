@@ -1,83 +1,36 @@
 """How many active blocks each layer is to have: as scheduled for each, or a total shared out by what they hold."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..blocks.distributions import DISTRIBUTIONS
-from ..blocks.sizes import count_active_blocks
-from ..nn.linear import BlockSparseLinear
-from .exploration import mean_momentum
+from .counts import Layers, block_entries, count_entries, replaced_count
+from .records import mean_momentum
 from .scores import select_highest
-from .update import replaced_count
 
 
-Layers = Mapping[str, BlockSparseLinear]
+if TYPE_CHECKING:
+    from .context import UpdateContext
 
-ALLOCATIONS = ("layer", "global", "momentum")
 
-
-class DensityPath:
+@dataclass(frozen=True)
+class Allocation:
     """
-    Active blocks of each layer on the way from an initial density to a final one.
+    How the active blocks of a model are shared out between its layers.
 
     Args:
-        initial, final (`Mapping[str, float]`): sparsity of each layer at the ends.
+        targets (`Callable[[UpdateContext], dict[str, int]]`): active blocks of each layer after an update.
+        needs (`frozenset[str]`): statistics and records that it looks at; see [`Method`].
+        shrink_counts (`bool`): whether what a layer loses to others counts as replaced, instead of being pruned beside
+            it.
     """
 
-    def __init__(self, layers: Layers, initial: Mapping[str, float], final: Mapping[str, float]) -> None:
-        self._ends = {name: (layer.num_blocks, initial[name], final[name]) for name, layer in layers.items()}
-
-    @classmethod
-    def to_model(cls, layers: Layers, nnzb: Mapping[str, int], initial_sparsity: float) -> "DensityPath":
-        """
-        From `initial_sparsity` to the `nnzb` active blocks of a model. On the way the sparsity of every layer is the
-        same multiple of its final one, so that the whole model has what the schedule says.
-        """
-        positions = sum(layer.in_features * layer.out_features for layer in layers.values())
-        end = 1.0 - count_entries(layers, nnzb) / positions
-        final = {name: 1.0 - nnzb[name] / layer.num_blocks for name, layer in layers.items()}
-        initial = {name: initial_sparsity * own / end if end else initial_sparsity for name, own in final.items()}
-        return cls(layers, initial, final)
-
-    @classmethod
-    def from_model(
-        cls, layers: Layers, nnzb: Mapping[str, int], final_sparsity: float, distribution: str
-    ) -> "DensityPath":
-        """
-        From the `nnzb` active blocks of a model to `final_sparsity`, spread over its layers by `distribution`.
-
-        Raises:
-            ValueError: if the model has fewer blocks than it is to end with.
-        """
-        shapes = {name: layer.shape for name, layer in layers.items()}
-        densities = DISTRIBUTIONS[distribution](shapes, 1.0 - final_sparsity)
-        initial = {name: 1.0 - nnzb[name] / layer.num_blocks for name, layer in layers.items()}
-        path = cls(layers, initial, {name: 1.0 - density for name, density in densities.items()})
-        begin, end = count_entries(layers, nnzb), count_entries(layers, path.at(0.0))
-        if end >= begin + largest_block(layers):  # a run before this one may have left it a block short
-            raise ValueError(
-                f"A run prunes from the model's sparsity to `final_sparsity`. Got {final_sparsity} for a model with "
-                f"{begin:,} active entries, where it leaves {end:,}. Start from a denser model: all blocks of a "
-                "trained dense one, for example."
-            )
-        return path
-
-    def at(self, share: float) -> dict[str, int]:
-        """
-        Active blocks of each layer at a share of the way back from the final density (0) to the initial one (1):
-        `count_active_blocks` of `s_final + (s_initial - s_final) * share`.
-        """
-        return {
-            name: count_active_blocks(blocks, 1.0 - (final + (initial - final) * share))
-            for name, (blocks, initial, final) in self._ends.items()
-        }
-
-
-def count_entries(layers: Layers, nnzb: Mapping[str, int]) -> int:
-    """Active entries of `layers` with so many active blocks each."""
-    return sum(nnzb[name] * entries for name, entries in _block_entries(layers).items())
+    targets: "Callable[[UpdateContext], dict[str, int]]"
+    needs: frozenset[str] = frozenset()
+    shrink_counts: bool = False
 
 
 def allocate_globally(layers: Layers, total: int, scores: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -88,7 +41,7 @@ def allocate_globally(layers: Layers, total: int, scores: Mapping[str, torch.Ten
     Args:
         scores (`Mapping[str, torch.Tensor]`): of the active blocks of each layer, of shape `(nnzb,)`.
     """
-    counts, entries = {name: layer.nnzb for name, layer in layers.items()}, _block_entries(layers)
+    counts, entries = {name: layer.nnzb for name, layer in layers.items()}, block_entries(layers)
     missing = total - count_entries(layers, counts)
     if missing >= 0:
         free = {name: layer.num_blocks - layer.nnzb for name, layer in layers.items()}
@@ -124,7 +77,7 @@ def allocate_by_momentum(layers: Layers, total: int, pruning_ratio: float, readm
     shared out in proportion to the layers' mean gradient momentum (SNFS, arXiv:1907.04840, section 3). If that gives
     up too little, all give up more, in proportion to what they have left.
     """
-    entries = _block_entries(layers)
+    entries = block_entries(layers)
     left = {
         name: max(1, layer.nnzb - replaced_count(pruning_ratio, layer.nnzb, layer.num_blocks, readmit))
         for name, layer in layers.items()
@@ -180,10 +133,18 @@ def share_out(
             rest -= count * entries[name]
 
 
-def largest_block(layers: Layers) -> int:
-    """Entries of the largest block of `layers`."""
-    return max(_block_entries(layers).values())
-
-
-def _block_entries(layers: Layers) -> dict[str, int]:
-    return {name: math.prod(layer.block_shape) for name, layer in layers.items()}
+ALLOCATIONS: dict[str, Allocation] = {
+    # As scheduled for each layer.
+    "layer": Allocation(lambda update: dict(update.scheduled)),
+    # Those of the highest prune scores of all layers stay (GraNet).
+    "global": Allocation(lambda update: allocate_globally(update.layers, update.budget, update.mean_prune_scores())),
+    # What is regrown is shared out by the mean gradient momentum of the layers: each prunes its share and regrows
+    # another (SNFS).
+    "momentum": Allocation(
+        lambda update: allocate_by_momentum(
+            update.layers, update.budget, update.pruning_ratio, update.settings.readmit
+        ),
+        frozenset({"momentum"}),
+        shrink_counts=True,
+    ),
+}

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from ..nn.linear import BlockSparseLinear, trainable_layers
-from .updater import untrack_layers_
+from .records import untrack_
 
 
 class TopologyAverage(AveragedModel):
@@ -48,7 +48,8 @@ class TopologyAverage(AveragedModel):
                 "Average in one process or under DDP."
             )
         super().__init__(model, *args, **kwargs)
-        untrack_layers_(trainable_layers(self.module).values())
+        for layer in trainable_layers(self.module).values():
+            untrack_(layer)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:

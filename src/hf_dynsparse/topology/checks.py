@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..nn.shards import local_rows
-from .allocation import Layers
+from .counts import Layers
 
 
 def check_updatable(layers: Layers, optimizer: torch.optim.Optimizer) -> None:

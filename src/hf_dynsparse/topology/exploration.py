@@ -8,50 +8,36 @@ from collections.abc import Iterable
 import torch
 
 from ..nn.linear import BlockSparseLinear
-from .dense_gradient import DenseGradientProbe
-
-
-# Share of the old mean that stays at each step (arXiv:1907.04840 takes the optimiser's, 0.9).
-SMOOTHING = 0.9
 
 
 _BITS = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
 _ONES = torch.tensor([value.bit_count() for value in range(256)])
 
 
-def track_exploration_(layer: BlockSparseLinear) -> None:
-    """
-    Begin to record: adds the buffers `ever_active` (`torch.uint8` of shape `(ceil(blocks / 8),)`, one bit a
-    position) and `active_since` (`torch.int32` of shape `(nnzb,)`, the number of updates done when the block of this
-    slot was activated). The active blocks of the moment are the start.
-    """
-    index = layer.block_index
-    empty = torch.zeros(-(-layer.num_blocks // 8), dtype=torch.uint8, device=index.device)
-    layer.register_buffer("ever_active", empty)
-    layer.register_buffer("active_since", torch.zeros_like(index))
-    record_active_(layer, index, torch.arange(layer.nnzb, device=index.device), 0)
-
-
-def untrack_exploration_(layer: BlockSparseLinear) -> None:
-    """Take the buffers of `track_exploration_` away, if they are there."""
-    for name in ("ever_active", "active_since"):
-        layer._buffers.pop(name, None)
-
-
 def is_tracked(layer: BlockSparseLinear) -> bool:
-    """Whether `track_exploration_` was called on this layer."""
+    """Whether the layer records its exploration; see `hf_dynsparse.topology.records`."""
     return "ever_active" in layer._buffers
+
+
+def packed_map(layer: BlockSparseLinear) -> torch.Tensor:
+    """
+    The active blocks of the moment, one bit a position: `torch.uint8` of shape `(ceil(blocks / 8),)`.
+    """
+    packed = torch.zeros(-(-layer.num_blocks // 8), dtype=torch.uint8, device=layer.block_index.device)
+    return _set_bits_(packed, layer.block_index.long())
 
 
 def record_active_(layer: BlockSparseLinear, block_ids: torch.Tensor, slots: torch.Tensor, updates_done: int) -> None:
     """Record that the blocks `block_ids`, each at most once, became active in `slots`: both of shape `(count,)`."""
     _buffer(layer, "active_since")[slots] = updates_done
-    packed = _buffer(layer, "ever_active")
-    ids = block_ids.long()
+    _set_bits_(_buffer(layer, "ever_active"), block_ids.long())
+
+
+def _set_bits_(packed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     byte, bit = ids // 8, _BITS.to(ids.device)[ids % 8]
     unset = (packed[byte] & bit) == 0
     # Distinct unset bits of one byte add up to their union.
-    packed.index_put_((byte[unset],), bit[unset], accumulate=True)
+    return packed.index_put_((byte[unset],), bit[unset], accumulate=True)
 
 
 def ever_active(layer: BlockSparseLinear) -> torch.Tensor:
@@ -90,35 +76,5 @@ def block_ages(layer: BlockSparseLinear, updates_done: int) -> torch.Tensor:
 def _buffer(layer: BlockSparseLinear, name: str) -> torch.Tensor:
     buffer = layer._buffers.get(name)
     if buffer is None:
-        raise ValueError(f"The layer does not record its exploration. Call `track_exploration_(layer)` first: {layer}")
+        raise ValueError(f"The layer does not record its exploration. Call `track_(layer)` first: {layer}")
     return buffer
-
-
-def track_momentum_(layer: BlockSparseLinear) -> None:
-    """
-    Begin to average: adds the buffer `gradient_momentum` (`torch.float32` of shape `(block_rows * block_columns, rows,
-    columns)`, zero), which checkpoints keep and finished models do not.
-    """
-    zeros = torch.zeros(layer.num_blocks, *layer.block_shape, device=layer.block_index.device)
-    layer.register_buffer("gradient_momentum", zeros)
-
-
-def untrack_momentum_(layer: BlockSparseLinear) -> None:
-    """Take the buffer away, if it is there."""
-    layer._buffers.pop("gradient_momentum", None)
-
-
-def has_momentum(layer: BlockSparseLinear) -> bool:
-    """Whether `track_momentum_` was called on this layer."""
-    return "gradient_momentum" in layer._buffers
-
-
-@torch.no_grad()
-def add_to_momentum_(layer: BlockSparseLinear, probe: DenseGradientProbe) -> None:
-    """Take in the gradient of one step."""
-    layer.get_buffer("gradient_momentum").lerp_(probe.blocks(layer).float(), 1.0 - SMOOTHING)
-
-
-def mean_momentum(layer: BlockSparseLinear) -> float:
-    """Mean magnitude over the entries of active blocks."""
-    return float(layer.get_buffer("gradient_momentum")[layer.block_index.long()].abs().mean(dtype=torch.float64))

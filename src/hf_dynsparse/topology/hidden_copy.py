@@ -4,50 +4,28 @@ learned, as Prune Once for All does on a hidden dense weight (arXiv:2111.05754, 
 passes know nothing of it.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from ..nn.linear import BlockSparseLinear
 from .scores import SCORES, BlockStatistics, select_highest
 from .update import Replacement, finite
 
 
-def track_hidden_copy_(layer: BlockSparseLinear) -> None:
-    """
-    Begin to remember: adds the buffer `hidden_values` (of the dtype of the values, of shape `(block_rows *
-    block_columns, rows, columns)`, zero), which checkpoints keep and finished models do not.
-    """
-    values = layer.values.detach()
-    layer.register_buffer("hidden_values", values.new_zeros(layer.num_blocks, *layer.block_shape))
-
-
-def untrack_hidden_copy_(layer: BlockSparseLinear) -> None:
-    """Take the buffer away, if it is there."""
-    layer._buffers.pop("hidden_values", None)
-
-
-def has_hidden_copy(layer: BlockSparseLinear) -> bool:
-    """Whether `track_hidden_copy_` was called on this layer."""
-    return "hidden_values" in layer._buffers
+if TYPE_CHECKING:
+    from .context import UpdateContext
 
 
 @torch.no_grad()
-def remember_(layer: BlockSparseLinear, slots: torch.Tensor) -> None:
-    """Keep the values of the blocks in `slots` (`torch.int64` of shape `(count,)`), which are about to be pruned."""
-    layer.get_buffer("hidden_values")[layer.block_index[slots].long()] = layer.values[slots]
-
-
-@torch.no_grad()
-def choose_by_hidden_copy(layer: BlockSparseLinear, prune_score: str, nnzb: int) -> Replacement:
+def choose_by_hidden_copy(update: "UpdateContext", name: str, nnzb: int) -> Replacement:
     """
-    What leaves and what returns if the `nnzb` blocks of highest score, by active and by remembered values, are to be
-    active; changes nothing. A block that was never active counts as zero; ties go to active blocks.
-
-    Args:
-        prune_score (`str`): a key of `SCORES` that needs values alone.
+    What leaves and what returns if the `nnzb` blocks of highest prune score, by active and by remembered values, are
+    to be active; changes nothing. A block that was never active counts as zero; ties go to active blocks.
 
     Raises:
         FloatingPointError: if a score is not finite.
     """
+    layer, prune_score = update.layers[name], update.settings.prune_score
     index, hidden = layer.block_index.long(), layer.get_buffer("hidden_values")
     is_inactive = torch.ones(layer.num_blocks, dtype=torch.bool, device=index.device)
     is_inactive[index] = False

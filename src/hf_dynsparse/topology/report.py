@@ -1,13 +1,21 @@
 """What a topology update did to a whole model."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from ..nn.linear import BlockSparseLinear
 from .exploration import block_ages, dof_coverage
 from .update import LayerUpdate
+
+
+logger = logging.getLogger(__name__)
+
+# Above this newborn share an update undoes what the one before has done.
+CHURN = 0.9
 
 
 @dataclass(frozen=True)
@@ -50,3 +58,32 @@ def report_update(
         block_age=float(torch.stack(ages).mean()),
         layers=done,
     )
+
+
+class ChurnWarning:
+    """
+    Says once if two updates in a row removed hardly anything but what the update before them had brought.
+
+    Args:
+        prune_score (`str`): of the run.
+    """
+
+    def __init__(self, prune_score: str) -> None:
+        self._prune_score = prune_score
+        self._newborn_shares: list[float] = []
+
+    def look_at(self, report: TopologyReport) -> None:
+        """To be called with the report of every update."""
+        self._newborn_shares.append(report.newborn_share)
+        churns = [min(pair) > CHURN for pair in pairwise(self._newborn_shares)]
+        if churns and churns[-1] and sum(churns) == 1:
+            logger.warning(
+                "New blocks do not live: topology updates %d and %d removed hardly anything but what the update just "
+                "before had brought (newborn shares %.2f and %.2f): the topology churns in place. Give new blocks "
+                "more steps to grow: fewer updates, or a longer interval; or prune by 'weight_gradient' instead of "
+                "%r.",
+                report.update,
+                report.update + 1,
+                *self._newborn_shares[-2:],
+                self._prune_score,
+            )

@@ -8,6 +8,7 @@ import torch
 from ..nn.linear import BlockSparseLinear
 from ..optim.moments import check_optimizer_state, new_moments
 from .exploration import is_tracked, record_active_
+from .records import records_of
 
 
 # Standard deviation of a normal distribution that is cut at two of its own.
@@ -51,9 +52,10 @@ def resize_(
     for tensor, new in zip((layer.values, *moments), (values, *fresh), strict=True):
         tensor.data = torch.cat([tensor.data[kept], new])
     layer.block_index = torch.cat([layer.block_index[kept], added.to(torch.int32)])
-    if is_tracked(layer):
-        ages = layer.get_buffer("active_since")
-        layer.active_since = torch.cat([ages[kept], ages.new_zeros(len(added))])
+    for record in records_of(layer):
+        if record.by_slot:
+            rows = layer.get_buffer(record.buffer)
+            setattr(layer, record.buffer, torch.cat([rows[kept], rows.new_zeros(len(added), *rows.shape[1:])]))
 
 
 def set_size_(layer: BlockSparseLinear, nnzb: int, *, optimizer: torch.optim.Optimizer | None) -> None:

@@ -37,7 +37,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def pruning_ratio_at(update: int, num_updates: int, pruning_ratio: float, schedule: str = "cosine") -> float:
+def pruning_ratio_at(update: int, num_updates: int, pruning_ratio: float, pruning_schedule: str = "cosine") -> float:
     """
     `pr(t)` of update `t = 0 .. n-1`, with `t_end = n`: the first update replaces `pruning_ratio` of the active blocks.
 
@@ -49,9 +49,9 @@ def pruning_ratio_at(update: int, num_updates: int, pruning_ratio: float, schedu
             f"`pruning_ratio` is the share of active blocks that the first update replaces and must lie in [0, 1]. "
             f"Got {pruning_ratio}. The paper's optimum is 0.5."
         )
-    if schedule not in SCHEDULES:
-        raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}. Got {schedule!r}.")
-    return pruning_ratio * SCHEDULES[schedule](update / num_updates)
+    if pruning_schedule not in SCHEDULES:
+        raise ValueError(f"`pruning_schedule` must be one of {', '.join(SCHEDULES)}. Got {pruning_schedule!r}.")
+    return pruning_ratio * SCHEDULES[pruning_schedule](update / num_updates)
 
 
 def cubic(progress: float) -> float:
@@ -89,63 +89,66 @@ def density_share(progress: float, schedule: str, begin: float = 0.0, end: float
 
 def update_steps(
     total_steps: int,
-    num_updates: int | None = None,
-    update_every: float | None = None,
-    first_step: float | None = None,
-    last_step: float | None = None,
+    num_topology_updates: int | None = None,
+    topology_update_every: float | None = None,
+    topology_first_step: float | None = None,
+    topology_last_step: float | None = None,
 ) -> tuple[int, ...]:
     """
-    Optimiser steps (counted from 1) after which the topology is updated: either `num_updates` of them, evenly spaced
-    and with an equal stretch of training before the first and after the last, or one every so many steps.
+    Optimiser steps (counted from 1) after which the topology is updated: either `num_topology_updates` of them, evenly
+    spaced and with an equal stretch of training before the first and after the last, or one every so many steps.
 
     Args:
         total_steps (`int`): optimiser steps of the whole run.
-        update_every (`float`, *optional*): a number of steps, or below 1 a share of the run.
-        first_step, last_step (`float`, *optional*): no update before or after, given like `update_every`. The last
-            step of a run never updates: the new blocks would stay zero.
+        topology_update_every (`float`, *optional*): a number of steps, or below 1 a share of the run.
+        topology_first_step, topology_last_step (`float`, *optional*): no update before or after, given in the same
+            way. The last step of a run never updates: the new blocks would stay zero.
 
     Example:
         ```python
-        >>> update_steps(30, num_updates=2)
+        >>> update_steps(30, num_topology_updates=2)
         (10, 20)
-        >>> update_steps(30, update_every=10)
+        >>> update_steps(30, topology_update_every=10)
         (10, 20)
         ```
 
     Raises:
-        ValueError: if both or neither of `num_updates` and `update_every` are given, or the updates do not fit.
+        ValueError: if both or neither of `num_topology_updates` and `topology_update_every` are given, or the updates
+            do not fit.
     """
-    if (num_updates is None) == (update_every is None):
+    number, lengths = num_topology_updates, (topology_update_every, topology_first_step, topology_last_step)
+    if (number is None) == (topology_update_every is None):
         raise ValueError(
-            f"Give exactly one of `num_updates` and `update_every`. Got num_updates={num_updates} and "
-            f"update_every={update_every}."
+            "Give exactly one of `num_topology_updates` and `topology_update_every`. Got num_topology_updates="
+            f"{number} and topology_update_every={topology_update_every}."
         )
-    if num_updates == 0:
+    if number == 0:
         return ()
-    every, first, last = (in_steps(value, total_steps) for value in (update_every, first_step, last_step))
+    every, first, last = (in_steps(value, total_steps) for value in lengths)
     begin, end = 1 if first is None else first, total_steps - 1 if last is None else last
     bounded = first is not None or last is not None
     if begin < 1 or end >= max(total_steps, 1) or (bounded and begin > end):
         raise ValueError(
-            f"The first and last topology update must satisfy 1 <= first_step <= last_step < total_steps = "
-            f"{total_steps}. Got first_step={first}, last_step={last}. Move them inside the run, or leave them out."
+            "The first and last topology update must satisfy 1 <= topology_first_step <= topology_last_step < "
+            f"total_steps = {total_steps}. Got topology_first_step={first}, topology_last_step={last}. Move them "
+            "inside the run, or leave them out."
         )
     if every is not None:
         if every < 1:
-            raise ValueError(f"`update_every` must be a positive number of steps. Got {every}.")
+            raise ValueError(f"`topology_update_every` must be a positive number of steps. Got {every}.")
         return tuple(step for step in range(every, end + 1, every) if step >= begin)
-    if num_updates is None or num_updates < 0 or num_updates > end - begin + 1:
+    if number is None or not 0 <= number <= end - begin + 1:
         raise ValueError(
-            f"`num_updates` must lie in [0, {end - begin + 1}] for {total_steps} steps with updates from step {begin} "
-            f"to {end}. Got {num_updates}. Train longer or ask for fewer updates."
+            f"`num_topology_updates` must lie in [0, {end - begin + 1}] for {total_steps} steps with updates from "
+            f"step {begin} to {end}. Got {number}. Train longer or ask for fewer updates."
         )
     # Half-open stretches: with the defaults the update t falls at (t + 1) / (n + 1) of the run.
     before, after = begin - 1 if first is None else begin, end + 1 if last is None else end
-    gaps = num_updates + (first is None) + (last is None) - 1
+    gaps = number + (first is None) + (last is None) - 1
     shift = 1 if first is None else 0
     if gaps < 1:
-        return (begin,) if num_updates else ()
-    return tuple(math.floor(before + (t + shift) * (after - before) / gaps + 0.5) for t in range(num_updates))
+        return (begin,)
+    return tuple(math.floor(before + (t + shift) * (after - before) / gaps + 0.5) for t in range(number))
 
 
 def default_num_updates(

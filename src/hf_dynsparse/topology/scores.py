@@ -212,8 +212,10 @@ class _Names(Sequence[str]):
 
 
 # An inactive block has no values to look at; a pruned one was active, so its history says nothing.
-PRUNE_SCORES = _Names(lambda score: score.needs <= {"values", "gradient", "newborn"})
-REGROW_RULES = _Names(lambda score: "values" not in score.needs)
+OF_PRUNING = frozenset({"values", "gradient", "newborn"})
+OF_REGROWING = frozenset({"ever_active", "occupied", "barred", *OBSERVED})
+PRUNE_SCORES = _Names(lambda score: score.needs <= OF_PRUNING)
+REGROW_RULES = _Names(lambda score: score.needs <= OF_REGROWING)
 
 
 def check_regrow_std(regrow_std: float) -> None:
@@ -228,6 +230,10 @@ def check_regrow_std(regrow_std: float) -> None:
         )
 
 
+# What an error about a name that is not in a table adds.
+OWN_NAMES = "One of your own must be registered first, by `register_score` or its like: give its file as `--plugin`."
+
+
 def resolve_score(name: str, argument: str, allowed: Sequence[str]) -> Score:
     """
     Turn the value of `argument` ("prune_score" or "regrow_rule") into a score.
@@ -236,7 +242,7 @@ def resolve_score(name: str, argument: str, allowed: Sequence[str]) -> Score:
         ValueError: if the name is not among `allowed`.
     """
     if name not in allowed:
-        raise ValueError(f"`{argument}` must be one of {', '.join(allowed)}. Got {name!r}.")
+        raise ValueError(f"`{argument}` must be one of {', '.join(allowed)}. Got {name!r}. {OWN_NAMES}")
     return SCORES[name]
 
 

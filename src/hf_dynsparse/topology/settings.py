@@ -1,80 +1,165 @@
-"""What a run does with the topology: the settings that `TopologyUpdater`, `TopologyCallback` and methods share."""
+"""What a run does with the topology: every option once, with its help, and what the options of a run amount to."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..blocks.sizes import check_sparsity
 from .allocation import ALLOCATIONS
-from .schedules import STEPS_TO_LIVE, PlannedUpdate, default_num_updates, density_share, pruning_ratio_at, update_steps
-from .scores import PRUNE_SCORES, REGROW_RULES, SCORES, check_regrow_std, resolve_score
+from .methods import DYNSPARSE, METHODS
+from .records import RECORDS
+from .schedules import (
+    SCHEDULES,
+    STEPS_TO_LIVE,
+    PlannedUpdate,
+    default_num_updates,
+    density_share,
+    pruning_ratio_at,
+    update_steps,
+)
+from .scores import OWN_NAMES, PRUNE_SCORES, REGROW_RULES, SCORES, check_regrow_std, resolve_score
 
 
 # Two ways to say when, and where the density begins or ends: who gives one does not want the preset's other.
-_EITHER = (frozenset({"num_updates", "update_every"}), frozenset({"initial_sparsity", "final_sparsity"}))
+_EITHER = (
+    frozenset({"num_topology_updates", "topology_update_every"}),
+    frozenset({"initial_sparsity", "final_sparsity"}),
+)
+
+# What version 0.1.0 called some of the options, in trainer_state.json too.
+OLD_NAMES = {
+    "num_updates": "num_topology_updates",
+    "update_every": "topology_update_every",
+    "first_step": "topology_first_step",
+    "last_step": "topology_last_step",
+    "schedule": "pruning_schedule",
+}
 
 
-@dataclass(frozen=True)
-class TopologySettings:
+def option(help: str, default: Any = None, choices: Any = None) -> Any:
+    """A field of [`TopologyOptions`]. Choices are the tables themselves: what is added to one can be chosen."""
+    return field(default=default, metadata={"help": help} | ({"choices": choices} if choices is not None else {}))
+
+
+@dataclass
+class TopologyOptions:
     """
-    When the topology is updated, and how. The defaults are DynSparse (arXiv:2108.06277, section 3).
+    When the topology is updated, and how; a field that is left `None` has the value of the method. The help beside
+    each field is that of the command line: [`DynSparseTrainingArguments`] inherits them.
+    """
 
-    Args:
-        num_updates (`int`, *optional*), update_every (`float`, *optional*): one of them; see `update_steps`. With
-            neither, `for_run` has a default.
-        first_step, last_step (`float`, *optional*): no update before or after; see `update_steps`.
-        pruning_ratio (`float`): share of active blocks that the first update replaces.
-        prune_score, regrow_rule (`str`): see `SCORES`.
-        schedule (`str`): how the pruning ratio decays; see `SCHEDULES`.
-        readmit (`bool`): whether a block pruned in an update may return in the same one (RigL).
-        replace_step (`bool`): whether an update takes the place of the optimiser step before it (RigL). The loop does
-            this: no parameter may move in a step that `TopologyUpdater.replaces_step` names.
-        density_schedule (`str`): how the density goes from the initial to the final one; see `density_share`.
-        initial_sparsity (`float`): that of the beginning, with a density schedule; the model has the one of the end.
-        final_sparsity (`float`, *optional*): that of the end, with a density schedule; the model has the one of the
-            beginning, such as all blocks of a trained dense model.
-        density_begin, density_end (`float`): shares of the run between which a named density schedule acts. The last
-            update has the final density in any case.
-        shrink_counts (`bool`): whether blocks that a smaller density costs count as replaced (MST).
-        allocation (`str`): which layers have how many blocks: "layer": as scheduled for each; "global": those of the
-            highest prune scores of all layers stay (GraNet); "momentum": what is regrown is shared out by the mean
-            gradient momentum of the layers (SNFS).
-        hidden_copy (`bool`): whether pruned blocks are remembered, and return with their last values when the active
-            ones have shrunk below them (Prune Once for All); see `choose_by_hidden_copy`.
-        regrow_std (`float`): standard deviation of the values of new blocks; 0 makes them zero.
-        seed (`int`): the same on every rank.
+    method: str = option(
+        "Method of sparse training: a preset of the topology arguments below. Those given explicitly win.",
+        default="dynsparse",
+        choices=METHODS,
+    )
+    num_topology_updates: int | None = option(
+        "Topology updates in the whole run, evenly spaced; 0 keeps the pattern fixed (static). Default: 80, or as "
+        "many as leave 100 steps between them, for new blocks to grow; one in a run of less than 300. The paper's "
+        "best at sparsity 0.9: 160 for single weights, 80 for 16x16 blocks."
+    )
+    topology_update_every: float | None = option(
+        "Update every so many optimiser steps (below 1: a share of the run) instead of a number of times per run."
+    )
+    topology_first_step: float | None = option("No topology update before this step (below 1: this share of the run).")
+    topology_last_step: float | None = option("No topology update after this step (below 1: this share of the run).")
+    pruning_ratio: float = option(
+        "Share of active blocks that the first update replaces. DynSparse: 0.5; 0.75 is better at sparsity 0.99."
+    )
+    pruning_schedule: str = option(
+        "How the pruning ratio decays over the updates. DynSparse: cosine.", choices=SCHEDULES
+    )
+    prune_score: str = option(
+        "Active blocks with the lowest score are pruned: a norm of their values (DynSparse: l1), the same with the "
+        "newest spared (l1_patient), |w g| (weight_gradient), |w| + 0.01 |g| (mest), the dense gradient, or any "
+        "(random).",
+        choices=PRUNE_SCORES,
+    )
+    regrow_rule: str = option(
+        "Where new blocks grow: anywhere (random: DynSparse), where none was yet (unfired), where rows and columns "
+        "are emptiest (balanced), at the largest dense gradient (gradient: RigL), the same freed of the scale of "
+        "inputs (gradient_normalised) and of outputs (correlation), or of four blocks three by gradient and one "
+        "anywhere (gradient_random: MST).",
+        choices=REGROW_RULES,
+    )
+    readmit: bool = option("A block pruned in an update may return in the same update (RigL's rule).")
+    replace_step: bool = option("A topology update takes the place of an optimiser step (RigL's rule).")
+    density_schedule: str = option(
+        "How the density changes in topology updates: 'constant', 'cubic' (gradual pruning), or phases "
+        "'0:1,0.3:0,0.8:1' of progress:share, where share 0 is the density of the model's configuration and 1 that of "
+        "--initial_sparsity. Layers have the shapes of their density at any time."
+    )
+    initial_sparsity: float = option("Sparsity that the density schedule starts from; 0 is dense.")
+    final_sparsity: float | None = option(
+        "Sparsity that the density schedule leads to, from that of the model: a trained one is pruned step by step. "
+        "Instead of --initial_sparsity."
+    )
+    density_begin: float = option("Share of the run before which the cubic schedule stays at the initial density.")
+    density_end: float = option("Share of the run from which the cubic schedule stays at the final density.")
+    shrink_counts: bool = option(
+        "Blocks pruned for a smaller density count as replaced, instead of coming on top (MST)."
+    )
+    allocation: str = option(
+        "Which layers have how many blocks: as each was built (layer), the highest prune scores of all layers "
+        "(global: GraNet), or regrown by the mean gradient momentum of layers (momentum: SNFS).",
+        choices=ALLOCATIONS,
+    )
+    hidden_copy: bool = option(
+        "Remember pruned blocks: they return with their last values when active ones have shrunk below them (Prune "
+        "Once for All). For schedules of the density without regrowth."
+    )
+    regrow_std: float = option(
+        "Standard deviation of the values of new blocks, for example a tenth of the model's `initializer_range`; 0 "
+        "starts them at zero, so that an update changes no output.",
+        default=0.0,
+    )
+    seed: int = option("Seed of topology updates: the same on every rank.", default=0)
+
+    def topology_settings(self) -> "TopologySettings":
+        """
+        What these options amount to: those of the method, and what is given explicitly.
+
+        Raises:
+            ValueError: see [`TopologySettings`].
+        """
+        return TopologySettings(**{option.name: getattr(self, option.name) for option in fields(TopologyOptions)})
+
+
+@dataclass
+class TopologySettings(TopologyOptions):
+    """
+    The topology options of a run: every field that is not given, or `None`, has the value of the method. By default
+    this is DynSparse (arXiv:2108.06277, section 3). Without `num_topology_updates` and `topology_update_every`,
+    `for_run` has a default.
 
     Raises:
-        ValueError: for an unknown score, rule, schedule or allocation, a number out of range, or settings that
+        ValueError: for an unknown method, score, rule, schedule or allocation, a number out of range, or options that
             exclude each other.
+
+    Example:
+        ```python
+        >>> settings = TopologySettings(method="set", pruning_ratio=0.5)
+        >>> settings.pruning_ratio, settings.pruning_schedule, settings.readmit
+        (0.5, 'constant', False)
+        ```
     """
 
-    num_updates: int | None = None
-    update_every: float | None = None
-    first_step: float | None = None
-    last_step: float | None = None
-    pruning_ratio: float = 0.5
-    prune_score: str = "l1"
-    regrow_rule: str = "random"
-    schedule: str = "cosine"
-    readmit: bool = False
-    replace_step: bool = False
-    density_schedule: str = "constant"
-    initial_sparsity: float = 0.0
-    final_sparsity: float | None = None
-    density_begin: float = 0.0
-    density_end: float = 1.0
-    shrink_counts: bool = False
-    allocation: str = "layer"
-    hidden_copy: bool = False
-    regrow_std: float = 0.0
-    seed: int = 0
-
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(METHODS)}. Got {self.method!r}. {OWN_NAMES}")
+        given = {name for name, value in vars(self).items() if value is not None}
+        ruled_out = frozenset().union(*(pair for pair in _EITHER if pair & given))
+        preset = {name: value for name, value in METHODS[self.method].settings.items() if name not in ruled_out}
+        for name, value in {**DYNSPARSE, **preset}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
         resolve_score(self.prune_score, "prune_score", PRUNE_SCORES)
         resolve_score(self.regrow_rule, "regrow_rule", REGROW_RULES)
         check_regrow_std(self.regrow_std)
-        pruning_ratio_at(0, 1, self.pruning_ratio, self.schedule)
+        pruning_ratio_at(0, 1, self.pruning_ratio, self.pruning_schedule)
         self.density_share(0.0)
         check_sparsity(self.initial_sparsity)
         if self.allocation not in ALLOCATIONS:
@@ -112,25 +197,41 @@ class TopologySettings:
                 f"allocation={self.allocation!r}. Use it with 'cubic', 0 and 'layer', as method prune_ofa does."
             )
 
+    @property
+    def say_when(self) -> bool:
+        """Whether there is a number of updates, or an interval."""
+        return self.num_topology_updates is not None or self.topology_update_every is not None
+
     def for_run(self, total_steps: int) -> "TopologySettings":
         """These settings with `default_num_updates` if they do not say when; 5 steps apart if nothing is regrown."""
-        if self.num_updates is not None or self.update_every is not None:
+        if self.say_when:
             return self
         interval = STEPS_TO_LIVE if self.pruning_ratio else 5
-        updates = default_num_updates(total_steps, self.first_step, self.last_step, interval)
-        return replace(self, num_updates=updates)
+        updates = default_num_updates(total_steps, self.topology_first_step, self.topology_last_step, interval)
+        return replace(self, num_topology_updates=updates)
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics that updates need; see [`Score`]."""
-        of_scores = SCORES[self.prune_score].needs | SCORES[self.regrow_rule].needs
-        momentum = {"momentum"} if self.allocation == "momentum" else set[str]()
-        return of_scores | momentum | ({"hidden_copy"} if self.hidden_copy else set())
+        """The statistics and records that updates need; see [`Score`] and [`Method`]."""
+        rules = SCORES[self.prune_score], SCORES[self.regrow_rule], ALLOCATIONS[self.allocation], METHODS[self.method]
+        needs = frozenset[str]().union(*(rule.needs for rule in rules))
+        return needs | {"hidden_copy"} if self.hidden_copy else needs
+
+    @property
+    def observes_every_step(self) -> bool:
+        """Whether updates need the dense gradients of all steps, not only those of the step before."""
+        return any(RECORDS[name].after_step is not None for name in self.needs & RECORDS.keys())
 
     @property
     def changes_sizes(self) -> bool:
         """Whether updates change the numbers of active blocks of layers."""
-        return self.density_schedule != "constant" or self.allocation != "layer"
+        own_targets = METHODS[self.method].targets is not None
+        return self.density_schedule != "constant" or self.allocation != "layer" or own_targets
+
+    @property
+    def shrinking_replaces(self) -> bool:
+        """Whether blocks that a layer loses to become smaller count as replaced, instead of coming on top."""
+        return self.shrink_counts or ALLOCATIONS[self.allocation].shrink_counts
 
     def plan(self, total_steps: int) -> tuple[PlannedUpdate, ...]:
         """
@@ -139,12 +240,12 @@ class TopologySettings:
         Raises:
             ValueError: see `update_steps`.
         """
-        when = (self.update_every, self.first_step, self.last_step)
-        steps = update_steps(total_steps, self.num_updates, *when)
+        when = (self.topology_update_every, self.topology_first_step, self.topology_last_step)
+        steps = update_steps(total_steps, self.num_topology_updates, *when)
         return tuple(
             PlannedUpdate(
                 step,
-                pruning_ratio_at(number, len(steps), self.pruning_ratio, self.schedule),
+                pruning_ratio_at(number, len(steps), self.pruning_ratio, self.pruning_schedule),
                 self.density_share(1.0 if number == len(steps) - 1 else step / total_steps),
             )
             for number, step in enumerate(steps)
@@ -152,131 +253,28 @@ class TopologySettings:
 
     def without_updates(self) -> "TopologySettings":
         """The same for a run whose topology stays as it is."""
-        constant = replace(self, hidden_copy=False, final_sparsity=None, density_schedule="constant")
-        return replace(constant, allocation="layer", num_updates=0, update_every=None, first_step=None, last_step=None)
+        return TopologySettings(
+            method="static", prune_score=self.prune_score, regrow_rule=self.regrow_rule, seed=self.seed
+        )
 
     def density_share(self, progress: float) -> float:
         """Where the density stands at a share of the run: 1 is the initial one, 0 the final one."""
         return density_share(progress, self.density_schedule, self.density_begin, self.density_end)
 
 
-@dataclass(frozen=True)
-class Method:
+def as_settings(settings: TopologySettings | None, options: Mapping[str, Any]) -> TopologySettings:
     """
-    A method of sparse training.
-
-    Args:
-        source (`str`): where it was published.
-        settings (`Mapping[str, Any]`): fields of `TopologySettings` that differ from those of DynSparse.
-    """
-
-    source: str
-    settings: Mapping[str, Any]
-
-
-# The paper's method, by which every setting has a value; the last two are the same for all methods.
-DYNSPARSE: dict[str, Any] = {
-    field.name: field.default for field in fields(TopologySettings) if field.name not in ("regrow_std", "seed")
-}
-
-
-METHODS: dict[str, Method] = {
-    # Random blocks, kept for the whole run.
-    "static": Method("arXiv:2108.06277, section 4", {"num_updates": 0}),
-    # The default.
-    "dynsparse": Method("arXiv:2108.06277, section 3", {}),
-    # One ratio for the whole run.
-    "set": Method("arXiv:1707.04780", {"pruning_ratio": 0.3, "schedule": "constant"}),
-    # An update takes the place of the optimiser step, and what was just pruned may return.
-    "rigl": Method(
-        "arXiv:1911.11134",
-        {
-            "pruning_ratio": 0.3,
-            "regrow_rule": "gradient",
-            "readmit": True,
-            "replace_step": True,
-            "last_step": 0.75,
-        },
-    ),
-    # DynSparse that regrows at the largest dense gradient of a block.
-    "rigl-block": Method("arXiv:2108.06277, section 4", {"regrow_rule": "gradient"}),
-    # Fewer updates with longer training between them.
-    "itop": Method("arXiv:2102.02887", {"update_every": 0.05}),
-    # Positions that were never active first.
-    "unfired": Method("arXiv:2102.02887", {"regrow_rule": "unfired"}),
-    # The first ratio is 0.05 of all positions at sparsity 0.9.
-    "mest": Method("arXiv:2110.14032", {"prune_score": "mest", "schedule": "step"}),
-    # Regrowth at the largest mean gradient, shared out between layers by it. Needs the dense gradient at every step.
-    "snfs": Method("arXiv:1907.04840", {"regrow_rule": "momentum", "allocation": "momentum"}),
-    # From dense to sparse, nothing regrows. Half of the run is left to train what remains.
-    "gmp": Method("arXiv:1710.01878", {"pruning_ratio": 0.0, "density_schedule": "cubic", "density_end": 0.5}),
-    # The same, with what was pruned remembered: it may return while the density falls, and for a while after.
-    "prune_ofa": Method(
-        "arXiv:2111.05754",
-        {
-            "update_every": 0.01,
-            "last_step": 0.8,
-            "pruning_ratio": 0.0,
-            "density_schedule": "cubic",
-            "density_end": 0.5,
-            "hidden_copy": True,
-        },
-    ),
-    # GMP by the magnitudes of all layers, beside RigL's exchange in each.
-    "granet": Method(
-        "arXiv:2106.10404",
-        {
-            "regrow_rule": "gradient",
-            "readmit": True,
-            "density_schedule": "cubic",
-            "initial_sparsity": 0.5,
-            "density_end": 0.7,
-            "allocation": "global",
-        },
-    ),
-    # Dense and sparse by turns, of 100 epochs: sparse from 10 to 15, ..., 70 to 75, and from 85.
-    "ac_dc": Method(
-        "arXiv:2106.12379",
-        {
-            "update_every": 0.01,
-            "pruning_ratio": 0.0,
-            "density_schedule": (
-                "0:1,0.1:0,0.15:1,0.2:0,0.25:1,0.3:0,0.35:1,0.4:0,0.45:1,0.5:0,0.55:1,0.6:0,0.65:1,0.7:0,0.75:1,0.85:0"
-            ),
-            "allocation": "global",
-        },
-    ),
-    # Down by steps, sparse, dense again at the end.
-    "mst": Method(
-        "arXiv:2408.11746",
-        {
-            "update_every": 0.01,
-            "pruning_ratio": 0.3,
-            "regrow_rule": "gradient_random",
-            "density_schedule": "0:1,0.05:0.6,0.1:0.3,0.15:0,0.75:0.3,0.8:0.6,0.85:1",
-            "shrink_counts": True,
-        },
-    ),
-}
-
-
-def method_settings(method: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """
-    All settings of a method. What is `given`, and not `None`, wins over the preset.
+    `settings`, by default those of DynSparse, with `options` in their place.
 
     Raises:
-        ValueError: for an unknown method.
-
-    Example:
-        ```python
-        >>> settings = method_settings("set", {"pruning_ratio": 0.5, "readmit": None})
-        >>> settings["pruning_ratio"], settings["schedule"], settings["readmit"]
-        (0.5, 'constant', False)
-        ```
+        TypeError: for settings of another type, or an option that does not exist.
+        ValueError: see [`TopologySettings`].
     """
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}. Got {method!r}.")
-    explicit = {name: value for name, value in (given or {}).items() if value is not None}
-    ruled_out = frozenset().union(*(pair for pair in _EITHER if pair & explicit.keys()))
-    preset = {name: value for name, value in METHODS[method].settings.items() if name not in ruled_out}
-    return {**DYNSPARSE, **preset, **explicit}
+    if settings is None:
+        return TopologySettings(**options)
+    if not isinstance(settings, TopologySettings):
+        raise TypeError(
+            f"`settings` must be `TopologySettings`. Got {settings!r}. Give a number of updates by its name, "
+            "`num_topology_updates=`."
+        )
+    return replace(settings, **options)

@@ -10,9 +10,12 @@ import torch
 from ..nn.linear import BlockSparseLinear
 from ..nn.shards import gather_rows, local_rows, whole, write_rows_
 from ..optim.moments import clear_moments_
+from .counts import pruned_count
 from .exploration import count_newborn, ever_active, is_tracked, newborn_slots, record_active_
+from .records import records_of
 from .resize import resize_
-from .scores import OBSERVED, PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics, Score, resolve_score, select_highest
+from .scores import OBSERVED, SCORES, BlockStatistics, Score, select_highest
+from .settings import TopologySettings, as_settings
 
 
 @dataclass(frozen=True)
@@ -27,34 +30,6 @@ class LayerUpdate:
 
     removed: int
     newborn_removed: int
-
-
-def replaced_count(pruning_ratio: float, nnzb: int, num_blocks: int, readmit: bool = False) -> int:
-    """
-    Blocks that one update replaces: `floor(pr * nnzb + 1/2)`, at least one while `pr > 0`, at most the free positions
-    (unless `readmit`, where pruned blocks are candidates too).
-    """
-    free = num_blocks - nnzb
-    if pruning_ratio <= 0.0 or free == 0:
-        return 0
-    count = max(1, math.floor(pruning_ratio * nnzb + 0.5))
-    return count if readmit else min(count, free)
-
-
-def pruned_count(
-    pruning_ratio: float, nnzb: int, num_blocks: int, target: int, readmit: bool = False, shrink_counts: bool = False
-) -> int:
-    """
-    Blocks that one update prunes to come from `nnzb` to `target` active ones; it then regrows `target - nnzb` more.
-
-    Args:
-        shrink_counts (`bool`): whether those that a smaller density costs count as replaced (MST), instead of being
-            pruned beside them.
-    """
-    shrink = max(0, nnzb - target)
-    replaced = replaced_count(pruning_ratio, nnzb, num_blocks + shrink, readmit)  # what shrinks away makes room
-    count = max(replaced, shrink) if shrink_counts else replaced + shrink
-    return min(count, nnzb, nnzb if readmit else num_blocks - target)
 
 
 @dataclass(frozen=True)
@@ -78,18 +53,14 @@ class Replacement:
 def prune_regrow_(
     layer: BlockSparseLinear,
     optimizer: torch.optim.Optimizer | None = None,
+    settings: TopologySettings | None = None,
     *,
-    pruning_ratio: float,
-    prune_score: str = "l1",
-    regrow_rule: str = "random",
-    readmit: bool = False,
-    regrow_std: float = 0.0,
     generator: torch.Generator | None = None,
     dense_gradient: torch.Tensor | None = None,
     observed: Mapping[str, torch.Tensor] | None = None,
     nnzb: int | None = None,
-    shrink_counts: bool = False,
     update: int = 0,
+    **options: Any,
 ) -> LayerUpdate:
     """
     Replace a share of the active blocks of `layer`, in place (arXiv:2108.06277, section 3).
@@ -101,26 +72,28 @@ def prune_regrow_(
     Args:
         layer (`BlockSparseLinear`): the layer.
         optimizer (`torch.optim.Optimizer`, *optional*): where the moments of `layer.values` are.
+        settings, options: see [`TopologySettings`]: `pruning_ratio`, `prune_score`, `regrow_rule`, `readmit`,
+            `regrow_std` and `shrink_counts` are those that matter here.
+        generator (`torch.Generator`, *optional*): on the CPU. Default: seeded with 0.
+        dense_gradient (`torch.Tensor` of shape `(block_rows * block_columns, rows, columns)`, *optional*): for scores
+            that need it.
+        observed (`Mapping[str, torch.Tensor]`, *optional*): other fields of `BlockStatistics` that scores need, of
+            every position: "input_scale", "output_scale", "momentum".
+        nnzb (`int`, *optional*): active blocks after the update. Default: as many as before.
         update (`int`): number of this update in the run, for the ages of blocks.
-        pruning_ratio, prune_score, regrow_rule, readmit, regrow_std, generator, dense_gradient, observed, nnzb,
-            shrink_counts: see `choose_replacement`.
 
     Raises:
         TypeError: for optimiser state that cannot be told apart by block; nothing is changed then.
         ValueError, FloatingPointError: see `choose_replacement`; nothing is changed then.
     """
+    settings = as_settings(settings, options)
     replacement = choose_replacement(
         layer,
-        pruning_ratio=pruning_ratio,
-        prune_score=prune_score,
-        regrow_rule=regrow_rule,
-        readmit=readmit,
-        regrow_std=regrow_std,
-        generator=generator,
-        dense_gradient=dense_gradient,
-        observed=observed,
-        nnzb=nnzb,
-        shrink_counts=shrink_counts,
+        settings,
+        settings.pruning_ratio,
+        layer.nnzb if nnzb is None else nnzb,
+        generator or torch.Generator().manual_seed(0),
+        {**(observed or {}), **({} if dense_gradient is None else {"gradient": dense_gradient})},
     )
     layer.given_nnzb = layer.given_nnzb if nnzb is None else None  # decided by hand
     return replace_blocks_(layer, replacement, optimizer, update)
@@ -129,63 +102,46 @@ def prune_regrow_(
 @torch.no_grad()
 def choose_replacement(
     layer: BlockSparseLinear,
-    *,
+    settings: TopologySettings,
     pruning_ratio: float,
-    prune_score: str = "l1",
-    regrow_rule: str = "random",
-    readmit: bool = False,
-    regrow_std: float = 0.0,
-    generator: torch.Generator | None = None,
-    dense_gradient: torch.Tensor | None = None,
-    observed: Mapping[str, torch.Tensor] | None = None,
-    nnzb: int | None = None,
-    shrink_counts: bool = False,
+    nnzb: int,
+    generator: torch.Generator,
+    observed: Mapping[str, torch.Tensor],
 ) -> Replacement:
     """
-    Choose which blocks of `layer` to prune and which to regrow; changes nothing.
+    Choose which blocks of `layer` to prune and which to regrow; changes nothing. The lowest prune scores go, the
+    highest regrow scores come. With `readmit` a block that would do both keeps values and moments.
 
     Args:
         pruning_ratio (`float`): share of active blocks to replace, in [0, 1].
-        prune_score, regrow_rule (`str`): keys of `SCORES`; the lowest scores are pruned, the highest regrown.
-        readmit (`bool`): whether a block pruned in this update may return in it (RigL); it then keeps values and
-            moments.
-        regrow_std (`float`): standard deviation of the values of new blocks; 0 makes them zero.
-        generator (`torch.Generator`, *optional*): on the CPU. Default: seeded with 0.
-        dense_gradient (`torch.Tensor` of shape `(block_rows * block_columns, rows, columns)`, *optional*): for scores
-            that need it.
-        observed (`Mapping[str, torch.Tensor]`, *optional*): other fields of `BlockStatistics` that scores need, of
-            every position: "input_scale", "output_scale", "momentum".
-        nnzb (`int`, *optional*): active blocks after the update. Default: as many as before.
-        shrink_counts (`bool`): see `pruned_count`.
+        nnzb (`int`): active blocks after the update.
+        generator (`torch.Generator`): on the CPU.
+        observed (`Mapping[str, torch.Tensor]`): the fields of `BlockStatistics` in `OBSERVED` that scores need, of
+            every position.
 
     Raises:
-        ValueError: for an unknown score or rule, or a statistic that is needed and missing.
+        ValueError: for a statistic that is needed and missing.
         FloatingPointError: if a score is not finite.
     """
-    prune = resolve_score(prune_score, "prune_score", PRUNE_SCORES)
-    regrow = resolve_score(regrow_rule, "regrow_rule", REGROW_RULES)
     index = layer.block_index.long()
-    target = layer.nnzb if nnzb is None else nnzb
-    removed = pruned_count(pruning_ratio, layer.nnzb, layer.num_blocks, target, readmit, shrink_counts)
-    added = target - layer.nnzb + removed
+    readmit, regrow_std = settings.readmit, settings.regrow_std
+    removed = pruned_count(pruning_ratio, layer.nnzb, layer.num_blocks, nnzb, readmit, settings.shrinking_replaces)
+    added = nnzb - layer.nnzb + removed
     pruned = regrown = index[:0]
     if not removed and not added:
         return Replacement(pruned, regrown)
-    observed = {} if observed is None else dict(observed)
-    if dense_gradient is not None:
-        observed["gradient"] = dense_gradient
-    _check_observed(prune_score, regrow_rule, observed)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    _check_observed(settings, observed)
 
     if removed:
-        of_slots = score_slots(layer, prune, generator, observed)
-        pruned = select_highest(-finite(of_slots, "prune_score", prune_score), removed)
+        of_slots = score_slots(layer, SCORES[settings.prune_score], generator, observed)
+        pruned = select_highest(-finite(of_slots, "prune_score", settings.prune_score), removed)
 
     if added:
         occupied = index[_others(pruned, layer.nnzb)]
         barred = occupied if readmit else index
-        of_positions = _score_positions(layer, regrow, generator, observed, occupied, barred, added)
-        candidates = finite(of_positions, "regrow_rule", regrow_rule).index_fill(0, barred, -math.inf)
+        rule = SCORES[settings.regrow_rule]
+        of_positions = _score_positions(layer, rule, generator, observed, occupied, barred, added)
+        candidates = finite(of_positions, "regrow_rule", settings.regrow_rule).index_fill(0, barred, -math.inf)
         regrown = select_highest(candidates, added)
     if readmit:
         stays = torch.isin(index[pruned], regrown)
@@ -210,6 +166,9 @@ def replace_blocks_(
     slots = removed[:reused]
     if optimizer is not None:
         clear_moments_(optimizer, layer.values, slots)
+    for record in records_of(layer):
+        if record.before_update is not None:
+            record.before_update(layer, removed)
     layer.block_index[slots] = block_ids[:reused].to(torch.int32)
     if len(removed) != len(block_ids):
         # Slots ascend: those that are taken out come after the reused ones, which keep their places.
@@ -261,15 +220,15 @@ def _score_positions(
     return score.function(BlockStatistics(layer.num_blocks, generator, occupied.device, wanted=wanted, **fields))
 
 
-def _check_observed(prune_score: str, regrow_rule: str, observed: Mapping[str, torch.Tensor]) -> None:
+def _check_observed(settings: TopologySettings, observed: Mapping[str, torch.Tensor]) -> None:
     """Raises `ValueError` if a statistic that only training can collect is needed and missing."""
-    needs = SCORES[prune_score].needs | SCORES[regrow_rule].needs
+    needs = SCORES[settings.prune_score].needs | SCORES[settings.regrow_rule].needs
     missing = sorted((needs & OBSERVED) - observed.keys())
     if missing:
         names = ", ".join("`dense_gradient`" if name == "gradient" else f"`observed[{name!r}]`" for name in missing)
         raise ValueError(
-            f"prune_score={prune_score!r} with regrow_rule={regrow_rule!r} needs {names}. Got none: pass it for every "
-            "position, or use `TopologyUpdater`, which collects it."
+            f"prune_score={settings.prune_score!r} with regrow_rule={settings.regrow_rule!r} needs {names}. Got none: "
+            "pass it for every position, or use `TopologyUpdater`, which collects it."
         )
 
 

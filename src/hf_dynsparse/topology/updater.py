@@ -2,8 +2,7 @@
 
 import logging
 import zlib
-from collections.abc import Iterable, Mapping, Set
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,31 +11,19 @@ from torch import nn
 from ..nn.linear import BlockSparseLinear, trainable_layers
 from ..nn.shards import shard_again_
 from ..optim.moments import check_optimizer_state, check_state_size
-from .allocation import DensityPath, allocate_by_momentum, allocate_globally, count_entries, largest_block
 from .checks import check_ranks_agree, check_sizes_may_change, check_updatable
+from .context import UpdateContext
+from .counts import count_entries, largest_block
 from .dense_gradient import DenseGradientProbe
-from .exploration import (
-    add_to_momentum_,
-    dof_coverage,
-    has_momentum,
-    is_tracked,
-    track_exploration_,
-    track_momentum_,
-    untrack_exploration_,
-    untrack_momentum_,
-)
-from .hidden_copy import choose_by_hidden_copy, has_hidden_copy, remember_, track_hidden_copy_, untrack_hidden_copy_
-from .report import TopologyReport, report_update
-from .resize import begin_at_size_
-from .scores import SCORES
-from .settings import TopologySettings
-from .update import LayerUpdate, Replacement, choose_replacement, is_finite, replace_blocks_, score_slots
+from .density import begin_, density_path, sizes_as_given
+from .exploration import dof_coverage
+from .records import records_of, track_
+from .report import ChurnWarning, TopologyReport, report_update
+from .settings import TopologySettings, as_settings
+from .update import LayerUpdate, is_finite, replace_blocks_
 
 
 logger = logging.getLogger(__name__)
-
-# Above this newborn share an update undoes what the one before has done.
-CHURN = 0.9
 
 
 class TopologyUpdater:
@@ -60,7 +47,7 @@ class TopologyUpdater:
         model (`nn.Module`): a model with `BlockSparseLinear` layers.
         optimizer (`torch.optim.Optimizer`): of this model's parameters; moments of new blocks are cleared in it.
         total_steps (`int`): optimiser steps of the run.
-        num_updates, pruning_ratio, settings: see [`TopologySettings`].
+        settings, options: see [`TopologySettings`]; an option goes before the same of the settings.
         distribution (`str`): how `final_sparsity` is spread over the layers; see `hf_dynsparse.distributions`.
         given_nnzb (`Mapping[str, int]`, *optional*): active blocks of each layer of the model that the run was started
             with, when it resumes: the layers then stay as they are.
@@ -73,7 +60,7 @@ class TopologyUpdater:
 
     Example:
         ```python
-        updater = TopologyUpdater(model, optimizer, total_steps=1000, num_updates=80)
+        updater = TopologyUpdater(model, optimizer, total_steps=1000, num_topology_updates=80)
         for step, batch in enumerate(batches, start=1):
             model(**batch).loss.backward()
             optimizer.step()
@@ -87,12 +74,11 @@ class TopologyUpdater:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         total_steps: int,
-        num_updates: int | None = None,
-        pruning_ratio: float = 0.5,
+        settings: TopologySettings | None = None,
         *,
         distribution: str = "uniform",
         given_nnzb: Mapping[str, int] | None = None,
-        **settings: Any,
+        **options: Any,
     ) -> None:
         self.layers: dict[str, BlockSparseLinear] = trainable_layers(model)
         if not self.layers:
@@ -100,7 +86,7 @@ class TopologyUpdater:
                 "`TopologyUpdater` needs a model with `BlockSparseLinear` layers. Got none: build a DynSparse model "
                 "with sparsity > 0, or call `sparsify_(model, ...)` first."
             )
-        self.settings = TopologySettings(num_updates, pruning_ratio=pruning_ratio, **settings)
+        self.settings = as_settings(settings, options)
         self.plan = self.settings.plan(total_steps)
         self.update_steps = tuple(update.step for update in self.plan)
         shard_again_(model)
@@ -110,17 +96,18 @@ class TopologyUpdater:
             check_state_size(optimizer, layer.values, f"{name}.values")
         self.model, self.optimizer, self.total_steps = model, optimizer, total_steps
         self._probe: DenseGradientProbe | None = None
-        self._newborn_shares: list[float] = []
+        self._churn = ChurnWarning(self.settings.prune_score)
         self._told_frozen = False
         self._needs = self.settings.needs
-        track_layers_(self.layers.values(), self._needs)
-        self.given_nnzb = self._sizes_as_given() if given_nnzb is None else dict(given_nnzb)
-        self._path = self._density_path(distribution)
+        for layer in self.layers.values():
+            track_(layer, self._needs)
+        self.given_nnzb = sizes_as_given(self.layers, self.settings) if given_nnzb is None else dict(given_nnzb)
+        self._path = density_path(self.layers, self.given_nnzb, self.settings, distribution)
         if self.settings.changes_sizes:
             what = f"density_schedule={self.settings.density_schedule!r} and allocation={self.settings.allocation!r}"
             check_sizes_may_change(self.layers, self.num_updates, what)
         if self.settings.density_schedule != "constant":
-            self._begin(is_new=given_nnzb is None)
+            begin_(self.layers, self._path, self.given_nnzb, self.settings, optimizer, is_new=given_nnzb is None)
         self.check_ranks_agree()
         self.prepare(1)
 
@@ -157,7 +144,7 @@ class TopologyUpdater:
         self.close()
         updates_follow = bool(self.update_steps) and next_step <= self.update_steps[-1]
         update_is_next = next_step in self.update_steps
-        if ("gradient" in self._needs and update_is_next) or ("momentum" in self._needs and updates_follow):
+        if ("gradient" in self._needs and update_is_next) or (self.settings.observes_every_step and updates_follow):
             scales = not self._needs.isdisjoint({"input_scale", "output_scale"})
             self._probe = DenseGradientProbe(self._training().values(), scales)
 
@@ -183,9 +170,11 @@ class TopologyUpdater:
         """
         if self._probe is not None:
             self._probe.reduce()
-            if "momentum" in self._needs and all(map(is_finite, self._probe.gradients.values())):
+            if self.settings.observes_every_step and all(map(is_finite, self._probe.gradients.values())):
                 for layer in self._probe.gradients:
-                    add_to_momentum_(layer, self._probe)
+                    for record in records_of(layer):
+                        if record.after_step is not None:
+                            record.after_step(layer, self._probe)
         report = self._update(self.update_steps.index(global_step)) if global_step in self.update_steps else None
         self.prepare(global_step + 1)
         return report
@@ -227,43 +216,25 @@ class TopologyUpdater:
         if problem:
             logger.warning("Topology update %d of %d is skipped: %s.", update + 1, self.num_updates, problem)
             return None
-        layers, ratio = self._to_update(), self.plan[update].pruning_ratio
+        layers = self._to_update()
         for layer in layers.values():
             check_optimizer_state(self.optimizer, layer.values)
         # All layers choose before any is changed, so that a skipped update leaves no trace.
         try:
-            targets = self._targets(update, layers)
-            chosen = {name: self._choose(name, layer, ratio, update, targets[name]) for name, layer in layers.items()}
+            context = self._context(update, layers)
+            targets = context.targets() if layers else {}
+            chosen = {name: context.choose(name, targets[name]) for name in layers}
         except FloatingPointError as error:
             logger.warning("Topology update %d of %d is skipped: %s.", update + 1, self.num_updates, error)
             return None
-        self.close()  # a probe knows the layers by the memory of their indices
-        if self.settings.hidden_copy:
-            for name, layer in layers.items():
-                remember_(layer, chosen[name].slots)
+        self.close()  # a probe finds its layers by their index tensors, which may now be replaced
         done = dict.fromkeys(self.layers, LayerUpdate(0, 0))
         for name, layer in layers.items():
             done[name] = replace_blocks_(layer, chosen[name], self.optimizer, update)
         self.check_ranks_agree()
-        report = report_update(self.layers, done, update, ratio)
-        self._warn_of_churn(report)
+        report = report_update(self.layers, done, update, context.pruning_ratio)
+        self._churn.look_at(report)
         return report
-
-    def _warn_of_churn(self, report: TopologyReport) -> None:
-        """Say once if two updates in a row removed hardly anything but what the update before them had brought."""
-        self._newborn_shares.append(report.newborn_share)
-        churns = [min(pair) > CHURN for pair in pairwise(self._newborn_shares)]
-        if churns and churns[-1] and sum(churns) == 1:
-            logger.warning(
-                "New blocks do not live: topology updates %d and %d removed hardly anything but what the update just "
-                "before had brought (newborn shares %.2f and %.2f): the topology churns in place. Give new blocks "
-                "more steps to grow: fewer updates, or a longer interval; or prune by 'weight_gradient' instead of "
-                "%r.",
-                report.update,
-                report.update + 1,
-                *self._newborn_shares[-2:],
-                self.settings.prune_score,
-            )
 
     def _training(self) -> dict[str, BlockSparseLinear]:
         """The layers whose values train at this moment."""
@@ -285,82 +256,17 @@ class TopologyUpdater:
             )
         return layers
 
-    def _targets(self, update: int, layers: dict[str, BlockSparseLinear]) -> dict[str, int]:
-        """Active blocks of each of `layers` after the update."""
-        scheduled = self._path.at(self.plan[update].density_share)
-        if self.settings.allocation == "layer" or not layers:
-            return scheduled
-        total = self._budget(scheduled, layers)
-        if self.settings.allocation == "global":
-            return allocate_globally(layers, total, self._mean_scores(update, layers))
-        return allocate_by_momentum(layers, total, self.plan[update].pruning_ratio, self.settings.readmit)
+    def _context(self, update: int, layers: dict[str, BlockSparseLinear]) -> UpdateContext:
+        planned = self.plan[update]
+        scheduled = self._path.at(planned.density_share)
+        budget = self._budget(scheduled, layers)
+        return UpdateContext(update, planned.pruning_ratio, self.settings, layers, scheduled, budget, self._probe)
 
     def _budget(self, scheduled: Mapping[str, int], layers: Mapping[str, BlockSparseLinear]) -> int:
         """Active entries for `layers` beside the others, which stay as they are: a block each at least."""
         others = {name: layer for name, layer in self.layers.items() if name not in layers}
         taken = count_entries(others, {name: layer.nnzb for name, layer in others.items()})
         return max(count_entries(self.layers, scheduled) - taken, count_entries(layers, dict.fromkeys(layers, 1)))
-
-    def _sizes_as_given(self) -> dict[str, int]:
-        """
-        Active blocks of each layer of the model that a new run was given: as it is, or, where the run itself decides
-        how it begins, as it was before an earlier one began to change it.
-        """
-        begins_anew = self.settings.density_schedule != "constant" and self.settings.final_sparsity is None
-        return {
-            name: layer.given_nnzb if begins_anew and layer.given_nnzb is not None else layer.nnzb
-            for name, layer in self.layers.items()
-        }
-
-    def _begin(self, is_new: bool) -> None:
-        """Note how many blocks a changing density leads to, and, in a new run, give the layers the first ones."""
-        as_it_is = self.settings.final_sparsity is not None
-        first = self._path.at(self.settings.density_share(0.0))
-        for name, layer in self.layers.items():
-            if is_new and not as_it_is:
-                begin_at_size_(layer, first[name], self._generator("start", name), optimizer=self.optimizer)
-            layer.given_nnzb = None if as_it_is else self.given_nnzb[name]
-
-    def _density_path(self, distribution: str) -> DensityPath:
-        final = self.settings.final_sparsity
-        if final is None:
-            return DensityPath.to_model(self.layers, self.given_nnzb, self.settings.initial_sparsity)
-        return DensityPath.from_model(self.layers, self.given_nnzb, final, distribution)
-
-    def _mean_scores(self, update: int, layers: Mapping[str, BlockSparseLinear]) -> dict[str, torch.Tensor]:
-        """The prune scores of all slots, over the entries of a block: layers may have blocks of several sizes."""
-        score = SCORES[self.settings.prune_score]
-        return {
-            name: score_slots(layer, score, self._generator(update, f"{name}/all"), self._observed(layer))
-            / layer.values[0].numel()
-            for name, layer in layers.items()
-        }
-
-    def _generator(self, moment: int | str, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(zlib.crc32(f"{self.settings.seed}/{moment}/{name}".encode()))
-
-    def _observed(self, layer: BlockSparseLinear) -> dict[str, torch.Tensor]:
-        observed = self._probe.statistics(layer, self._needs) if self._probe else {}
-        if "momentum" in self._needs:
-            observed["momentum"] = layer.get_buffer("gradient_momentum")
-        return observed
-
-    def _choose(self, name: str, layer: BlockSparseLinear, ratio: float, update: int, target: int) -> Replacement:
-        if self.settings.hidden_copy:
-            return choose_by_hidden_copy(layer, self.settings.prune_score, target)
-        return choose_replacement(
-            layer,
-            pruning_ratio=ratio,
-            prune_score=self.settings.prune_score,
-            regrow_rule=self.settings.regrow_rule,
-            readmit=self.settings.readmit,
-            regrow_std=self.settings.regrow_std,
-            generator=self._generator(update, name),
-            observed=self._observed(layer),
-            nnzb=target,
-            # Under SNFS a layer prunes its share and regrows another: not both.
-            shrink_counts=self.settings.shrink_counts or self.settings.allocation == "momentum",
-        )
 
     def _not_finite(self) -> str | None:
         """The first layer with a value or gradient that is not finite, in words."""
@@ -372,22 +278,3 @@ class TopologyUpdater:
                 if tensor is not None and not is_finite(tensor):
                     return f"the {what} of `{name}` holds NaN or infinity"
         return None
-
-
-def track_layers_(layers: Iterable[BlockSparseLinear], needs: Set[str]) -> None:
-    """Begin to record, in every layer that does not yet, its exploration and what updates need besides."""
-    for layer in layers:
-        if not is_tracked(layer):
-            track_exploration_(layer)
-        if "momentum" in needs and not has_momentum(layer):
-            track_momentum_(layer)
-        if "hidden_copy" in needs and not has_hidden_copy(layer):
-            track_hidden_copy_(layer)
-
-
-def untrack_layers_(layers: Iterable[BlockSparseLinear]) -> None:
-    """Take away what `track_layers_` has added, if anything: a plain layer is left."""
-    for layer in layers:
-        untrack_exploration_(layer)
-        untrack_momentum_(layer)
-        untrack_hidden_copy_(layer)

@@ -13,6 +13,7 @@ from ..nn.linear import sparse_layers
 from ..optim.recipes import FINETUNE_MODES, QUANTIZATION_AWARE
 from ..reports.facts import checkpoint_bytes, dense_bytes, task_metrics
 from ..reports.layers import topology_summary
+from ..topology.settings import option
 from .arguments import DynSparseTrainingArguments
 
 
@@ -52,12 +53,9 @@ class FinetuningArguments(DynSparseTrainingArguments):
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": f"Epochs. Default: the recipe of the mode ({_recipes('num_train_epochs')})."}
     )
-    pruning_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of active blocks that the first update of --finetune_mode dynamic replaces. Default: 0.1, "
-            "far less than in pre-training, for what is pruned here has been learned."
-        },
+    pruning_ratio: float = option(
+        "Share of active blocks that the first update of --finetune_mode dynamic replaces. Default: 0.1, far less "
+        "than in pre-training, for what is pruned here has been learned."
     )
     warmup_steps: float = field(
         default=0.06, metadata={"help": "Linear warm-up: a number of steps, or below 1 a share of the run."}
@@ -89,13 +87,13 @@ class FinetuningArguments(DynSparseTrainingArguments):
             raise ValueError("`quantize_embeddings` needs `quantization_aware`. Got it alone. Give both or none.")
         if self.finetune_mode == "gradual":
             self.method = "prune_ofa" if self.method == "dynsparse" else self.method
-        elif self.pruning_ratio is None:
-            self.pruning_ratio = 0.1
-        if self.finetune_mode != "gradual" and self.topology_settings()["density_schedule"] != "constant":
+        elif self.topology_settings().density_schedule != "constant":
             raise ValueError(
                 f"A density that changes needs `finetune_mode` gradual. Got {self.finetune_mode} with method "
                 f"{self.method}. Change one of them."
             )
+        elif self.pruning_ratio is None:
+            self.pruning_ratio = 0.1
         if self.finetune_mode not in ("dynamic", "gradual"):
             if self.num_topology_updates or self.topology_update_every or self.method not in ("dynsparse", "static"):
                 raise ValueError(
@@ -179,7 +177,7 @@ def set_final_sparsity_(args: DynSparseTrainingArguments, sparsity: float | None
             "Leave out what turns them off."
         )
     args.final_sparsity = sparsity
-    args.check_topology()
+    args.topology_settings()  # refuses what excludes the new value
 
 
 def load_metric(

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from .arguments import DynSparseTrainingArguments
 from .finetuning import FinetuningArguments
+from .plugins import PLUGIN_HELP, PluginParser
 
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class ScriptArguments:
         },
     )
 
+    plugin: list[str] | None = field(default=None, metadata={"help": PLUGIN_HELP})
+
     # Optimiser steps where neither these nor epochs are given; without it the epochs have a default.
     default_steps: ClassVar[int | None] = None
 
@@ -122,7 +125,7 @@ class FinetuningRunArguments(ScriptArguments, FinetuningArguments):
         return [split for split in wanted if wanted[split]]
 
 
-class FlagParser(HfArgumentParser):
+class FlagParser(PluginParser):
     """
     An [`~transformers.HfArgumentParser`] whose help shows each flag once, in groups: sparsity, then a group a
     dataclass, then the run. Flags of the transformers Trainer to which a script adds nothing are only named.

@@ -1,8 +1,8 @@
 """Learning-rate rewinding: while a model is pruned, each update finds a rate near the peak (arXiv:2111.05754)."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
+from ..topology import TopologySettings
 from ..topology.schedules import in_steps
 
 
@@ -36,21 +36,21 @@ def rewound_multiplier(step: int, total: int, warmup: int, begin: int, end: int,
     return min(1.0, max(0.0, left / (unpruned - warmup)))
 
 
-def rewinding(settings: Mapping[str, Any], total: int, warmup: int) -> Callable[[int], float]:
+def rewinding(settings: TopologySettings, total: int, warmup: int) -> Callable[[int], float]:
     """
     `rewound_multiplier` of a run, by the step: the window is that of its density schedule, from the last topology
     update before it on, and the interval that of the updates.
 
     Args:
-        settings (`Mapping[str, Any]`): fields of `TopologySettings`.
+        settings (`TopologySettings`): of the run.
         total, warmup (`int`): optimiser steps.
 
     Raises:
         ValueError: if there is no cubic schedule or no interval, or the window leaves nothing to decay over.
     """
     check_rewinding(settings)
-    begin, end = (round(settings[name] * total) for name in ("density_begin", "density_end"))
-    every = in_steps(settings["update_every"], total) or 1
+    begin, end = (round(share * total) for share in (settings.density_begin, settings.density_end))
+    every = in_steps(settings.topology_update_every, total) or 1
     begin -= begin % every  # updates are counted from step 0, and rewinds are to fall on them
     if total - (end - begin) <= warmup:
         raise ValueError(
@@ -61,14 +61,14 @@ def rewinding(settings: Mapping[str, Any], total: int, warmup: int) -> Callable[
     return lambda step: rewound_multiplier(step, total, warmup, begin, end, every)
 
 
-def check_rewinding(settings: Mapping[str, Any]) -> None:
+def check_rewinding(settings: TopologySettings) -> None:
     """
     Raises:
         ValueError: if topology settings have no pruning window, or no interval.
     """
-    if settings["density_schedule"] != "cubic" or settings["update_every"] is None:
+    if settings.density_schedule != "cubic" or settings.topology_update_every is None:
         raise ValueError(
             "`learning_rate_rewinding` goes back to the peak at each update of a gradual pruning. Got "
-            f"density_schedule={settings['density_schedule']!r} and topology_update_every={settings['update_every']}. "
-            "Choose 'cubic' and an interval, or `method='prune_ofa'`."
+            f"density_schedule={settings.density_schedule!r} and topology_update_every="
+            f"{settings.topology_update_every}. Choose 'cubic' and an interval, or `method='prune_ofa'`."
         )

@@ -28,10 +28,11 @@ from ..models.density import sizes_of
 from ..reports.pictures.layers import plot_block_map
 from ..reports.pictures.runs import plot_training
 from ..topology.frames import read_history
-from .arguments import DynSparseTrainingArguments, naming_arguments
+from .arguments import DynSparseTrainingArguments
 from .callbacks.topology import TopologyCallback
 from .finetuning import finish_quantization_, set_final_sparsity_
 from .flags import FinetunedModelArguments, FinetuningRunArguments, FlagParser
+from .plugins import load_plugins
 from .rewinding import check_rewinding, rewinding
 from .summary import summarize_finetuning
 from .threads import default_threads
@@ -47,7 +48,14 @@ TOKENIZER_FOLDER = "tokenizer"  # of the output folder: where a script keeps the
 
 
 def parse_arguments(*kinds: Any, description: str | None = None) -> tuple[Any, ...]:
-    """Dataclasses of `kinds` from the command line, or from one JSON file given as the only argument."""
+    """
+    Dataclasses of `kinds` from the command line, or from one JSON file given as the only argument. Plug-ins are
+    imported before: what they register is a valid choice.
+
+    Raises:
+        ValueError: see `load_plugins`.
+    """
+    load_plugins(sys.argv[1:])
     parser = FlagParser(kinds, description=description)
     if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
         return parser.parse_json_file(os.path.abspath(sys.argv[1]))
@@ -111,7 +119,7 @@ def check_updates_to_resume(args: DynSparseTrainingArguments, checkpoint: str) -
             steps, if its updates depend on it.
     """
     state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-    TopologyCallback(**args.topology_settings()).check_run(state, args.max_steps)
+    TopologyCallback(args.topology_settings(), group_lasso=args.group_lasso).check_run(state, args.max_steps)
 
 
 def check_updates_fit(args: DynSparseTrainingArguments, steps: int) -> None:
@@ -119,8 +127,7 @@ def check_updates_fit(args: DynSparseTrainingArguments, steps: int) -> None:
     Raises:
         ValueError: for topology updates that do not fit a run of so many steps.
     """
-    with naming_arguments():
-        TopologyCallback(**args.topology_settings()).settings.plan(steps)
+    args.topology_settings().plan(steps)
 
 
 def check_topology(args: DynSparseTrainingArguments) -> None:
@@ -130,7 +137,7 @@ def check_topology(args: DynSparseTrainingArguments) -> None:
             a density that falls.
     """
     settings = args.topology_settings()
-    if args.max_steps > 0 and (settings["num_updates"] is not None or settings["update_every"] is not None):
+    if args.max_steps > 0 and (settings.say_when):
         check_updates_fit(args, args.max_steps)
     if args.learning_rate_rewinding:
         check_rewinding(settings)
@@ -145,8 +152,8 @@ def check_run_length(trainer: DynSparseTrainer) -> None:
         ValueError: naming what does not fit.
     """
     args, settings = trainer.args, trainer.args.topology_settings()
-    fixed = settings["num_updates"] is not None or settings["update_every"] is not None
-    if trainer.train_dataset is None or settings["num_updates"] == 0 or not (fixed or args.learning_rate_rewinding):
+    fixed, none = settings.say_when, settings.num_topology_updates == 0
+    if trainer.train_dataset is None or none or not (fixed or args.learning_rate_rewinding):
         return
     steps = args.max_steps
     if steps <= 0:

@@ -513,7 +513,7 @@ def _made(callback: TrainerCallback | type[TrainerCallback], args: DynSparseTrai
     if not isinstance(callback, type):
         return callback
     if issubclass(callback, TopologyCallback):
-        return callback(**args.topology_settings())
+        return callback(args.topology_settings(), group_lasso=args.group_lasso)
     if issubclass(callback, KernelCallback):
         return callback(args.kernel_tuning, args.dense_workspace)
     return callback()

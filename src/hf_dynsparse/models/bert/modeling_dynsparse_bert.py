@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, Self
@@ -39,7 +40,7 @@ from ...nn.linear import (
     INITIAL_TOPOLOGIES,
     SEARCH_GATES,
     SPARSE_INITS,
-    TRAINING_BUFFERS,
+    TRAINING_BUFFER,
     BlockSparseLinear,
     sparse_layers,
 )
@@ -59,7 +60,7 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
     config: DynSparseBertConfig
     # Inherited losses are means over a batch, although their forward takes any argument: the Trainer must be told.
     accepts_loss_kwargs = False
-    _keys_to_ignore_on_load_unexpected = [rf"\.{name}$" for name in (*TRAINING_BUFFERS, SEARCH_GATES)]
+    _keys_to_ignore_on_load_unexpected = [TRAINING_BUFFER, rf"\.{SEARCH_GATES}$"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -226,9 +227,7 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
         # Built on meta and filled: the dense weights exist once.
         with torch.device("meta"):
             dense: BertPreTrainedModel = stock(self.config.to_stock())
-        state = {
-            key: tensor for key, tensor in self.state_dict().items() if key.rpartition(".")[2] not in TRAINING_BUFFERS
-        }
+        state = {key: tensor for key, tensor in self.state_dict().items() if not re.search(TRAINING_BUFFER, key)}
         for name, layer in sparse_layers(self).items():
             for key in [key for key in state if key.startswith(f"{name}.") and not key.endswith(".bias")]:
                 del state[key]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..._transformers import HfQuantizer, QuantizationConfigMixin, register_quantizer
 from ...blocks.sizes import block_grid
-from ...nn.linear import TRAINING_BUFFERS, sparse_layers
+from ...nn.linear import TRAINING_BUFFER, sparse_layers
 from ...nn.replace import plan_blocks, replace_by_dense_, replace_by_sparse_
 from ..bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..checksums import separate_, verify_weights, with_checksums
@@ -92,7 +92,7 @@ class LayerQuantizer(HfQuantizer):
             for leaf, tensor in layer.state_dict().items()
         }
         markers = "|".join(re.escape(name.removeprefix(prefix)) for name in layers)
-        ours = {rf"(^|\.)({markers})\.weight$", *(rf"\.{name}$" for name in TRAINING_BUFFERS)}
+        ours = {rf"(^|\.)({markers})\.weight$", TRAINING_BUFFER}
         model._keys_to_ignore_on_load_unexpected = ours | set(model._keys_to_ignore_on_load_unexpected or ())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:

@@ -17,9 +17,9 @@ from ...models.density import configured, distribution_of, sizes_of, tell_config
 from ...nn.linear import trainable_layers
 from ...optim.lasso import group_lasso_
 from ...reports.layers import topology_summary
-from ...topology import TopologySettings, TopologyUpdater, ever_active
+from ...topology import METHODS, TopologySettings, TopologyUpdater, ever_active, track_, untrack_
 from ...topology.exploration import is_tracked
-from ...topology.updater import track_layers_, untrack_layers_
+from ...topology.settings import OLD_NAMES, as_settings
 from .refusals import check_parallelism, check_resizing
 from .throughput import add_to_log, check_alone
 
@@ -35,8 +35,8 @@ class TopologyCallback(TrainerCallback, ExportableState):
     checkpoint holds the new topology and a resumed run does not repeat it.
 
     Args:
-        num_updates, settings: see [`TopologySettings`]; without a number of updates or an interval,
-            80, or as many as leave 100 steps between them.
+        settings, options: see [`TopologySettings`]; an option goes before the same of the settings. Without a number
+            of updates or an interval, 80, or as many as leave 100 steps between them.
         group_lasso (`float`): strength of the decoupled group lasso, applied after every optimiser step.
 
     Attributes:
@@ -48,8 +48,10 @@ class TopologyCallback(TrainerCallback, ExportableState):
             processes must have one, and make its reducer anew.
     """
 
-    def __init__(self, num_updates: int | None = None, *, group_lasso: float = 0.0, **settings: Any) -> None:
-        self.settings = TopologySettings(num_updates, **settings)
+    def __init__(self, settings: TopologySettings | None = None, *, group_lasso: float = 0.0, **options: Any) -> None:
+        # transformers, and `check_settings`, give what `state` of any version has saved.
+        options = {OLD_NAMES.get(name, name): value for name, value in options.items()}
+        self.settings = as_settings(settings, options)
         self.group_lasso = group_lasso
         self.metrics: dict[str, float] = {}
         self.ever_active: dict[str, torch.Tensor] = {}
@@ -104,7 +106,8 @@ class TopologyCallback(TrainerCallback, ExportableState):
 
     def track_(self, model: nn.Module) -> None:
         """Begin to record what this run needs in every sparse layer that does not yet."""
-        track_layers_(trainable_layers(model).values(), self.settings.needs)
+        for layer in trainable_layers(model).values():
+            track_(layer, self.settings.needs)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -119,7 +122,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         for name, layer in trainable_layers(model).items():
             layer.layout.validate(f"`{name}`")
             if state.global_step == 0:
-                untrack_layers_([layer])  # the updater begins anew
+                untrack_(layer)  # the updater begins anew
         if state.global_step == 0:
             self.metrics, self.total_steps = {}, state.max_steps
         else:
@@ -132,9 +135,9 @@ class TopologyCallback(TrainerCallback, ExportableState):
             model,
             kwargs["optimizer"],
             state.max_steps,
+            settings,
             distribution=distribution_of(model),
             given_nnzb=given,
-            **asdict(settings),
         )
         sizes = self._updater.given_nnzb
         # A run that is begun again leads where it led, whatever the configuration of a half-way model says.
@@ -146,8 +149,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self._updater.prepare(state.global_step + 1)
         self.metrics["sparsity"] = topology_summary(model).sparsity
         self.metrics["coverage"] = self._updater.coverage()
-        how_many = {self.settings.num_updates, self.settings.update_every}
-        by_default = " (by default: at most 80, and 100 steps for new blocks to grow)" if how_many == {None} else ""
+        by_default = " (by default: at most 80, and 100 steps for new blocks to grow)"
         logger.info(
             "Topology: %d sparse layers at sparsity %.4f%s, %d updates%s%s, prune by %s, %s.",
             len(self._updater.layers),
@@ -157,7 +159,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             f" from step {self._updater.update_steps[0]} to {self._updater.update_steps[-1]}"
             if self._updater.num_updates
             else "",
-            by_default,
+            "" if self.settings.say_when else by_default,
             settings.prune_score,
             "remember what was pruned" if settings.hidden_copy else f"regrow by {settings.regrow_rule}",
         )
@@ -229,7 +231,8 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self.ever_active |= {
             name: ever_active(layer).view(layer.grid).cpu() for name, layer in layers.items() if is_tracked(layer)
         }
-        untrack_layers_(layers.values())
+        for layer in layers.values():
+            untrack_(layer)
         if self._updater is not None:
             self._updater.close()
             self._updater = None
@@ -249,8 +252,10 @@ class TopologyCallback(TrainerCallback, ExportableState):
         Raises:
             ValueError: naming every setting that differs.
         """
-        here = self.state()["args"]
-        changed = {name: (value, here[name]) for name, value in saved["args"].items() if here.get(name) != value}
+        there, here = (callback.state()["args"] for callback in (type(self)(**saved["args"]), self))
+        if METHODS[there["method"]].decides == METHODS[here["method"]].decides:
+            del there["method"]  # a preset: what it amounts to is compared
+        changed = {name: (value, here[name]) for name, value in there.items() if here[name] != value}
         if changed:
             raise ValueError(
                 "A resumed run must update the topology as the interrupted one did. Got "
@@ -321,4 +326,4 @@ class TopologyCallback(TrainerCallback, ExportableState):
 def _track_what_comes(needs: frozenset[str], layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before a layer loads: make room for what a checkpoint has recorded, if it has."""
     if f"{prefix}ever_active" in state_dict:
-        track_layers_([layer], needs)
+        track_(layer, needs)

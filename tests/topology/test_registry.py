@@ -1,0 +1,159 @@
+"""Scores, rules, schedules and methods from outside: found wherever a name is taken, and refused where they clash."""
+
+import pytest
+import torch
+
+from hf_dynsparse import register_method, register_regrow_rule, register_score, sparse_layers, sparsify_
+from hf_dynsparse.blocks.distributions import DISTRIBUTIONS, uniform
+from hf_dynsparse.topology import (
+    DENSITY_SCHEDULES,
+    METHODS,
+    PRUNE_SCORES,
+    REGROW_RULES,
+    SCHEDULES,
+    SCORES,
+    Replacement,
+    TopologyUpdater,
+    UpdateContext,
+)
+from tests.toy import toy_arguments, toy_config, toy_model, toy_trainer
+
+
+def first(blocks):
+    """The slot or position: what is last is pruned last, and regrown first."""
+    return torch.arange(blocks.count, dtype=torch.float32, device=blocks.device)
+
+
+def first_layer_shrinks(update: UpdateContext) -> dict[str, int]:
+    """A block of the first layer goes to the second at every update."""
+    one, two, *_ = update.layers
+    sizes = {name: layer.nnzb for name, layer in update.layers.items()}
+    return {**sizes, one: sizes[one] - 1, two: sizes[two] + 1}
+
+
+def swap_first(update: UpdateContext, name: str, nnzb: int) -> Replacement:
+    """Slot 0 takes the first free block."""
+    layer = update.layers[name]
+    free = sorted(set(range(layer.num_blocks)) - set(layer.block_index.tolist()))
+    return Replacement(torch.tensor([0]), torch.tensor(free[:1]))
+
+
+@pytest.fixture(autouse=True)
+def rows(monkeypatch):
+    for table in (SCORES, METHODS):
+        for name in ("mine", "by_value", "only_regrows", "moves", "swaps"):
+            monkeypatch.setitem(table, name, None)
+            monkeypatch.delitem(table, name)  # restored at the end: what a test registers is taken away
+    monkeypatch.setitem(SCHEDULES, "mine", lambda progress: 1.0 - progress**2)
+    monkeypatch.setitem(DENSITY_SCHEDULES, "mine", lambda progress: 1.0 - progress)
+    monkeypatch.setitem(DISTRIBUTIONS, "mine", uniform)
+    register_score("mine", first)
+    register_score("by_value", lambda blocks: first(blocks) + blocks.values.sum() * 0, needs=["values"])
+    register_regrow_rule("only_regrows", lambda blocks: first(blocks) - blocks.ever_active * 1.0, needs="ever_active")
+    register_method("mine", {"prune_score": "by_value", "regrow_rule": "mine", "pruning_schedule": "mine"})
+    register_method("moves", targets=first_layer_shrinks, source="here")
+    register_method("swaps", choose=swap_first)
+
+
+def test_of_scores():
+    assert [name in PRUNE_SCORES for name in ("mine", "by_value", "only_regrows")] == [True, True, False]
+    assert [name in REGROW_RULES for name in ("mine", "by_value", "only_regrows")] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"prune_score": "by_value", "regrow_rule": "only_regrows"},
+        {"pruning_schedule": "mine"},
+        {"method": "mine"},
+        {"density_schedule": "mine", "initial_sparsity": 0.5},
+    ],
+)
+def test_arguments(given, tmp_path):
+    toy_arguments(tmp_path, **given)
+
+
+@pytest.mark.parametrize("method", ["mine", "moves", "swaps"])
+def test_a_run_resumes_bit_for_bit(method, tmp_path):
+    """And what its own functions decide is what happens."""
+    settings = {"method": method, "save_strategy": "steps", "save_steps": 4}
+    whole = toy_trainer(tmp_path, **settings)
+    given = [layer.nnzb for layer in sparse_layers(whole.model).values()]
+    whole.train()
+    assert whole.topology.metrics["topology_updates"] == 3
+    sizes = [layer.nnzb for layer in sparse_layers(whole.model).values()]
+    moved = 3 if method == "moves" else 0
+    assert sizes == [given[0] - moved, given[1] + moved, *given[2:]]
+    resumed = toy_trainer(tmp_path / "resumed", toy_model(seed=1), method=method)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    expected = whole.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "missing", "message"),
+    [
+        (
+            {"regrow_rule": "only_regrows"},
+            "only_regrows",
+            "`regrow_rule` must be one of .* Got 'only_regrows'. One",
+        ),
+        ({"method": "swaps"}, "swaps", "`method` must be one of .* Got 'swaps'. One of your own .* as `--plugin`"),
+    ],
+)
+def test_a_resumed_run_needs_them_again(given, missing, message, tmp_path):
+    toy_trainer(tmp_path, save_strategy="steps", save_steps=4, **given).train()
+    SCORES.pop(missing, None)
+    METHODS.pop(missing, None)
+    resumed = toy_trainer(tmp_path / "resumed")
+    with pytest.raises(ValueError, match=message):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_another_method_is_another_run(tmp_path):
+    """A preset may be given as its values; a method with functions of its own may not be left out."""
+    toy_trainer(tmp_path, method="swaps", save_strategy="steps", save_steps=4).train()
+    with pytest.raises(ValueError, match=r"Got method: 'dynsparse' \(checkpoint: 'swaps'\)"):
+        toy_trainer(tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    by_values = {"prune_score": "by_value", "regrow_rule": "mine", "pruning_schedule": "mine"}
+    preset = toy_trainer(tmp_path, method="mine").topology
+    toy_trainer(tmp_path, **by_values).topology.check_settings(preset.state())
+
+
+def test_what_an_update_does():
+    model = toy_model()
+    layer = next(iter(sparse_layers(model).values()))
+    kept, count = layer.block_index.clone(), layer.nnzb // 2
+    free = sorted(set(range(layer.num_blocks)) - set(kept.tolist()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    TopologyUpdater(model, optimizer, 10, num_topology_updates=1, prune_score="mine", regrow_rule="mine").step(5)
+    assert torch.equal(layer.block_index[count:], kept[count:])
+    assert sorted(layer.block_index[:count].tolist()) == free[-count:]
+
+
+@pytest.mark.parametrize(
+    ("register", "given", "message"),
+    [
+        (register_score, ("l1", first), "must be new. Got 'l1', which is taken. Choose another"),
+        (register_regrow_rule, ("mine", first), "Got 'mine', which is taken"),
+        (register_method, ("rigl", {}), "Got 'rigl', which is taken"),
+        (
+            register_score,
+            ("new", first, ["occupied"]),
+            "A prune score may need gradient, newborn, values. Got occ",
+        ),
+        (register_regrow_rule, ("new", first, "values"), "A regrow rule may need barred, .* Got values for 'new'"),
+        (register_method, ("new", {"ratio": 0.5}), "A method sets topology options: .* Got ratio for 'new'"),
+    ],
+)
+def test_what_cannot_be_registered(register, given, message):
+    before = SCORES.keys() | METHODS.keys()
+    with pytest.raises(ValueError, match=message):
+        register(*given)
+    assert SCORES.keys() | METHODS.keys() == before
+
+
+def test_a_distribution():
+    assert toy_config(distribution="mine").nnzb_per_layer() == toy_config().nnzb_per_layer()
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    assert len(sparse_layers(sparsify_(layers, 4, 0.5, distribution="mine"))) == 1
