@@ -22,7 +22,7 @@ from .models.flops import flops_per_sequence, inference_flops_per_sequence
 from .models.sparsify import densify_, sparsify_
 from .models.stock.configuration import DynSparseQuantizationConfig
 from .nn.linear import BlockSparseLinear, sparse_layers
-from .ops import configure_kernels, use_backend
+from .ops import Backend, configure_kernels, register_backend, use_backend
 from .optim.block_adam import BlockAdamW
 from .optim.groups import parameter_groups, sparse_learning_rate
 from .optim.lasso import group_lasso_
@@ -43,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Backend",
     "BlockAdamW",
     "BlockLayout",
     "BlockSparseLinear",
@@ -81,6 +82,7 @@ __all__ = [
     "prepare_qat_",
     "prune_regrow_",
     "read_bsr",
+    "register_backend",
     "save_with_code",
     "seed_dropout_",
     "slim",
