@@ -19,7 +19,7 @@ def read_version() -> str:
     return found.group(1)
 
 
-# The kernels of the processor, compiled once per instruction set; ops/native.py picks one when the package runs.
+# The kernels of the CPU, compiled once per instruction set; ops/native.py picks one when the package runs.
 # -ffast-math would reorder the running sums and spill them to memory: slower, and not reproducible.
 COMPILE = [
     *("-std=c++17", "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno"),

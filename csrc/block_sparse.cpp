@@ -1,4 +1,4 @@
-// The products of block-sparse matrices on the processor, and dropout: the functions that `hf_dynsparse/ops/native.py` calls.
+// The products of block-sparse matrices on the CPU, and dropout: the functions that `hf_dynsparse/ops/native.py` calls.
 //
 // Compiled once per instruction set into a library of its own (setup.py). Plain C interface: no PyTorch, no Python.
 
@@ -38,7 +38,7 @@ struct Layer {
 // Grows with every change of the functions below: a library from an older build is refused.
 EXPORT int interface_version() { return 3; }
 
-// The best variant for this processor: 5 for x86-64-v4 with AVX512-BF16, 4 for x86-64-v4, 3 for x86-64-v3, 0 for the
+// The best variant for this CPU: 5 for x86-64-v4 with AVX512-BF16, 4 for x86-64-v4, 3 for x86-64-v3, 0 for the
 // portable one.
 EXPORT int best_variant() {
 #if defined(__x86_64__)

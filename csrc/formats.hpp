@@ -1,6 +1,6 @@
 // What a four-byte unit of a matrix holds, and the one arithmetic step that depends on it.
 //
-// DEPTH 1: a float. DEPTH 2: two neighbouring bfloat16, which processors with AVX512-BF16 multiply and add in pairs. Units
+// DEPTH 1: a float. DEPTH 2: two neighbouring bfloat16, which CPUs with AVX512-BF16 multiply and add in pairs. Units
 // are moved, transposed and packed alike, and all sums are floats, so the kernels are written once.
 
 #pragma once

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 extern "C" {
-// As `hf_dynsparse/ops/orders.py` derives it from a block index.
+// As `hf_dynsparse/blocks/layout.py` derives it from a block index.
 struct Order {
     const int32_t* offsets;  // [block rows + 1] or [block columns + 1] where each begins
     const int32_t* rows;     // [nnzb] block row

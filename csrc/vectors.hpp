@@ -1,7 +1,7 @@
 // One register of floats, as wide as the instruction set this file is compiled for, and its shuffles.
 //
 // Only GCC and Clang vector extensions: the compiler picks the instructions, so the same source serves AVX-512, AVX2 and
-// any other processor.
+// any other CPU.
 
 #pragma once
 

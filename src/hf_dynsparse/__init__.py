@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .models.flops import flops_per_sequence, inference_flops_per_sequence
     from .models.sparsify import densify_, sparsify_
     from .nn.linear import BlockSparseLinear, sparse_layers
-    from .ops import configure_kernels, use_backend
+    from .ops import Backend, configure_kernels, register_backend, use_backend
     from .optim.block_adam import BlockAdamW
     from .optim.groups import parameter_groups, sparse_learning_rate
     from .optim.lasso import group_lasso_
@@ -77,7 +77,7 @@ _MODULES = {
     ".models.flops": "flops_per_sequence inference_flops_per_sequence",
     ".models.sparsify": "densify_ sparsify_",
     ".nn.linear": "BlockSparseLinear sparse_layers",
-    ".ops": "configure_kernels use_backend",
+    ".ops": "Backend configure_kernels register_backend use_backend",
     ".optim.block_adam": "BlockAdamW",
     ".optim.groups": "parameter_groups sparse_learning_rate",
     ".optim.lasso": "group_lasso_",
@@ -101,6 +101,7 @@ _ROOMS = ("checkpoints", "data", "hub", "ops", "optim", "reports", "topology", "
 
 __all__ = [
     "METHODS",
+    "Backend",
     "BlockAdamW",
     "BlockLayout",
     "BlockSparseLinear",
@@ -139,6 +140,7 @@ __all__ = [
     "prepare_qat_",
     "prune_regrow_",
     "read_bsr",
+    "register_backend",
     "register_method",
     "register_regrow_rule",
     "register_score",

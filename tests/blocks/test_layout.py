@@ -5,13 +5,53 @@ import torch
 from helpers import generator
 
 from hf_dynsparse import BlockLayout
+from hf_dynsparse.blocks import layout as layout_module
+from hf_dynsparse.blocks.dense import from_blocks, to_blocks
 from hf_dynsparse.blocks.draw import balanced_block_index, random_block_index, spread_evenly
+from hf_dynsparse.blocks.layout import layout_of
 from hf_dynsparse.blocks.sizes import as_block_shape, block_grid, check_sparsity, count_active_blocks
 
 
 def layout(block_index: list[int], dtype: torch.dtype = torch.int32) -> BlockLayout:
     """3 x 4 blocks of 2 x 1 entries."""
     return BlockLayout(torch.tensor(block_index, dtype=dtype), (6, 4), (2, 1))
+
+
+def test_blocks_by_hand_and_back() -> None:
+    dense = torch.arange(24).view(4, 6)
+    blocks = to_blocks(dense, (2, 3))
+    assert blocks.shape == (2, 2, 2, 3)
+    assert blocks[1, 0].tolist() == [[12, 13, 14], [18, 19, 20]]
+    assert torch.equal(from_blocks(blocks), dense)
+    assert torch.equal(to_blocks(dense.T, (3, 2))[0, 1], blocks[1, 0].T)  # a view of a view
+
+
+def test_what_is_derived_is_kept_until_the_index_changes_or_ends() -> None:
+    index, made = torch.tensor([9, 11, 1, 8], dtype=torch.int32), []
+
+    def derive(layout: BlockLayout, more: int) -> list[int]:
+        made.append(more)
+        return (layout.rows + more).tolist()
+
+    def derived(index: torch.Tensor, more: int = 1) -> list[int]:
+        return layout_of(index, (6, 4), (2, 1)).derived(derive, more)
+
+    assert derived(index) == derived(index) == [3, 3, 1, 3]
+    assert derived(index, 2) == [4, 4, 2, 4]
+    assert layout_of(index, (4, 6), (1, 2)) is not layout_of(index, (6, 4), (2, 1))
+    assert made == [1, 2]
+    index[0] = 0
+    assert derived(index) == [1, 3, 1, 3]
+    index.data = torch.tensor([2, 3], dtype=torch.int32)  # no change of version, but of place
+    assert derived(index) == [1, 1]
+    assert made == [1, 2, 1, 1]
+    with torch.inference_mode():
+        inferred = torch.tensor([4], dtype=torch.int32)
+    assert derived(inferred) == derived(inferred) == [2]  # each time: such a tensor has no version
+    assert made == [1, 2, 1, 1, 1, 1]
+    count = len(layout_module._known)
+    del index
+    assert len(layout_module._known) == count - 1
 
 
 def test_orders_by_hand() -> None:

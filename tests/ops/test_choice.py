@@ -3,16 +3,19 @@
 import json
 import logging
 import math
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
-from helpers import make_layer
+from helpers import make_layer, needs_kernels
 
-from hf_dynsparse import configure_kernels, topology_summary, use_backend
-from hf_dynsparse.ops import BACKENDS, Backend, Problem, choice, choose_backend, reference, tuning
+import hf_dynsparse
+from hf_dynsparse import BlockSparseLinear, configure_kernels, register_backend, topology_summary, use_backend
+from hf_dynsparse.ops import BACKENDS, Backend, Problem, backends, choice, choose_backend, reference, tuning
 from hf_dynsparse.ops.tuning import cache_file  # before a fixture replaces it
 
 
@@ -103,6 +106,21 @@ def test_the_rule_passes_over_a_backend_above_its_break_even(monkeypatch: pytest
     monkeypatch.setattr(choice, "BACKENDS", by_name(backend("sparse", break_even=0.4), backend("dense")))
     assert choose_backend(PROBLEM).name == "dense"
     assert choose_backend(replace(PROBLEM, nnzb=1)).name == "sparse"
+
+
+def test_a_backend_from_outside_is_a_candidate_and_its_name_its_own(
+    stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "BACKENDS", choice.BACKENDS)
+    register_backend(backend("mine"))
+    with pytest.raises(ValueError, match="must have a name of its own. Got 'mine', which is taken by: the mine one."):
+        register_backend(backend("mine"))
+    stopwatch.seconds["mine"] = 0.1
+    assert choose_backend(PROBLEM).name == "mine"
+    configure_kernels(tuning="off")
+    assert choose_backend(PROBLEM).name == "plain"  # by rule, those of the package go first
+    with use_backend("mine"):
+        assert choose_backend(PROBLEM).name == "mine"
 
 
 def test_the_override_ends_with_an_exception(table: None) -> None:
@@ -327,3 +345,53 @@ def test_the_kernels_of_the_device_that_do_not_serve_are_named(monkeypatch: pyte
     configure_kernels(tuning="once")
     choose_backend(PROBLEM)
     assert set(choice.plan.choices.values()) == {choice.Choice("plain", "no other can serve; not fast: is not built")}
+
+
+def test_products_follow_the_plan_and_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+
+    def watched(name: str) -> Backend:
+        return replace(backend(name), dds=lambda *operands: served.append(name) or reference.dds(*operands))
+
+    monkeypatch.setattr(choice, "BACKENDS", by_name(watched("workspace"), watched("plain")))
+    layer, input = make_layer().requires_grad_(False), torch.ones(3, 24)
+    layer(input)
+    with use_backend("plain"):
+        layer(input)
+    layer(input)
+    made = dict(choice.plan.choices)
+    choice.plan.fix({problem: choice.Choice("plain", "by hand") for problem in made})
+    layer(input)
+    configure_kernels(dense_workspace=True)
+    layer(input)
+    configure_kernels(dense_workspace=False)
+    layer(input)
+    assert served == ["workspace", "plain", "workspace", "plain", "workspace", "plain"]
+
+
+def test_sizes_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice.KernelPlan, "MOST_SERVED", 5)
+    layer = make_layer()
+    for tokens in range(20):
+        layer(torch.ones(tokens, 24))
+        assert len(choice.plan.served) <= 5
+
+
+@needs_kernels
+def test_a_product_of_a_few_tokens_takes_few_calls_of_the_package() -> None:
+    layer, input = BlockSparseLinear(64, 64, 16, 0.5), torch.ones(3, 64)
+    package, calls = str(Path(hf_dynsparse.__file__).parent), []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            calls.append(frame.f_code.co_name)
+
+    with torch.no_grad(), use_backend("native"):
+        layer(input)  # chooses, compares, derives
+        sys.setprofile(note)
+        try:
+            layer(input)
+        finally:
+            sys.setprofile(None)
+    assert calls[0] == "forward"
+    assert len(calls) <= 8, calls

@@ -4,7 +4,7 @@ from threading import Thread
 
 import pytest
 import torch
-from helpers import error_bound, generator
+from helpers import cover_pairs, error_bound, generator
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,9 +56,15 @@ def products(backend, shape, input, grad, values, index, bias):
     )
 
 
-@pytest.mark.parametrize("block_shape", [(16, 16), (32, 16), (16, 32)], ids=str)
-@pytest.mark.parametrize("chunk", [(4, 1), (4, 4 * 16 * 8 * 3), (5, 1 << 20)], ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 13])
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "block_shape"),
+    cover_pairs(
+        [(tokens,) for tokens in (1, 3, 4, 5, 8, 13)],
+        [(4, 1), (4, 4 * 16 * 8 * 3), (5, 1 << 20)],
+        [(16, 16), (32, 16), (16, 32)],
+    ),
+    ids=str,
+)
 def test_gather_in_chunks_of_tokens_and_lines(monkeypatch: pytest.MonkeyPatch, tokens, chunk, block_shape) -> None:
     monkeypatch.setattr(gather, "CPU_CHUNK", chunk)
     shape = 7 * block_shape[0], 5 * block_shape[1]

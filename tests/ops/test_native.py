@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import product
 
 import pytest
 import torch
-from helpers import dense_weight, make_layer, needs_kernels
+from helpers import cover_pairs, dense_weight, make_layer, needs_kernels
 
 from hf_dynsparse import BlockSparseLinear, use_backend
 from hf_dynsparse.ops import native
@@ -55,9 +56,11 @@ def operands(
     return layer, input, torch.randn(tokens, layer.out_features, generator=drawn).to(dtype)
 
 
-@pytest.mark.parametrize("block_shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 15, 64, 65, 300])
-@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("block_shape", "tokens", "dtype"),
+    cover_pairs([(shape,) for shape in SHAPES], (1, 15, 64, 65, 300), native.DTYPES),
+    ids=str,
+)
 def test_any_number_of_threads_repeats_itself_and_agrees_with_one(
     block_shape: tuple[int, int], tokens: int, dtype: torch.dtype, threads: None
 ) -> None:
@@ -73,9 +76,16 @@ def test_any_number_of_threads_repeats_itself_and_agrees_with_one(
             torch.testing.assert_close(one, reference, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("variant", variants())
-@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
-@pytest.mark.parametrize("block_shape", SHAPES, ids=str)
+# bfloat16 is widened where pairs are not multiplied: one shape shows it, the kernels are those of float32.
+@pytest.mark.parametrize(
+    ("variant", "block_shape", "dtype"),
+    [
+        (variant, shape, dtype)
+        for variant, shape, dtype in product(variants(), SHAPES, native.DTYPES)
+        if dtype == FP32 or variant.endswith("bf16") or shape == (4, 4)
+    ],
+    ids=str,
+)
 def test_every_instruction_set_computes_the_same(
     variant: str, block_shape: tuple[int, int], dtype: torch.dtype
 ) -> None:

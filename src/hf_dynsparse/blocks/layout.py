@@ -83,12 +83,12 @@ class BlockLayout:
         """Share of positions that are active."""
         return self.nnzb / self.num_blocks
 
-    @cached_property
+    @property
     def rows(self) -> torch.Tensor:
         """Block row of each slot, `torch.int64` of shape `(nnzb,)`."""
         return self.block_index.long() // self.grid[1]
 
-    @cached_property
+    @property
     def columns(self) -> torch.Tensor:
         """Block column of each slot, `torch.int64` of shape `(nnzb,)`."""
         return self.block_index.long() % self.grid[1]

@@ -34,8 +34,9 @@ def fan_in_scale(layout: BlockLayout) -> torch.Tensor:
     By how much the values of each slot must be larger than those of a dense layer for outputs of the same variance,
     `sqrt(inputs / active inputs of the block row)`: of shape `(nnzb, 1, 1)` (arXiv:2010.03533, section 4, by blocks).
     """
-    active = torch.bincount(layout.rows, minlength=layout.grid[0])
-    return (layout.grid[1] / active[layout.rows]).sqrt().view(-1, 1, 1)
+    rows = layout.rows
+    active = torch.bincount(rows, minlength=layout.grid[0])
+    return (layout.grid[1] / active[rows]).sqrt().view(-1, 1, 1)
 
 
 # How large the first values of each slot are beside `std`; `None` leaves them as drawn.
@@ -129,7 +130,7 @@ class SparseLayer(LinearLayer):
 
     def multiply(self, input: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """
-        `forward` with `values` and `bias` that stand for the layer's own.
+        `forward` with other `values` and `bias` than the layer's own.
 
         Raises:
             ValueError: if the sizes, dtypes or devices do not fit together.

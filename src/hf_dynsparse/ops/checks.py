@@ -20,7 +20,7 @@ from .reference import Shape
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# What the rules look at of a tensor. `True` stands for the CPU: it is read faster than a device.
+# What the rules look at of a tensor. `True` means the CPU: it is read faster than a device.
 Facts = tuple[torch.Size, torch.dtype, torch.device | bool]
 
 MOST_BLOCKS = 2**31 - 1
@@ -94,7 +94,7 @@ def check_block_index(block_index: torch.Tensor, weight: Weight) -> BlockLayout:
     """
     check_index_sizes(block_index, weight.nnzb, weight.device)
     layout = layout_of(block_index, weight.shape, weight.block_shape)
-    # While a graph is captured nobody may wait for the GPU: its kernel has run before, and was checked then.
+    # A capture must not wait for the GPU; its kernels have run before, and the ids were checked then.
     if not block_index.is_meta and not (block_index.is_cuda and torch.cuda.is_current_stream_capturing()):
         layout.validate()
     layouts_of(block_index)[weight] = layout

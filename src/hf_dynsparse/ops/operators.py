@@ -44,21 +44,7 @@ def compute_linear(
     bias: torch.Tensor | None,
     out_features: int,
 ) -> torch.Tensor:
-    """
-    `input @ W.T + bias`.
-
-    Args:
-        input (`torch.Tensor` of shape `(tokens, in_features)`).
-        values (`torch.Tensor` of shape `(nnzb, rows, columns)`): the active blocks of `W`, of the dtype of `input`.
-        block_index (`torch.Tensor` of shape `(nnzb,)`, `torch.int32`): their flat ids.
-        bias (`torch.Tensor` of shape `(out_features,)`, *optional*).
-
-    Returns:
-        `torch.Tensor` of shape `(tokens, out_features)`.
-
-    Raises:
-        ValueError: if the operands do not fit together, or `block_index` is not that of a matrix of this size.
-    """
+    """[`block_sparse_linear`] of `input` of shape `(tokens, in_features)`, without autocast and gradients."""
     operands = (  # `facts_of` each, without a call
         (input.shape, input.dtype, input.is_cpu or input.device),
         (values.shape, values.dtype, values.is_cpu or values.device),
@@ -84,17 +70,11 @@ def compute_linear_backward(
     of_bias: bool,
 ) -> list[torch.Tensor]:
     """
-    The gradients of `linear` that are asked for, in the order input, values, bias.
-
-    Args:
-        grad (`torch.Tensor` of shape `(tokens, out_features)`): gradient of the output.
-        input, values, block_index: the arguments of `linear`.
-
-    Returns:
-        `list[torch.Tensor]` of the shapes of what they are gradients of.
+    The gradients of `compute_linear` that are asked for, in the order input, values, bias, from that of its output,
+    `grad` of shape `(tokens, out_features)`. Each has the shape of what it is the gradient of.
 
     Raises:
-        ValueError: as `compute_linear`.
+        ValueError: as [`block_sparse_linear`].
     """
     operands = (
         (grad.shape, grad.dtype, grad.is_cpu or grad.device),
@@ -141,7 +121,7 @@ def _empty_gradients(
 
 
 def _operator(name: str, compute: Callable[..., Any]) -> Any:
-    """`compute` as an operator, for those who record operators."""
+    """`compute` as a PyTorch operator, which tracers and compilers see as one node."""
 
     @wraps(compute)
     def run(*operands: Any) -> Any:

@@ -20,7 +20,7 @@ class Problem:
         nnzb (`int`): active blocks.
         tokens (`int`): rows of the input, rounded up to a power of two.
         backward (`bool`): all gradients, or the output.
-        threads (`int`): of the processor; 0 on other devices.
+        threads (`int`): of the CPU; 0 on other devices.
     """
 
     device: torch.device

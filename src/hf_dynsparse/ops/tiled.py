@@ -35,12 +35,12 @@ def dds(
 
 def sdd(grad: torch.Tensor, input: torch.Tensor, layout: BlockLayout) -> torch.Tensor:
     """The active blocks of `grad.T @ input`; see `reference.sdd`."""
-    rows, columns = layout.block_shape
+    (rows, columns), row, column = layout.block_shape, layout.rows, layout.columns
     output = input.new_empty(layout.nnzb, rows, columns)
     for first, last in _tiles(layout.shape, rows, False):
         tile = to_blocks(grad[:, first:last].T @ input, layout.block_shape)
-        inside = (layout.rows >= first // rows) & (layout.rows < last // rows)
-        blocks = tile[torch.where(inside, layout.rows - first // rows, 0), layout.columns]  # [nnzb, rows, columns]
+        inside = (row >= first // rows) & (row < last // rows)
+        blocks = tile[torch.where(inside, row - first // rows, 0), column]  # [nnzb, rows, columns]
         output = torch.where(inside[:, None, None], blocks, output)
     return output
 

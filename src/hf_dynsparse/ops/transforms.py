@@ -8,11 +8,11 @@ _RECORDING = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether nothing but output and gradients is asked for: nobody transforms or records what runs."""
+    """Whether nothing but output and gradients is asked for: no transform is at work, and no tracer."""
     return not (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or type(tensor) is not torch.Tensor  # may stand for another
+        or type(tensor) is not torch.Tensor  # a subclass, such as a fake tensor of a tracer
         or torch._C._is_tracing()
         or torch._C._get_dispatch_mode(_RECORDING) is not None
     )

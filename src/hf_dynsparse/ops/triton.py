@@ -26,15 +26,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # By side of a block, for a recent data-center GPU: each feature that is loaded serves one block row.
 BREAK_EVEN = {16: 0.08, 32: 0.15, 64: 0.25, 128: 0.37}
 
-# Up to so many tokens, smaller tiles: more programs than a large GPU has processors.
+# Up to so many tokens, smaller tiles: more programs than a large GPU has multiprocessors.
 FEW_TOKENS = 4096
 # From so many tokens, tiles of 256 tokens still fill a large GPU.
 MANY_TOKENS = 16384
 
-# Programs of `sample` for each processor of the GPU, reached by splitting the tokens.
+# Programs of `sample` for each multiprocessor of the GPU, reached by splitting the tokens.
 PROGRAMS_PER_PROCESSOR = 4
 
-# Stands for the number of processors where Triton interprets its kernels: enough to split the tokens in tests.
+# The number of multiprocessors where Triton interprets its kernels: enough to split the tokens in tests.
 INTERPRETED_PROCESSORS = 8
 
 SUMMED_ENTRIES = 1024  # of one program of `sum_splits`
@@ -208,7 +208,7 @@ def gather(
             order.sources,
             order.slots,
             order.heaviest,
-            output if bias is None else _readable(bias),  # an address that nobody reads
+            output if bias is None else _readable(bias),  # an address that is not read
             output,
             tokens,
             lines,

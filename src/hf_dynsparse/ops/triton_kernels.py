@@ -15,7 +15,7 @@ import triton.language as tl
 
 __all__ = ["INTERPRETED", "gather", "sample", "sum_splits"]
 
-# Whether these kernels run on the processor, in NumPy: decided, like the kernels, when this file is imported.
+# Whether these kernels run on the CPU, in NumPy: decided, like the kernels, when this file is imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 

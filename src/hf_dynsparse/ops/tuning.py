@@ -83,7 +83,7 @@ class Timing:
         seconds (`dict[str, float]`): of each backend by name: the smallest sample, which nothing made smaller than the
             work is. On a CPU those of one thread for its share of the tokens.
         steady (`bool`): whether the samples agree; else they must not decide.
-        calm (`bool`): whether nobody else wanted the CPU; else they must not be kept.
+        calm (`bool`): whether no other process wanted the CPU; else they must not be kept.
         when (`float`): seconds since the epoch.
     """
 
@@ -118,7 +118,7 @@ def compare(run: Product, backends: list[Backend], clock: Clock, rounds: int = R
     rivals, steady = backends, False
     passed, worked = clock.passed(), clock.worked()
     for _ in range(rounds):
-        # Whoever waits for this core gets it now: the round begins with a whole time slice, and the waiting shows.
+        # A process that waits for this core gets it now: the round begins with a whole time slice, and waiting shows.
         clock.give_way()
         for backend in rivals:
             samples[backend.name].append(_sample(run, backend, clock))

@@ -30,7 +30,7 @@ class _Workspace:
 
 
 # By device, stream and dtype. Forward and backward passes run on different threads but on one stream: the lock orders
-# what threads submit (and what the processor does), the stream orders what a GPU does with it.
+# what threads submit (and what the CPU does), the stream orders what a GPU does with it.
 _workspaces: dict[tuple[torch.device, int, torch.dtype], _Workspace] = {}
 
 
