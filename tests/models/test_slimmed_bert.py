@@ -1,7 +1,6 @@
 """BERTs whose layers have numbers of heads and neurons of their own: dense and sparse, built, saved, trained."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from hf_dynsparse import (
     densify_,
     estimate_run,
     export_dense,
-    export_onnx,
     flops_per_sequence,
     inference_flops_per_sequence,
     inspect_checkpoint,
@@ -238,18 +236,3 @@ def test_cards_and_reports_say_so(tmp_path):
     toy_model().save_pretrained(tmp_path / "whole")
     assert inspect_checkpoint(tmp_path / "whole").to_dict()["units"] == {}
     assert "slimmed" not in str(create_model_card(toy_model()))
-
-
-def test_onnx_stays_slim(tmp_path: Path):
-    import onnx
-    import onnxruntime
-
-    model = slim_model("b4", num_hidden_layers=1, intermediate_size=40, heads_per_layer=[1], intermediate_sizes=[12])
-    export_onnx(model, tmp_path / "model.onnx")
-    sides = {side for weight in onnx.load(tmp_path / "model.onnx").graph.initializer for side in weight.dims}
-    assert 12 in sides
-    assert 40 not in sides
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    given = {**inputs(), "token_type_ids": torch.zeros_like(inputs()["input_ids"])}
-    (logits,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in given.items()})
-    torch.testing.assert_close(torch.from_numpy(logits), outputs(model)[0], rtol=1e-4, atol=1e-5)

@@ -278,7 +278,7 @@ class Int8BlockSparseLinear(Int8Layer, SparseLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """A stand-in of the dense shape, for code that asks for shape, device or dtype; it takes no memory."""
+        """A placeholder of the dense shape, for code that asks for shape, device or dtype; it takes no memory."""
         return self.scale.new_full((), torch.nan).expand(self.shape)
 
     @property

@@ -113,7 +113,8 @@ class LayerQuantizer(HfQuantizer):
         held = held_after_loading(model, source, self._files)
         if not held and source == GIVEN and not self._shapes:  # `state_dict={}` asks for a fresh model
             return
-        unplaced = [(layer, source) for layer in layers_without_place(model, self.quantization_config.named_layers)]
+        saved_layers = self.quantization_config.named_layers if self.pre_quantized else ()
+        unplaced = [(layer, source) for layer in layers_without_place(model, saved_layers)]
         verify(model, Report(source, held, self._shapes, self._shapes, unplaced, saved_here=self.pre_quantized))
         if not isinstance(model, DynSparseBertPreTrainedModel):  # which has looked at them
             verify_values(model, source)
