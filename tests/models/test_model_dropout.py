@@ -55,8 +55,8 @@ def test_losses_have_the_mean_of_the_usual_dropout():
     usual, seeded = with_dropout(0.3).train(), with_dropout(0.3).train()
     seed_dropout_(seeded)
     torch.manual_seed(0)
-    losses = torch.tensor([[model(**batch).loss.item() for _ in range(150)] for model in (usual, seeded)])
-    error = (losses.var(dim=1) / 150).sum().sqrt()
+    losses = torch.tensor([[model(**batch).loss.item() for _ in range(60)] for model in (usual, seeded)])
+    error = (losses.var(dim=1) / 60).sum().sqrt()
     assert losses.var(dim=1).min() > 0
     assert (losses[0].mean() - losses[1].mean()).abs() < 4 * error
 

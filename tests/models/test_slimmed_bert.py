@@ -1,7 +1,6 @@
 """BERTs whose layers have numbers of heads and neurons of their own: dense and sparse, built, saved, trained."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from hf_dynsparse import (
     densify_,
     estimate_run,
     export_dense,
-    export_onnx,
     flops_per_sequence,
     inference_flops_per_sequence,
     inspect_checkpoint,
@@ -171,8 +169,9 @@ def test_the_stock_class_has_zeros_where_units_are_missing(kind, tmp_path):
     assert_same_outputs(model, back, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cls", [DynSparseBertForMaskedLM, DynSparseBertForQuestionAnswering])
+@pytest.mark.parametrize(
+    ("kind", "cls"), [*zip(KINDS, [DynSparseBertForMaskedLM, DynSparseBertForQuestionAnswering] * 2, strict=True)]
+)
 def test_round_trip(kind, cls, tmp_path):
     model = slim_model(kind, cls)
     model.save_pretrained(tmp_path)
@@ -210,14 +209,6 @@ def test_a_block_must_divide_what_is_left():
 
 
 @pytest.mark.parametrize("kind", ["dense", "b4"])
-def test_a_checkpoint_of_other_sizes_is_refused(kind, tmp_path):
-    slim_model(kind).save_pretrained(tmp_path)
-    for change in ({"heads_per_layer": [2, 3]}, {"intermediate_sizes": None}, {"heads_per_layer": None}):
-        with pytest.raises(ValueError, match=r"bert.encoder.layer.0\.\S+ must have shape .* Got .*model.safetensors"):
-            DynSparseBertForMaskedLM.from_pretrained(tmp_path, **change)
-
-
-@pytest.mark.parametrize("kind", ["dense", "b4", "b1"])
 def test_training_and_resuming(kind, tmp_path):
     """Four steps with a topology update, and the same by two steps and two more: bit for bit."""
     settings = {"max_steps": 4, "num_topology_updates": 0 if kind == "dense" else 1, "save_strategy": "steps"}
@@ -245,18 +236,3 @@ def test_cards_and_reports_say_so(tmp_path):
     toy_model().save_pretrained(tmp_path / "whole")
     assert inspect_checkpoint(tmp_path / "whole").to_dict()["units"] == {}
     assert "slimmed" not in str(create_model_card(toy_model()))
-
-
-def test_onnx_stays_slim(tmp_path: Path):
-    import onnx
-    import onnxruntime
-
-    model = slim_model("b4", num_hidden_layers=1, intermediate_size=40, heads_per_layer=[1], intermediate_sizes=[12])
-    export_onnx(model, tmp_path / "model.onnx")
-    sides = {side for weight in onnx.load(tmp_path / "model.onnx").graph.initializer for side in weight.dims}
-    assert 12 in sides
-    assert 40 not in sides
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    given = {**inputs(), "token_type_ids": torch.zeros_like(inputs()["input_ids"])}
-    (logits,) = session.run(["logits"], {name: tensor.numpy() for name, tensor in given.items()})
-    torch.testing.assert_close(torch.from_numpy(logits), outputs(model)[0], rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from toy import toy_arguments, toy_collator, toy_examples, toy_model, toy_tokenizer
 from transformers import (
@@ -207,7 +207,7 @@ def test_a_dense_checkpoint_is_made_sparse_on_its_way_in(name, tmp_path):
         assert torch.equal(layer.values, kept.values)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", ["roberta", "llama", "gpt2"])
 def test_train_save_load(name, tmp_path):
     model = sparsify_(build(name), **HOW)
     before = {key: layer.block_index.clone() for key, layer in sparse_layers(model).items()}
@@ -237,7 +237,7 @@ def test_train_save_load(name, tmp_path):
     assert_equal_states(body(model), body(again))
 
 
-@pytest.mark.parametrize("name", ["t5", "hrm", "ctrl", "funnel", "electra discriminator"])
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES.keys() - {"roberta", "llama", "gpt2"}))
 def test_save_load(name, tmp_path):
     model = sparsify_(build(name), **HOW)
     model.save_pretrained(tmp_path)
@@ -255,8 +255,8 @@ def test_names_of_other_formats_are_left_alone(tmp_path):
     assert_equal_states(model.state_dict(), loaded.state_dict())
 
 
-@pytest.mark.parametrize("name", ["roberta", "gpt2"])
-def test_a_resumed_run_is_the_undisturbed_one(name, tmp_path):
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path):
+    name = "gpt2"  # whose layers are stored in another order
     settings = {"save_strategy": "steps", "save_steps": 3, "num_topology_updates": 2}
     straight = trainer_of(sparsify_(build(name), **HOW), tmp_path, **settings)
     straight.train()
@@ -330,8 +330,15 @@ def test_the_configuration_of_a_model_in_memory_serves_again(tmp_path):
     assert torch.equal(outputs(loaded), outputs(model))
 
 
-@pytest.mark.parametrize("name", ["roberta", "gpt2", "funnel"])
-@pytest.mark.parametrize("way", [densify_, replace_by_dense_, lambda model: model.dequantize()])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("roberta", densify_),
+        ("gpt2", replace_by_dense_),
+        ("funnel", lambda model: model.dequantize()),
+        ("gpt2", densify_),
+    ],
+)
 def test_back_to_a_stock_model(name, way, tmp_path):
     model = sparsify_(build(name), **HOW)
     sparse = outputs(model)
@@ -423,93 +430,6 @@ def test_from_config_builds_a_dense_model_that_can_be_made_sparse(tmp_path):
 
 
 # Refusals.
-
-QUERY = "roberta.encoder.layer.0.attention.self.query"
-
-
-def change(name: str, tensor: Any) -> Any:
-    def damage(state: dict[str, torch.Tensor], quantization: dict[str, Any]) -> None:
-        state[f"{QUERY}.{name}"] = tensor(state[f"{QUERY}.{name}"])
-
-    return damage
-
-
-def remove(name: str) -> Any:
-    def damage(state: dict[str, torch.Tensor], quantization: dict[str, Any]) -> None:
-        del state[f"{QUERY}.{name}"]
-
-    return damage
-
-
-def change_config(**changes: Any) -> Any:
-    def damage(state: dict[str, torch.Tensor], quantization: dict[str, Any]) -> None:
-        for key, value in changes.items():
-            quantization[key] = value
-
-    return damage
-
-
-def change_count(name: str, count: int) -> Any:
-    def damage(state: dict[str, torch.Tensor], quantization: dict[str, Any]) -> None:
-        quantization["nnzb"][name] = count
-
-    return damage
-
-
-DAMAGES = {
-    "no values": (remove("values"), rf"FOLDER without `{QUERY}.values`"),
-    "no index": (remove("block_index"), rf"FOLDER without `{QUERY}.block_index`"),
-    "no bias": (remove("bias"), rf"FOLDER without `{QUERY}.bias`"),
-    "fewer values": (
-        change("values", lambda values: values[:-1].clone()),
-        rf"`{QUERY}.values` must have shape \(4, 8, 8\) by the configuration. Got \(3, 8, 8\) in FOLDER",
-    ),
-    "other blocks": (
-        change("values", lambda values: values.view(4, 4, 16)),
-        rf"`{QUERY}.values` must have shape \(4, 8, 8\) by the configuration. Got \(4, 4, 16\) in FOLDER",
-    ),
-    "a longer index": (
-        change("block_index", lambda index: torch.arange(5, dtype=torch.int32)),
-        rf"`{QUERY}.block_index` must have shape \(4,\) by the configuration. Got \(5,\) in FOLDER",
-    ),
-    "an index out of range": (
-        change("block_index", lambda index: torch.tensor([0, 1, 2, 16], dtype=torch.int32)),
-        rf"`block_index` of `{QUERY}` in FOLDER must lie in \[0, 16\). Got 16 in slot 3",
-    ),
-    "a block twice": (
-        change("block_index", lambda index: torch.tensor([0, 1, 2, 2], dtype=torch.int32)),
-        rf"`block_index` of `{QUERY}` in FOLDER must name each block once. Got 2 twice",
-    ),
-    "an index of another type": (
-        change("block_index", lambda index: index.long()),
-        rf"`{QUERY}.block_index` must be of dtype torch.int32. Got torch.int64 in FOLDER/model.safetensors",
-    ),
-    "another block size": (change_config(block_size=4), r"`roberta.*.values` must have shape \(4, 4, 4\)"),
-    "a block that does not fit": (change_config(block_size=7), r"must divide both sides of `roberta"),
-    "more blocks than there are": (change_count(QUERY, 17), rf"`nnzb` of `{QUERY}` must lie in \[1, 16\]. Got 17"),
-    "a module that is not linear": (
-        change_count("roberta.embeddings", 1),
-        r"must name linear layers. Got `roberta.embeddings`, which is a RobertaEmbeddings",
-    ),
-    "layers of something else": (
-        change_config(nnzb={"h.0.mlp": 4}),
-        r"must name layers of RobertaForMaskedLM. Got none in FOLDER: it names h.0.mlp",
-    ),
-}
-
-
-@pytest.mark.parametrize("ignore_mismatched_sizes", [False, True])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_refused(damage, ignore_mismatched_sizes, tmp_path):
-    sparsify_(build(), **HOW).save_pretrained(tmp_path)
-    harm, message = DAMAGES[damage]
-    state = load_file(tmp_path / "model.safetensors")
-    config = json.loads((tmp_path / "config.json").read_text())
-    harm(state, config["quantization_config"])
-    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=message.replace("FOLDER", str(tmp_path))):
-        AutoModelForMaskedLM.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from .. import models
 from ..blocks.sizes import BlockSize
 from ..compress.int8.quantizer import int8_modules
 from ..files import written_aside
-from ..models import DynSparseBertConfig
+from ..models.auto import is_dense
 from ..models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..models.checksums import once_each
 from ..models.sparsify import densify_
@@ -54,8 +54,7 @@ def sparsify_checkpoint(
     """
     source = pinned(source)
     config = load_config(source)
-    sparse = config.nnzb_per_layer() if isinstance(config, DynSparseBertConfig) else {}
-    if sparse or getattr(config, "quantization_config", None):
+    if not is_dense(config):
         raise ValueError(f"`source` must be dense. Got {source}, which is sparse. Convert it to dense first.")
     settings: dict[str, Any] = {"sparsity": sparsity, "block_size": block_size, "distribution": distribution}
     ours = getattr(models, f"DynSparse{model_class(config).__name__.removeprefix('DynSparse')}", None)

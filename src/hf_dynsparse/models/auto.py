@@ -1,6 +1,6 @@
 """Models of transformers by name, made sparse as they are loaded; teachers."""
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from transformers import AutoConfig, BertConfig, PretrainedConfig, PreTrainedModel
 
@@ -9,16 +9,6 @@ from ..blocks.sizes import BlockSize, block_shapes_of
 from . import DynSparseBertConfig
 from .bert.configuration_dynsparse_bert import encoder_shapes
 from .stock.configuration import DynSparseQuantizationConfig
-
-
-if TYPE_CHECKING:  # the trainer imports the model card, which imports this
-    pass
-
-if TYPE_CHECKING:  # the trainer imports the model card, which imports this
-    pass
-
-if TYPE_CHECKING:  # the trainer imports the model card, which imports this
-    pass
 
 
 def load_pretrained(
@@ -56,8 +46,7 @@ def load_pretrained(
     known = config or AutoConfig.from_pretrained(
         name_or_path, **{name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
     )
-    is_sparse = isinstance(known, DynSparseBertConfig) and bool(known.nnzb_per_layer())
-    if is_sparse or getattr(known, "quantization_config", None) is not None:
+    if not is_dense(known):
         raise ValueError(
             f"`sparsity` is for dense checkpoints. Got {sparsity} for {name_or_path}, which is sparse or quantized "
             "already. Leave it out."
@@ -75,6 +64,13 @@ def load_pretrained(
     model = auto_class.from_pretrained(name_or_path, config=config, quantization_config=settings, **kwargs)
     model.config.quantization_config.sparsity = sparsity  # a record; how many blocks there are stands beside it
     return model
+
+
+def is_dense(config: PretrainedConfig) -> bool:
+    """Whether a model of this configuration has no sparse and no quantised layer."""
+    if getattr(config, "quantization_config", None) is not None:
+        return False
+    return not (isinstance(config, DynSparseBertConfig) and config.nnzb_per_layer())
 
 
 def every_block(config: BertConfig, block_size: BlockSize) -> dict[str, Any]:

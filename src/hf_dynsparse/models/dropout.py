@@ -17,7 +17,7 @@ MODEL_TYPES = ("bert", "dynsparse_bert")
 
 
 class SeededDropout(nn.Dropout):
-    """`torch.nn.Dropout` by a hash instead of a serial generator where the kernels of the processor can serve."""
+    """`torch.nn.Dropout` by a hash instead of a serial generator where the CPU kernels support it."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input` of any shape, with entries zeroed with probability `p` while training."""
@@ -63,7 +63,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def seed_dropout_(model: nn.Module) -> int:
     """
     Draw the dropout masks of `model` by a hash, in place: as random as PyTorch's, other draws, ten times as fast on a
-    processor and without a stored mask. Elsewhere it stays PyTorch's.
+    CPU and without a stored mask. Elsewhere it stays PyTorch's.
 
     Returns:
         `int`: modules changed: those with a probability above 0, and a BERT's `sdpa` attention.

@@ -1,4 +1,4 @@
-"""README.md beside a saved model: what to install to load it. Written once, never over what somebody else wrote."""
+"""The short README.md beside a saved model: what to install to load it. It never replaces one that is there."""
 
 import math
 from functools import partial

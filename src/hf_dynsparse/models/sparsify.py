@@ -44,8 +44,8 @@ def sparsify_(
         targets (`Iterable[str]`): shell-style patterns of module names.
         ignore (`Iterable[str]`, *optional*): patterns of layers that stay dense. By default in a transformers model
             all that is outside its base model (the head), poolers and embeddings; in another model
-            `hf_dynsparse.nn.replace.DENSE_PARTS`. Weights that two modules share stay, and so do subclasses of
-            `nn.Linear`.
+            `hf_dynsparse.nn.replace.DENSE_PARTS`. Weights that two modules share are never replaced, nor are
+            subclasses of `nn.Linear`.
 
     Raises:
         ValueError: if no layer matches, a block does not divide one of them, or the model is quantised already; the

@@ -13,7 +13,7 @@ from ..blocks.sizes import as_block_shape, block_grid, check_sparsity, count_act
 from ..ops import Problem, block_sparse_linear, to_dense
 
 
-Layer = TypeVar("Layer", bound="LinearLayer")
+Layer = TypeVar("Layer", bound=nn.Module)
 
 # The ends of names of buffers in which training records what it needs; a loaded model has no use for them. The first
 # are those of the first version; whatever is new begins with `recorded_`.
@@ -319,13 +319,14 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     The sparse layers of `model` by name, int8 ones too, in module order; a `torch.compile` wrapper leaves no trace in
     the names.
     """
-    return _layers_of(model, SparseLayer)
+    return layers_of(model, SparseLayer)
 
 
 def trainable_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
     """As `sparse_layers`, those in floating point: training and topology updates know no others."""
-    return _layers_of(model, BlockSparseLinear)
+    return layers_of(model, BlockSparseLinear)
 
 
-def _layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
+def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
+    """The modules of one kind by name, in module order."""
     return {name.replace("_orig_mod.", ""): layer for name, layer in model.named_modules() if isinstance(layer, kind)}

@@ -2,12 +2,11 @@
 
 import copy
 import json
-import math
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_qat import classifier, hash_of_indices, stock_bert
 from toy import toy_batch, toy_model
 from transformers import (
@@ -216,54 +215,6 @@ def test_a_summary_knows_its_layers(sparse_folder):
     assert {layer.nnzb for layer in topology_summary(model).layers} == {102, 205}
 
 
-def changed(folder, target, change):
-    """A copy of a checkpoint without checksums, its tensors and configuration given to `change`."""
-    shutil.copytree(folder, target)
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
-    change(tensors, config["quantization_config"]["layers"])
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
-QUERY, WORDS = "bert.encoder.layer.0.attention.self.query", "bert.embeddings.word_embeddings"
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        (lambda tensors, _: tensors.pop(f"{QUERY}.block_code"), f"without `{QUERY}.block_code`"),
-        (lambda tensors, _: tensors[f"{QUERY}.block_code"].fill_(0), f"`block_code` of `{QUERY}` in .* must hold"),
-        (lambda tensors, _: tensors[f"{QUERY}.scale"].fill_(math.nan), f"`{QUERY}.scale` must be .* Got nan in"),
-        (lambda tensors, _: tensors["classifier.input_scale"].fill_(-1), "`classifier.input_scale` must be .* Got -1"),
-        (lambda tensors, _: tensors[f"{WORDS}.scale"].fill_(math.inf), f"`{WORDS}.scale` must be .* Got inf in"),
-        (lambda tensors, _: tensors.update({f"{QUERY}.int8_values": tensors[f"{QUERY}.int8_values"].float()}), "int8"),
-        (lambda _, layers: layers[QUERY].update(nnzb=7), "must have shape"),
-        (lambda _, layers: layers[QUERY].pop("bits"), "must give block, nnzb, bits and bytes"),
-        (lambda _, layers: layers[QUERY].update(bits=3), "bits one of 1, 2, 4, 8. Got .*'bits': 3"),
-    ],
-)
-def test_damage_is_seen(sparse_folder, tmp_path, change, error):
-    folder = changed(sparse_folder, tmp_path / "damaged", change)
-    with pytest.raises(ValueError, match=error):
-        AutoModelForSequenceClassification.from_pretrained(folder)
-
-
-def test_a_checkpoint_without_checksums_is_named(sparse_folder, tmp_path, caplog):
-    AutoModelForSequenceClassification.from_pretrained(changed(sparse_folder, tmp_path / "bare", lambda *_: None))
-    assert f"{tmp_path / 'bare' / 'model.safetensors'} carries no checksums" in caplog.text
-
-
-def test_a_flipped_bit_is_seen(sparse_folder, tmp_path):
-    folder = tmp_path / "flipped"
-    shutil.copytree(sparse_folder, folder)
-    content = bytearray((folder / "model.safetensors").read_bytes())
-    content[-3] ^= 1
-    (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="must be as it was saved, with checksum"):
-        AutoModelForSequenceClassification.from_pretrained(folder)
-
-
 def test_what_needs_floating_point_refuses_int8(saved, tmp_path):
     folder, model, _ = saved
     with pytest.raises(ValueError, match=r"Only weights in floating point can be exported.*model.dequantize"):
@@ -288,8 +239,6 @@ def test_shards(saved, tmp_path):
 
 
 def test_another_number_of_labels_is_refused(sparse_folder):
-    with pytest.raises(ValueError, match=r"classifier\.\w+` must have shape"):
-        AutoModelForSequenceClassification.from_pretrained(sparse_folder, num_labels=3)
     with pytest.raises(ValueError, match=r"`classifier\.int8_values` must have shape \(3, 32\)"):
         AutoModelForSequenceClassification.from_pretrained(sparse_folder, num_labels=3, ignore_mismatched_sizes=True)
 

@@ -32,8 +32,8 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": f"{_MODELING}.DynSparseBertForTokenClassification",
 }
 
-# Stands in for a part of the package beside a checkpoint: the kernels stay at home.
-STAND_INS = {"ops": "checkpoints.remote_code.plain_ops", "models.readme": "checkpoints.remote_code.no_readme"}
+# Beside a checkpoint these modules replace others: no kernels and no README.md are taken along.
+REPLACED_BY = {"ops": "checkpoints.remote_code.plain_ops", "models.readme": "checkpoints.remote_code.no_readme"}
 
 _HEADER = """\
 # A copy of hf_dynsparse/{file}, for those who do not have that package:
@@ -125,7 +125,7 @@ def _modelling_files() -> dict[str, bytes]:
     wanted = [f"models.bert.{_CONFIGURATION}", f"models.bert.{_MODELING}"]
     files = {}
     for module in wanted:
-        source, imported = _flatten(STAND_INS.get(module, module))
+        source, imported = _flatten(REPLACED_BY.get(module, module))
         files[f"{_file_name(module)}.py"] = source.encode()
         wanted += [other for other in imported if other not in wanted]
     return files

@@ -1,4 +1,4 @@
-"""Stands in for the README.md beside a saved model: code beside a checkpoint finds one there."""
+"""Replaces `models/readme.py` beside a checkpoint, which has its README.md."""
 
 from typing import Any
 

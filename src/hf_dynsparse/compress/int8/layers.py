@@ -1,7 +1,7 @@
 """Layers that hold int8 and compute with integers. They are made from trained ones and train no more."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self, final
+from typing import Any, NamedTuple, Self, TypeVar, final
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ from .affine import (
 from .index_coding import decode_index, encode_index
 from .qat import QatBlockSparseLinear, QatLinear
 
+
+Floats = TypeVar("Floats", nn.Linear, BlockSparseLinear)
 
 # Sums of integers up to these are exact in a matrix product of the dtype.
 EXACT_IN_FLOAT32 = 2**24
@@ -91,6 +93,13 @@ class Int8Layer(LinearLayer):
                 )
             self.int32_bias.copy_(integers)
         return quantize_weight(weight, self.scale)
+
+    def _copy_to(self, layer: Floats, weight: torch.Tensor) -> Floats:
+        """Give a layer in floating point, of that `weight`, the numbers that the integers represent."""
+        weight.copy_(self.int8_values * self.scale)
+        if layer.bias is not None and self.bias is not None:
+            layer.bias.copy_(self.bias)
+        return layer.train(self.training)
 
     @property
     def step(self) -> torch.Tensor:
@@ -202,12 +211,9 @@ class Int8Linear(Int8Layer):
     @torch.no_grad()
     def to_float(self) -> nn.Linear:
         """An ordinary layer with these weights, whose inputs are not rounded."""
-        bias = self.bias
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, self.int8_values.device)
-        linear.weight.copy_(self.int8_values * self.scale)
-        if bias is not None:
-            linear.bias.copy_(bias)
-        return linear.train(self.training)
+        sides, device = (self.in_features, self.out_features), self.int8_values.device
+        linear = nn.Linear(*sides, self.bias is not None, device)
+        return self._copy_to(linear, linear.weight)
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return nn.functional.linear(integers, self.int8_values.to(dtype))
@@ -272,7 +278,7 @@ class Int8BlockSparseLinear(Int8Layer, SparseLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """A stand-in of the dense shape, for code that asks for shape, device or dtype; it takes no memory."""
+        """A placeholder of the dense shape, for code that asks for shape, device or dtype; it takes no memory."""
         return self.scale.new_full((), torch.nan).expand(self.shape)
 
     @property
@@ -305,13 +311,10 @@ class Int8BlockSparseLinear(Int8Layer, SparseLayer):
     @torch.no_grad()
     def to_float(self) -> BlockSparseLinear:
         """An ordinary sparse layer with these weights, whose inputs are not rounded."""
-        sides, bias, device = (self.in_features, self.out_features), self.bias, self.int8_values.device
-        layer = BlockSparseLinear(*sides, self.block_shape, bias=bias is not None, nnzb=self.nnzb, device=device)
+        sides, device = (self.in_features, self.out_features), self.int8_values.device
+        layer = BlockSparseLinear(*sides, self.block_shape, bias=self.bias is not None, nnzb=self.nnzb, device=device)
         layer.block_index.copy_(self.block_index)
-        layer.values.copy_(self.int8_values * self.scale)
-        if layer.bias is not None and bias is not None:
-            layer.bias.copy_(bias)
-        return layer.train(self.training)
+        return self._copy_to(layer, layer.values)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -9,22 +9,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..._transformers import QuantizationConfigMixin, register_quantization_config, register_quantizer
+from ..._transformers import register_quantization_config, register_quantizer
 from ...files import Kinds, check_object
 from ...models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
+from ...models.stock.configuration import LayersConfig
 from ...models.stock.quantizer import LayerQuantizer, present_layers
 from ...nn.linear import BlockSparseLinear
 from .embedding import Int8Embedding
 from .index_coding import CODE_BITS
 from .layers import Int8BlockSparseLinear, Int8Linear
-from .qat import QatEmbedding, QatLinear, QuantizationAware
+from .qat import QatBlockSparseLinear, QatEmbedding, QatLinear, QuantizationAware
 
 
 logger = logging.getLogger(__name__)
 
 METHOD = "dynsparse_int8"
-# What JSON must hold of a `DynSparseInt8Config`, and of a sparse layer in it.
-KINDS: Kinds = {"layers": dict[str, dict[str, Any] | None], "embeddings": list[str]}
+# What JSON must hold of a sparse layer.
 LAYER_KINDS: Kinds = {"block": list[int], "nnzb": int, "bits": int, "bytes": int}
 
 INT8_TYPES = (Int8Linear, Int8BlockSparseLinear, Int8Embedding)
@@ -33,7 +33,7 @@ Int8Module = Int8Linear | Int8BlockSparseLinear | Int8Embedding
 
 
 @register_quantization_config(METHOD)
-class DynSparseInt8Config(QuantizationConfigMixin):
+class DynSparseInt8Config(LayersConfig):
     """
     What is int8 in a model; `quantization_config` in its `config.json`, written by [`to_int8_`].
 
@@ -45,6 +45,8 @@ class DynSparseInt8Config(QuantizationConfigMixin):
     Raises:
         ValueError: for a layer described otherwise.
     """
+
+    kinds = {"layers": dict[str, dict[str, Any] | None], "embeddings": list[str]}
 
     def __init__(
         self,
@@ -65,26 +67,17 @@ class DynSparseInt8Config(QuantizationConfigMixin):
                 )
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """
-        As in transformers, from the entry of a `config.json`.
-
-        Raises:
-            ValueError: for a name or type that is none of ours too.
-        """
-        place = "`quantization_config`"
-        layers = check_object(config_dict, place, KINDS).get("layers") or {}
-        for name, about in layers.items():
+    def check(cls, saved: dict[str, Any]) -> None:
+        """See [`LayersConfig`]."""
+        super().check(saved)
+        for name, about in (saved.get("layers") or {}).items():
             if about is not None:
-                check_object(about, f"`{name}` in {place}", LAYER_KINDS)
-        try:
-            return super().from_dict(config_dict, *args, **kwargs)
-        except TypeError as error:
-            raise ValueError(f"{place} must be what {cls.__name__} takes. Got {error}.") from error
+                check_object(about, f"`{name}` in `quantization_config`", LAYER_KINDS)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """As of a dictionary: transformers reads the configuration of a model in memory like one from a file."""
-        return getattr(self, name, default)
+    @property
+    def named_layers(self) -> dict[str, Any]:
+        """What is said of each layer; nothing of embeddings."""
+        return {**self.layers, **dict.fromkeys(self.embeddings)}
 
 
 @register_quantizer(METHOD)
@@ -92,6 +85,7 @@ class DynSparseInt8Quantizer(LayerQuantizer):
     """Puts int8 layers into a model before its weights arrive. Made by `from_pretrained` and [`to_int8_`]."""
 
     quantization_config: DynSparseInt8Config
+    layer_types = INT8_TYPES
     requires_calibration = True  # ranges come from training: a model in floating point cannot be loaded as int8
     is_trainable = False
 
@@ -115,14 +109,6 @@ class DynSparseInt8Quantizer(LayerQuantizer):
                         f"`{name}.{leaf}` must be positive and finite. Got {float(scale)} in {source}. It is damaged: "
                         "load an intact checkpoint."
                     )
-
-    def layers(self, model: nn.Module) -> dict[str, Any]:
-        """The int8 layers and embeddings."""
-        return dict(int8_modules(model))
-
-    def saved_layers(self) -> dict[str, Any]:
-        """What is said of each int8 layer; nothing of embeddings."""
-        return {**self.quantization_config.layers, **dict.fromkeys(self.quantization_config.embeddings)}
 
     def put_layers_(self, model: PreTrainedModel) -> None:
         """See `put_int8_layers_`."""
@@ -176,9 +162,17 @@ def to_int8_(model: Any) -> Any:
                 f"Every layer must know the range of its inputs. Got `{name}`, which has seen no batch in training. "
                 "Train the model, one step at least."
             )
-    made: dict[str, nn.Module] = {name: _to_int8(layer) for name, layer in aware.items()}
-    embeddings = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, QatEmbedding)]
-    made |= {name: Int8Embedding.from_qat(layer) for name, layer in embeddings}
+    kinds: dict[type[nn.Module], Any] = {
+        QatLinear: Int8Linear,
+        QatBlockSparseLinear: Int8BlockSparseLinear,
+        QatEmbedding: Int8Embedding,
+    }
+    made = {
+        name: int8.from_qat(layer)
+        for name, layer in model.named_modules()
+        for kind, int8 in kinds.items()
+        if isinstance(layer, kind)
+    }
     if "hf_quantizer" in vars(model):  # of a sparse stock model
         model.hf_quantizer.remove_quantization_config(model)
     for name, module in made.items():
@@ -208,7 +202,7 @@ def put_int8_layers_(model: PreTrainedModel, config: DynSparseInt8Config) -> Non
     Raises:
         ValueError: if nothing is there, or an embedding that an output layer shares.
     """
-    for name, about in present_layers(model, {**config.layers, **dict.fromkeys(config.embeddings)}).items():
+    for name, about in present_layers(model, config.named_layers).items():
         module = model.get_submodule(name)
         if isinstance(module, nn.Embedding):
             if f"{name}.weight" in {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}:
@@ -235,11 +229,6 @@ def _empty_layer(linear: Any, about: Mapping[str, Any] | None, label: str) -> nn
     layer = Int8BlockSparseLinear(*sides, block, about["nnzb"], about["bits"], about["bytes"], bias, "meta")
     layer.label = label
     return layer
-
-
-def _to_int8(layer: QuantizationAware) -> Int8Linear | Int8BlockSparseLinear:
-    kind: Any = Int8Linear if isinstance(layer, QatLinear) else Int8BlockSparseLinear
-    return kind.from_qat(layer)
 
 
 def _describe(layer: Int8Module) -> dict[str, Any] | None:

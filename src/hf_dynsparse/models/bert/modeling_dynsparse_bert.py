@@ -300,8 +300,7 @@ class DynSparseBertForMaskedLM(DynSparseBertPreTrainedModel, BertForMaskedLM):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
         hidden_states = outputs.last_hidden_state
-        if labels is not None and self.training and self.config.sparse_prediction:
-            hidden_states, labels = _masked_positions(hidden_states, labels)
+        hidden_states, labels = _to_predict(self, hidden_states, labels)
         logits = self.cls(hidden_states)
         output = MaskedLMOutput(
             loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
@@ -348,8 +347,7 @@ class DynSparseBertForPreTraining(DynSparseBertPreTrainedModel, BertForPreTraini
         hidden_states, loss = outputs.last_hidden_state, None
         if next_sentence_label is None:
             labels = None  # the loss is that of both heads, or none
-        if labels is not None and self.training and self.config.sparse_prediction:
-            hidden_states, labels = _masked_positions(hidden_states, labels)
+        hidden_states, labels = _to_predict(self, hidden_states, labels)
         prediction_logits, relationship_logits = self.cls(hidden_states, outputs.pooler_output)
         if labels is not None and next_sentence_label is not None:
             loss = token_loss(prediction_logits, labels) + token_loss(relationship_logits, next_sentence_label)
@@ -369,26 +367,21 @@ def _zero_without_labels(forward: Callable[..., Any]) -> Any:
 
     @wraps(forward)  # the Trainer reads the names of the arguments
     @can_return_tuple
-    def settled(*args: Any, **kwargs: Any) -> Any:
+    def with_zero(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **{**kwargs, "return_dict": True})
         labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
         if labels is not None and not labels.is_floating_point():
             output.loss = zero_if_unlabelled(output.loss, labels)
         return output
 
-    return settled
+    return with_zero
 
 
 class DynSparseBertForSequenceClassification(DynSparseBertPreTrainedModel, BertForSequenceClassification):
     """Classification or regression of a sequence; see [`~transformers.BertForSequenceClassification`]."""
 
     def __init__(self, config: DynSparseBertConfig) -> None:
-        BertPreTrainedModel.__init__(self, config)
-        self.num_labels: int = config.num_labels or 2
-        self.bert = DynSparseBertModel(config)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
-        self.post_init()
+        _init_classifier(self, config, config.num_labels or 2)
 
     forward = _zero_without_labels(BertForSequenceClassification.forward)
 
@@ -397,12 +390,7 @@ class DynSparseBertForTokenClassification(DynSparseBertPreTrainedModel, BertForT
     """Classification of each token; see [`~transformers.BertForTokenClassification`]."""
 
     def __init__(self, config: DynSparseBertConfig) -> None:
-        BertPreTrainedModel.__init__(self, config)
-        self.num_labels: int = config.num_labels or 2
-        self.bert = DynSparseBertModel(config, add_pooling_layer=False)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
-        self.post_init()
+        _init_classifier(self, config, config.num_labels or 2, add_pooling_layer=False)
 
     forward = _zero_without_labels(BertForTokenClassification.forward)
 
@@ -446,11 +434,7 @@ class DynSparseBertForMultipleChoice(DynSparseBertPreTrainedModel, BertForMultip
     """Choice among several continuations; see [`~transformers.BertForMultipleChoice`]."""
 
     def __init__(self, config: DynSparseBertConfig) -> None:
-        BertPreTrainedModel.__init__(self, config)
-        self.bert = DynSparseBertModel(config)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
-        self.classifier = nn.Linear(config.hidden_size, 1)
-        self.post_init()
+        _init_classifier(self, config, 1)
 
     forward = _zero_without_labels(BertForMultipleChoice.forward)
 
@@ -488,12 +472,26 @@ def _trace_masked_positions(config: DynSparseBertConfig) -> None:
         torch._dynamo.config.capture_dynamic_output_shape_ops = True
 
 
-def _classifier_dropout(config: DynSparseBertConfig) -> float:
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+def _init_classifier(model: Any, config: DynSparseBertConfig, outputs: int, add_pooling_layer: bool = True) -> None:
+    """The constructor of a stock classifier of so many outputs, around a sparse encoder."""
+    BertPreTrainedModel.__init__(model, config)
+    model.num_labels = config.num_labels or 2
+    model.bert = DynSparseBertModel(config, add_pooling_layer)
+    dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+    model.dropout = nn.Dropout(dropout)
+    model.classifier = nn.Linear(config.hidden_size, outputs)
+    model.post_init()
 
 
-def _masked_positions(hidden_states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states `(masked, hidden_size)` and labels `(masked,)` at the positions to predict, in reading order."""
-    labels = labels.reshape(-1)
+def _to_predict(
+    model: DynSparseBertPreTrainedModel, hidden_states: torch.Tensor, labels: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    While training with `sparse_prediction`, hidden states `(masked, hidden_size)` and labels `(masked,)` at the
+    positions to predict, in reading order; else all.
+    """
+    if labels is None or not (model.training and model.config.sparse_prediction):
+        return hidden_states, labels
+    labels = labels.reshape(-1)  # [batch * sequence]
     masked = (labels != IGNORED).nonzero().squeeze(1)
     return hidden_states.reshape(-1, hidden_states.shape[-1])[masked], labels[masked]

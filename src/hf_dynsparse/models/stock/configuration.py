@@ -1,7 +1,7 @@
 """What a checkpoint of a stock architecture says about its sparse layers."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from ..._transformers import QuantizationConfigMixin, register_quantization_config
 from ...blocks.distributions import DISTRIBUTIONS
@@ -12,19 +12,45 @@ from ...files import Kinds, check_object
 METHOD = "dynsparse"
 
 
-# What JSON must hold of a `DynSparseQuantizationConfig`.
-KINDS: Kinds = {
-    "block_size": int | list[int],
-    "sparsity": float,
-    "distribution": str,
-    "targets": list[str],
-    "ignore": list[str],
-    "nnzb": dict[str, int],
-}
+class LayersConfig(QuantizationConfigMixin):
+    """Layers of this package in a model; `quantization_config` in its `config.json`."""
+
+    kinds: ClassVar[Kinds]  # what JSON must hold
+
+    @classmethod
+    def check(cls, saved: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: naming an entry of a `config.json` that is of another type than it must be.
+        """
+        check_object(saved, "`quantization_config`", cls.kinds)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        As in transformers, from the entry of a `config.json`.
+
+        Raises:
+            ValueError: for a name or type that is none of ours too.
+        """
+        cls.check(config_dict)
+        try:
+            return super().from_dict(config_dict, *args, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"`quantization_config` must be what {cls.__name__} takes. Got {error}.") from error
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dictionary: transformers reads the configuration of a model in memory like one from a file."""
+        return getattr(self, name, default)
+
+    @property
+    def named_layers(self) -> Mapping[str, Any]:
+        """The layers by module name, and what is known of each."""
+        raise NotImplementedError
 
 
 @register_quantization_config(METHOD)
-class DynSparseQuantizationConfig(QuantizationConfigMixin):
+class DynSparseQuantizationConfig(LayersConfig):
     """
     How a stock transformers model is made sparse; `quantization_config` in its `config.json`.
 
@@ -49,6 +75,15 @@ class DynSparseQuantizationConfig(QuantizationConfigMixin):
         ```
     """
 
+    kinds = {
+        "block_size": int | list[int],
+        "sparsity": float,
+        "distribution": str,
+        "targets": list[str],
+        "ignore": list[str],
+        "nnzb": dict[str, int],
+    }
+
     def __init__(
         self,
         block_size: int | tuple[int, int] | list[int] = 16,
@@ -71,25 +106,12 @@ class DynSparseQuantizationConfig(QuantizationConfigMixin):
         self.ignore = None if ignore is None else list(ignore)
         self.nnzb = None if nnzb is None else dict(nnzb)
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """
-        As in transformers, from the entry of a `config.json`.
-
-        Raises:
-            ValueError: for a name or type that is none of ours too.
-        """
-        check_object(config_dict, "`quantization_config`", KINDS)
-        try:
-            return super().from_dict(config_dict, *args, **kwargs)
-        except TypeError as error:
-            raise ValueError(f"`quantization_config` must be what {cls.__name__} takes. Got {error}.") from error
+    @property
+    def named_layers(self) -> dict[str, int]:
+        """Active blocks of each layer; empty before there are any."""
+        return self.nnzb or {}
 
     @property
     def block_shape(self) -> tuple[int, int]:
         """`(rows, columns)` of one block."""
         return as_block_shape(self.block_size)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """As of a dictionary: transformers reads the configuration of a model in memory like one from a file."""
-        return getattr(self, name, default)

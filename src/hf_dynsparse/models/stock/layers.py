@@ -16,16 +16,16 @@ class SparseLinear(BlockSparseLinear):
     @property
     def weight(self) -> torch.Tensor:
         """
-        A stand-in of the dense shape, for architectures whose code asks a linear layer for the dtype, device or shape
-        of its weight. It takes no memory, and is NaN throughout: to compute with it would be an error.
+        A placeholder of the dense shape, for architectures whose code asks a linear layer for the dtype, device or
+        shape of its weight. It takes no memory, and is NaN throughout: to compute with it would be an error.
         """
-        stand_in: Any = self.values.new_full((), math.nan).expand(self.shape)
-        stand_in._is_hf_initialized = True  # the initialisation of some architectures is told to leave it alone
-        return stand_in
+        placeholder: Any = self.values.new_full((), math.nan).expand(self.shape)
+        placeholder._is_hf_initialized = True  # the initialisation of some architectures must leave it alone
+        return placeholder
 
 
 class SparseConv1D(SparseLinear):
-    """In the place of a [`~transformers.pytorch_utils.Conv1D`]: a linear layer of GPT-2, stored transposed."""
+    """Replaces a [`~transformers.pytorch_utils.Conv1D`], the linear layer of GPT-2, which is stored transposed."""
 
     @staticmethod
     def dense_shape(linear: Any) -> tuple[int, int]:

@@ -15,16 +15,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..._transformers import HfQuantizer, QuantizationConfigMixin, register_quantizer
+from ..._transformers import HfQuantizer, register_quantizer
 from ...blocks.sizes import block_grid
-from ...nn.linear import TRAINING_BUFFER, sparse_layers
+from ...nn.linear import TRAINING_BUFFER, BlockSparseLinear, layers_of, sparse_layers
 from ...nn.replace import plan_blocks, replace_by_dense_, replace_by_sparse_
 from ..bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..checksums import separate_, verify_weights, with_checksums
 from ..heads import body_modules
 from ..readme import write_readmes_
 from ..verify import GIVEN, Report, held_after_loading, layers_without_place, verify, verify_values
-from .configuration import METHOD, DynSparseQuantizationConfig
+from .configuration import METHOD, DynSparseQuantizationConfig, LayersConfig
 from .layers import STOCK_TYPES
 
 
@@ -37,9 +37,10 @@ class LayerQuantizer(HfQuantizer):
     checksums. Made by `from_pretrained` or for a model in memory, kept as `model.hf_quantizer`.
     """
 
-    quantization_config: Any
+    quantization_config: LayersConfig
+    layer_types: tuple[type[nn.Module], ...]
 
-    def __init__(self, quantization_config: QuantizationConfigMixin, pre_quantized: bool = True) -> None:
+    def __init__(self, quantization_config: LayersConfig, pre_quantized: bool = True) -> None:
         # A copy: the layers of this model are written into it.
         super().__init__(copy.deepcopy(quantization_config), pre_quantized=pre_quantized)
         self._source: str | None = None  # a model in memory comes from no checkpoint
@@ -49,11 +50,8 @@ class LayerQuantizer(HfQuantizer):
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """The layers of this package in `model`, by name."""
-        raise NotImplementedError
-
-    def saved_layers(self) -> dict[str, Any]:
-        """The layers that the configuration names, and what it says of each."""
-        raise NotImplementedError
+        modules = layers_of(model, nn.Module)
+        return {name: module for name, module in modules.items() if isinstance(module, self.layer_types)}
 
     def put_layers_(self, model: PreTrainedModel) -> None:
         """Replace what the configuration names."""
@@ -114,7 +112,8 @@ class LayerQuantizer(HfQuantizer):
         held = held_after_loading(model, source, self._files)
         if not held and source == GIVEN and not self._shapes:  # `state_dict={}` asks for a fresh model
             return
-        unplaced = [(layer, source) for layer in layers_without_place(model, self.saved_layers())]
+        saved_layers = self.quantization_config.named_layers if self.pre_quantized else ()
+        unplaced = [(layer, source) for layer in layers_without_place(model, saved_layers)]
         verify(model, Report(source, held, self._shapes, self._shapes, unplaced, saved_here=self.pre_quantized))
         if not isinstance(model, DynSparseBertPreTrainedModel):  # which has looked at them
             verify_values(model, source)
@@ -163,6 +162,7 @@ class DynSparseQuantizer(LayerQuantizer):
     """
 
     quantization_config: DynSparseQuantizationConfig
+    layer_types = (BlockSparseLinear,)
 
     def __init__(self, quantization_config: DynSparseQuantizationConfig, pre_quantized: bool = True) -> None:
         # Without layers by name the configuration says what to do to a dense model.
@@ -189,19 +189,11 @@ class DynSparseQuantizer(LayerQuantizer):
             )
         super()._process_model_before_weight_loading(model, checkpoint_files, **kwargs)
 
-    def layers(self, model: nn.Module) -> dict[str, Any]:
-        """The sparse layers."""
-        return dict(sparse_layers(model))
-
-    def saved_layers(self) -> dict[str, int]:
-        """Active blocks of each layer."""
-        return self.quantization_config.nnzb or {}
-
     def put_layers_(self, model: PreTrainedModel) -> None:
         """Replace dense layers: those that the configuration names or, if it names none, that its patterns choose."""
         config = self.quantization_config
         if self.pre_quantized:
-            nnzb = present_layers(model, config.nnzb or {})
+            nnzb = present_layers(model, config.named_layers)
         elif len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise ValueError(
                 "A dense model must stand on one device to be made sparse. Got a `device_map` over several: load "
