@@ -14,7 +14,8 @@ import torch
 from _machine import describe_machine
 
 from hf_dynsparse import DynSparseBertConfig, DynSparseBertForMaskedLM, sparse_layers
-from hf_dynsparse.reports.facts import checkpoint_bytes, dense_bytes
+from hf_dynsparse.reports.facts import checkpoint_bytes
+from hf_dynsparse.reports.layers import model_facts
 
 
 def main() -> None:
@@ -41,15 +42,12 @@ def main() -> None:
         for tensor in state.values()
         if tensor.dim()
     )
-    values = sum(layer.values.numel() * layer.values.element_size() for layer in layers)
-    index = sum(layer.block_index.numel() * layer.block_index.element_size() for layer in layers)
-    dense = sum(layer.out_features * layer.in_features * layer.values.element_size() for layer in layers)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         encoder = checkpoint_bytes(folder, ".encoder.")
-    dense_encoder = dense_bytes(model, ".encoder.")
+    sizes, dense_encoder = model_facts(model).layers, model_facts(model, ".encoder.").dense_bytes
     print(f"{args.preset} s={args.sparsity} B={args.block_size}, {len(layers)} sparse matrices")
-    stored = values + index + moments
+    stored, dense = sum(layer.bytes for layer in sizes) + moments, sum(layer.dense_bytes for layer in sizes)
     print(f"values + index + moments   {stored / 1e6:9.1f} MB   {stored / (3 * dense):.4f} of dense")
     print(f"encoder in the checkpoint  {encoder / 1e6:9.1f} MB   {encoder / dense_encoder:.4f} of dense")
     print(f"peak memory while building {peak - before:9.1f} MiB  (dense encoder alone: {dense_encoder / 2**20:.1f})")

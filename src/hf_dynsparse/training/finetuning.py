@@ -12,7 +12,7 @@ from ..models.sparsify import densify_
 from ..nn.linear import sparse_layers
 from ..optim.recipes import FINETUNE_MODES, QUANTIZATION_AWARE
 from ..reports.facts import checkpoint_bytes, dense_bytes, task_metrics
-from ..reports.layers import topology_summary
+from ..reports.layers import model_facts
 from ..topology.settings import option
 from .arguments import DynSparseTrainingArguments
 
@@ -131,7 +131,7 @@ def prepare_finetuning_(model: PreTrainedModel, args: FinetuningArguments) -> Pr
         args.num_train_epochs = recipe.num_train_epochs
     logger.info(
         "Fine-tuning a %s model, mode %s: %s. Learning rate %g, %s.",
-        f"{topology_summary(model).sparsity:.1%} sparse" if sparse_layers(model) else "dense",
+        f"{model_facts(model).sparsity:.1%} sparse" if sparse_layers(model) else "dense",
         mode,
         recipe.does if was_sparse or args.quantization_aware else "there are no sparse layers",
         args.learning_rate,

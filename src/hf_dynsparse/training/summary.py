@@ -13,7 +13,7 @@ from .._transformers import has_length
 from ..models import DynSparseBertConfig
 from ..models.flops import flops_per_sequence
 from ..reports.facts import checkpoint_bytes, dense_bytes, describe_hardware, task_metrics
-from ..reports.layers import topology_summary
+from ..reports.layers import model_facts
 
 
 if TYPE_CHECKING:  # the trainer imports the model card, which imports this
@@ -45,7 +45,7 @@ def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_le
         "eval_loss": metrics["eval_loss"],
         "perplexity": math.exp(min(metrics["eval_loss"], 700.0)),
         "dense_flops": trainer.throughput.tokens / seq_len * flops_per_sequence(dense_config, seq_len),
-        "sparsity": topology_summary(model).sparsity,
+        "sparsity": model_facts(model).sparsity,
         "block_size": model.config.block_size,
         "coverage": topology.get("coverage", 1.0),
         "topology_updates": topology.get("topology_updates", 0),
@@ -67,7 +67,7 @@ def summarize_finetuning(trainer: "DynSparseTrainer", metrics: dict[str, float])
     """
     args: Any = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
-    topology = topology_summary(model)
+    topology = model_facts(model)
     return {
         "metrics": task_metrics(metrics),
         "mode": args.finetune_mode if topology.layers else "dense",
