@@ -400,6 +400,11 @@ def text(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_a_study_runs_what_is_missing_and_reports(run_study, tmp_path, text, capsys):
     out = tmp_path / "out"
+    run_study(PLAN, f"--output_dir {out} --train_file {text} --dry_run")
+    for command in capsys.readouterr().out.splitlines():  # in this process, to save the imports of others
+        script, flags = command.split(" ", 2)[1:]
+        run_script(Path(script), flags)
+    capsys.readouterr()
     run_study(PLAN, f"--output_dir {out} --train_file {text}")
     dense, sparse = (
         out / "toy_dense_learning_rate=0.001",

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from hf_dynsparse import sparse_layers
-from hf_dynsparse.data import GLUE_TASKS, glue_metrics
+from hf_dynsparse.data import GLUE_TASKS, glue_metrics, read_glue
 from tests.data.test_glue import OFFICIAL
 from tests.scripts import EXAMPLES, run_script
 from tests.toy import WORDS, toy_model, toy_tokenizer, without_post_processor
@@ -43,7 +43,8 @@ def data(tmp_path_factory):
         header, row = OFFICIAL[task]
         path = folder / "glue" / about.folder
         path.mkdir(parents=True)
-        for file, count in (("train", 24), ("dev", 12)):
+        dev = ("dev_matched", "dev_mismatched") if task == "mnli" else ("dev",)
+        for file, count in (("train", 24), *((name, 12) for name in dev)):
             lines = [header] if header else []
             for number in range(count):
                 label = format(5 * draw.random(), ".2f") if not about.labels else str(number % len(about.labels))
@@ -57,18 +58,7 @@ def data(tmp_path_factory):
     own = [{"text": sentence(draw), "label": draw.choice(["good", "bad", "so-so"])} for _ in range(20)]
     (folder / "own.json").write_text("".join(json.dumps(row) + "\n" for row in own))
     (folder / "own.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in own))
-    numbers = "".join(f"{row['text']},{draw.random():.3f}\n" for row in own)
-    (folder / "numbers.csv").write_text(f"text,label\n{numbers}")
-    (folder / "unlabelled.csv").write_text("text,mark\na,b\n")
-    (folder / "ragged.csv").write_text("text,label\na,b\nc,d,e\n")
-    (folder / "latin1.csv").write_bytes(b"text,label\ncaf\xe9,b\n")
-    (folder / "header.csv").write_text("text,label\n")
     (folder / "nolabel.csv").write_text("text,label\nw1 w2,good\nw3,\n")
-    (folder / "figures.csv").write_text("figure,label\n1,good\n2,bad\n")
-    (folder / "blank.jsonl").write_text('{"text": "w1", "label": "a"}\n{"text": "  ", "label": "b"}\n')
-    (folder / "null.jsonl").write_text('{"text": "w1", "label": "a"}\n{"text": null, "label": "b"}\n')
-    (folder / "hub").mkdir()
-    (folder / "hub" / "train.csv").write_text("sentence,label\nw1,1\n")
     toy_tokenizer(more=("w44", "w45")).save_pretrained(folder / "large")
     without_post_processor(toy_tokenizer()).save_pretrained(folder / "bare")
     return folder
@@ -94,13 +84,13 @@ def predictions_of(folder, rows, tokenizer, columns):
         return model(**inputs).logits.numpy()
 
 
-@pytest.mark.parametrize("task", GLUE_TASKS)
-def test_every_task(run, data, task):
-    from hf_dynsparse.data import read_glue
-
-    output = run(f"--task_name {task} --glue_dir {data / 'glue'}")
+# Two sets of sentences to evaluate, and numbers to predict. tests/data/test_classification.py reads every task.
+@pytest.mark.parametrize("task", ["mnli", "stsb"])
+def test_a_task(run, data, task):
+    output = run(f"--task_name {task} --glue_dir {data / 'glue'} --do_predict {task == 'stsb'}")
     results = json.loads((output / "all_results.json").read_text())
-    about, rows = GLUE_TASKS[task], read_glue(data / "glue", task)["validation"]
+    about, rows = GLUE_TASKS[task], read_glue(data / "glue", task)
+    rows = rows["validation_matched" if task == "mnli" else "validation"]
     logits = predictions_of(output, rows, toy_tokenizer(), about.sentences)
     found = logits.argmax(-1) if about.labels else logits.squeeze(-1)
     for name, score in glue_metrics(task, found, rows["label"]).items():
@@ -115,6 +105,10 @@ def test_every_task(run, data, task):
     card = (output / "README.md").read_text()
     assert f"GLUE {task.upper()}" in card
     assert "block-sparse" in card
+    assert ("eval_mm_loss" in results) == (task == "mnli")
+    if task == "stsb":
+        lines = (output / "predict_results_stsb.txt").read_text().splitlines()[1:]
+        assert all(np.isfinite(float(line.split("\t")[1])) for line in lines)
 
 
 @pytest.mark.parametrize(("mode", "sparsity"), [("dense", 0.0), ("dynamic", 0.75)])
@@ -134,7 +128,7 @@ def test_a_dense_start_with_a_teacher(run, data):
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["sparsity"], summary["block_shapes"], summary["teacher"]) == (0.5, [[1, 4]], "teacher")
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    assert all(entry["dynsparse/distillation_loss"] >= 0 for entry in log if "loss" in entry)
+    assert all(entry["dynsparse/distillation_loss"] > -1e-6 for entry in log if "loss" in entry)  # but for rounding
 
 
 def test_gradual(run, data):
@@ -150,7 +144,10 @@ def test_gradual(run, data):
     shutil.copytree(whole / "checkpoint-3", whole.parent / "part" / "checkpoint-3")
     resumed = run(f"{flags} --resume_from_checkpoint last", output="part", start="dense")
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
-    others = {"--block_size 4": "A resumed run must have the model", "--prune_score l2": "'l2' (checkpoint: 'l1')"}
+    others = {
+        "--block_size 4": "A resumed run must have the model",
+        "--prune_score l2": "'l2' (checkpoint: 'l1')",
+    }
     for other, message in others.items():
         with pytest.raises(SystemExit, match=re.escape(message)):
             run(f"{flags} {other} --resume_from_checkpoint last", output="part", start="dense")
@@ -167,54 +164,17 @@ def test_predictions(run, data):
     assert not (only / "model.safetensors").exists()
 
 
-def test_predictions_of_numbers(run, data):
-    output = run(f"--task_name stsb --glue_dir {data / 'glue'} --do_predict true")
-    lines = (output / "predict_results_stsb.txt").read_text().splitlines()[1:]
-    assert all(np.isfinite(float(line.split("\t")[1])) for line in lines)
-
-
-@pytest.mark.parametrize("file", ["own.csv", "own.json"])
-def test_files_of_ones_own(run, data, file):
-    output = run(f"--train_file {data / file} --validation_file {data / file}")
+def test_files_of_ones_own(run, data):
+    output = run(f"--train_file {data / 'own.json'} --validation_file {data / 'own.json'}")
     config = json.loads((output / "config.json").read_text())
     assert list(config["id2label"].values()) == ["bad", "good", "so-so"]
     assert 0 <= json.loads((output / "summary.json").read_text())["metrics"]["accuracy"] <= 1
-
-
-def test_numbers_of_ones_own(run, data):
-    output = run(f"--train_file {data / 'numbers.csv'} --validation_file {data / 'numbers.csv'}")
-    assert json.loads((output / "summary.json").read_text())["metrics"]["mse"] > 0
-
-
-def test_words_that_others_take_for_nothing(run, data):
-    (data / "null.csv").write_text("text,label\n" + "null,NA\nw1 w2,none\nnan,NA\n" * 3)
-    output = run(f"--train_file {data / 'null.csv'} --validation_file {data / 'null.csv'}")
-    assert list(json.loads((output / "config.json").read_text())["id2label"].values()) == ["NA", "none"]
-
-
-def test_numbers_for_a_task_that_others_take_for_classes(run, data):
-    (data / "whole.csv").write_text("sentence1,sentence2,label\n" + "w1,w2,0\nw1,w1,5\nw3,w4,2\n" * 3)
-    output = run(f"--task_name stsb --train_file {data / 'whole.csv'} --validation_file {data / 'whole.csv'}")
-    assert 1 < json.loads((output / "all_results.json").read_text())["eval_loss"] < 30  # of numbers up to 5
-
-
-def test_resume(run, data):
-    flags = f"--task_name sst2 --glue_dir {data / 'glue'} --max_steps 4 --save_strategy steps --save_steps 2"
-    whole = run(f"{flags} --save_total_limit 5", output="whole")
-    shutil.copytree(whole / "checkpoint-2", whole.parent / "part" / "checkpoint-2")
-    resumed = run(f"{flags} --resume_from_checkpoint last", output="part")
-    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
-    with pytest.raises(SystemExit, match="must have the model of its checkpoint. Got `bert.encoder"):
-        run(f"{flags} --resume_from_checkpoint last --finetune_mode dense", output="part")
 
 
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
         ("--task_name sst3", "must be one of cola, mnli"),
-        ("", "Give the data"),
-        ("--glue_dir nowhere", "needs a `--task_name`"),
-        ("--task_name sst2 --glue_dir nowhere", "train.tsv and dev.tsv in nowhere/SST-2. Got none"),
         ("--task_name sst2 --glue_dir {data}/glue --block_size 4", "needs a `sparsity`"),
         ("--task_name sst2 --glue_dir {data}/glue --sparsity 0.5", "which is sparse or quantized already"),
         ("--task_name sst2 --glue_dir {data}/glue --block_size 4xx", "Got '4xx'"),
@@ -222,23 +182,11 @@ def test_resume(run, data):
         ("--sparsity 0.5 --finetune_mode gradual --method set", "Got 0.5 with density_schedule='constant'"),
         ("--task_name sst2 --glue_dir {data}/glue --finetune_mode locked --num_topology_updates 3", "dynamic"),
         ("--train_file {data}/own.csv", "`--do_eval` needs a `--validation_file`"),
-        ("--train_file {data}/none.csv --do_eval false", "which does not exist"),
-        ("--train_file {data}/glue --do_eval false", "must end in .csv"),
-        ("--train_file {data}/own.csv --validation_file {data}/own.json", "one format"),
-        ("--train_file {data}/unlabelled.csv --do_eval false", "must have a column `label`. Got text, mark"),
         ("--task_name mrpc --glue_dir {data}/glue --teacher {data}/dense", "which lacks"),
-        ("--train_file {data}/ragged.csv --do_eval false", "2 fields, as its header. Got 3 in line 3"),
-        ("--train_file {data}/latin1.csv --do_eval false", "latin1.csv: byte 0xe9 in line 2"),
-        ("--train_file {data}/header.csv --do_eval false", "at least one row. Got {data}/header.csv"),
         (
             "--train_file {data}/nolabel.csv --do_eval false",
             "nolabel.csv must have a `label`, one of good. Got no",
         ),
-        ("--train_file {data}/numbers.csv --do_eval false --task_name sst2", "one of negative, positive. Got float"),
-        ("--train_file {data}/blank.jsonl --do_eval false", "must hold text. Got '  ' in row 2"),
-        ("--train_file {data}/null.jsonl --do_eval false", "Text must be strings: column `text` of {data}/null.jsonl"),
-        ("--train_file {data}/figures.csv --do_eval false", "must have a column of text. Got figure, label"),
-        ("--task_name sst2 --dataset_name {data}/hub", "needs rows of validation in {data}/hub. Got only train"),
         ("--task_name sst2 --glue_dir {data}/glue --max_seq_length 40", "The model has 32: give --max_seq_length"),
         (
             "--task_name sst2 --glue_dir {data}/glue --tokenizer_name {data}/large",

@@ -5,9 +5,7 @@ import json
 import math
 import random
 import re
-import runpy
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -362,12 +360,6 @@ CASES = {
         "--dataset_name {data}/hub --max_train_samples 20",
         {"mode": "dynamic", "sparsity": 0.75, "topology_updates": 2, "task": "hub"},
     ),
-    "gradual": (
-        "--model_name_or_path {data}/dense --sparsity 0.75 --block_size 4 --finetune_mode gradual "
-        "--max_eval_samples 6",
-        "--train_file {data}/train.json",
-        {"mode": "gradual", "sparsity": 0.75, "start": "dense", "pruned_to": 0.75},
-    ),
     "sparsified, with a teacher": (
         "--model_name_or_path {data}/dense --sparsity 0.5 --block_size 8 --teacher {finished} --eval_strategy steps"
         " --eval_steps 2 --max_eval_samples 6 --load_best_model_at_end --metric_for_best_model f1",
@@ -456,13 +448,3 @@ def test_output_folder_of_another_run(run: Callable[..., Path], finished: Path) 
     with pytest.raises(SystemExit, match=r"output_dir.*--resume_from_checkpoint last"):
         run(finished)
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
-
-
-def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert exit.value.code == 0
-    shown = capsys.readouterr().out
-    for flag in ("doc_stride", "n_best_size", "version_2_with_negative", "finetune_mode", "teacher", "metric_path"):
-        assert f"--{flag}" in shown

@@ -134,7 +134,7 @@ def _read(args: TextArguments, cache_dir: str | None, token: str | None) -> dict
 
 def _text_alone(rows: Dataset, column: str, source: str) -> Dataset:
     """Rows with one column, "text", which is known to hold strings."""
-    names = next(iter(rows), {})
+    names: dict[str, Any] = next(iter(rows), {})
     if column not in names:
         raise DataError(f"All splits must have the column `{column}`. Got {source} with {', '.join(names) or 'none'}.")
     rows = check_text(rows.select_columns([column]), column, source)

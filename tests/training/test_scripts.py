@@ -1,0 +1,119 @@
+"""How the training scripts begin: their flags and help, and how they end when something is wrong."""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainingArguments
+
+from hf_dynsparse.training import scripts
+from hf_dynsparse.training.flags import FinetuningRunArguments, FlagParser
+from tests.scripts import EXAMPLES
+
+
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kinds of arguments of a script."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    names = ("run_mlm_dynsparse", "run_glue_dynsparse", "run_qa_dynsparse", "run_earlybert")
+
+    def of(script: str) -> tuple[Any, ...]:
+        module: Any = import_module(script)
+        return module.TASK_ARGUMENTS if script == "run_earlybert" else module.ARGUMENTS
+
+    yield of
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("script", ["run_mlm_dynsparse", "run_glue_dynsparse", "run_qa_dynsparse", "run_earlybert"])
+def test_help_shows_every_flag_of_ours_once_and_explains_it(arguments: Any, script: str) -> None:
+    kinds = arguments(script)
+    parser = FlagParser(kinds, description="What it does.\n\n    an example \\\n        of two lines")
+    shown = parser.format_help()
+    assert shown.startswith("usage: ")
+    assert "    an example \\\n        of two lines\n" in shown
+    ours, theirs = shown.split("all flags of transformers.TrainingArguments work too:\n")
+    flags = re.findall(r"^  --(\w+)", ours, re.MULTILINE)
+    assert len(flags) == len(set(flags))
+    assert flags.index("sparsity") == 0
+    explained = {field.name for cls in kinds for field in dataclasses.fields(cls)}
+    explained -= {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert explained <= set(flags)
+    assert {"output_dir", "eval_strategy", "logging_steps", "learning_rate"} <= set(flags)
+    actions = {action.dest: action for action in reversed(parser._actions)}
+    for name in explained:
+        assert len(actions[name].help or "") > 15, name
+    rest = re.findall(r"--(\w+)", theirs)
+    assert {"fsdp", "hub_token", "optim"} <= set(rest)
+    assert set(rest).isdisjoint(flags)
+    assert {*rest, *flags, "help"} == set(actions)
+
+
+def test_flags_come_from_the_command_line_or_from_a_file(
+    arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"sparsity": 0.5, "max_steps": 4, "output_dir": "a", "nsp": True}))
+    found = []
+    for given in (
+        ["--sparsity", "0.5", "--max-steps", "4", "--output_dir", "a", "--nsp"],
+        [str(tmp_path / "run.json")],
+    ):
+        monkeypatch.setattr(sys, "argv", ["script.py", *given])
+        model_args, data_args, args = scripts.parse_arguments(*arguments("run_mlm_dynsparse"))
+        found.append((model_args.sparsity, data_args.nsp, args.max_steps, args.output_dir))
+    assert found == [(0.5, True, 4, "a")] * 2
+
+
+@pytest.mark.parametrize("error", [ValueError("first\n\n  `a` must be b.  "), OSError("`a` must be b.")])
+def test_an_error_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["folder/script.py"])
+    with pytest.raises(SystemExit, match=r"^script.py: error: `a` must be b\.$"), scripts.one_line_errors():
+        raise error
+    with pytest.raises(type(error)), scripts.one_line_errors(KeyError):
+        raise error
+
+
+@pytest.mark.parametrize("had", [False, True])
+def test_the_output_folder_is_as_it_was(had: bool, tmp_path: Path) -> None:
+    """Unless it had a tokenizer, the one that a script made goes; what is made after the preparation stays."""
+    folder = tmp_path / "out"
+    if had:
+        (folder / "tokenizer").mkdir(parents=True)
+    args: Any = argparse.Namespace(
+        output_dir=str(folder), process_index=0, should_save=True, push_to_hub=False, resume_from_checkpoint=None
+    )
+
+    @scripts.holds_output_dir
+    def main() -> None:
+        with scripts.one_line_errors():
+            assert scripts.find_checkpoint(args, None) is None
+            (folder / "tokenizer").mkdir(exist_ok=True)
+            raise ValueError("refused")
+
+    with pytest.raises(SystemExit):
+        main()
+    assert (folder / "tokenizer").exists() == folder.exists() == had
+
+    @scripts.holds_output_dir
+    def later() -> None:
+        with scripts.one_line_errors():
+            scripts.find_checkpoint(args, None)
+            (folder / "tokenizer").mkdir(exist_ok=True)
+        with scripts.one_line_errors():
+            raise ValueError("refused")
+
+    with pytest.raises(SystemExit):
+        later()
+    assert (folder / "tokenizer").exists()
+
+
+def test_what_is_left_out_is_not_evaluated(tmp_path: Path) -> None:
+    args = FinetuningRunArguments(output_dir=str(tmp_path), use_cpu=True, do_eval=False, do_predict=True)
+    assert (args.splits, args.do_eval) == (["train", "test"], False)
