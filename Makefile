@@ -8,7 +8,7 @@ READY := .venv/.ready
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test quality style bench clean
+.PHONY: help venv demo test quality style bench matrix mutants clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -47,6 +47,12 @@ bench: venv  ## measure, but only behind green tests; ARGS='--threads 1' for CPU
 	@set -e; for name in linear step inference; do echo "bench_$$name"; $(BIN)/python benchmarks/bench_$$name.py --quick $(ARGS); done
 	$(BIN)/python benchmarks/bench_footprint.py
 	$(BIN)/python benchmarks/bench_topology_update.py
+
+matrix:  ## core tests over versions of Python, torch and transformers; ARGS='--list' for what was run
+	$(PYTHON) tests/matrix.py $(ARGS)
+
+mutants: venv  ## 200 small changes to blocks, ops and topology: does a test notice? ARGS='--count 20'
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 clean:  ## remove what the tools and the demo left behind, but not .venv
 	rm -rf build dist demo-output .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

@@ -75,7 +75,7 @@ class PlatformWheel(bdist_wheel):
 
 # What the package was tested with stands in constraints.txt; these are the ranges it is meant for.
 install_requires = [
-    "torch>=2.13",  # the oldest that compiles the masked LM loss and exports to ONNX here
+    "torch>=2.13",  # the oldest tested; 2.9 neither compiles the loss nor exports to ONNX
     "transformers>=5.23,<6",  # the newest tested minor is in src/hf_dynsparse/_transformers.py
     "accelerate>=1.15",
     "datasets>=5.2",
