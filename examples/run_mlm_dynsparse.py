@@ -53,6 +53,7 @@ from hf_dynsparse import (
 )
 from hf_dynsparse.blocks.distributions import DISTRIBUTIONS
 from hf_dynsparse.blocks.sizes import block_shapes_of, parse_block_size
+from hf_dynsparse.checkpoints.saved_run import SavedRun
 from hf_dynsparse.data import (
     DataCollatorForWholeWordMasking,
     build_next_sentence_pairs,
@@ -419,23 +420,7 @@ def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str
             "the sparsity of the end as --sparsity."
         )
     if checkpoint is not None:
-        configs = config, AutoConfig.from_pretrained(checkpoint)
-        given, saved = (json.loads(each.to_json_string(use_diff=False)) for each in configs)
-        for name in (
-            "sparsity",
-            "block_size",
-            "distribution",
-            "hidden_size",
-            "num_hidden_layers",
-            "intermediate_size",
-        ):
-            if saved["nnzb"] is not None and name in ("sparsity", "distribution"):
-                continue  # half-way through a density schedule: the trainer knows where it leads
-            if given[name] != saved[name]:
-                raise ValueError(
-                    f"A resumed run must have the model of its checkpoint. Got {name} = {given[name]}, but "
-                    f"{checkpoint} has {saved[name]}. Give that, or another --output_dir."
-                )
+        SavedRun(checkpoint).check_config(config)
     return config
 
 

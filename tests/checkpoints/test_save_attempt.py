@@ -22,7 +22,7 @@ from test_saving import SAVING, assert_same_checkpoint, trainer_of
 from transformers.utils import logging as transformers_logging
 
 from hf_dynsparse import sparse_layers
-from hf_dynsparse.checkpoints.saving import CHECKSUM_FILE, STAGING_FOLDER
+from hf_dynsparse.checkpoints.saved_run import CHECKSUM_FILE, STAGING_FOLDER
 from tests.small_disk import small_disk
 from tests.toy import toy_model, toy_trainer
 

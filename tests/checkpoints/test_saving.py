@@ -14,15 +14,8 @@ from transformers import AutoModelForMaskedLM, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dynsparse import DynSparseTrainer, sparse_layers
-from hf_dynsparse.checkpoints.saving import (
-    CHECKSUM_FILE,
-    STAGING_FOLDER,
-    check_training_state,
-    last_checkpoint,
-    publish_checkpoint,
-    remove_interrupted_save,
-    rotate_checkpoints,
-)
+from hf_dynsparse.checkpoints.saved_run import CHECKSUM_FILE, STAGING_FOLDER, SavedRun, last_checkpoint
+from hf_dynsparse.training.saving import publish_checkpoint, remove_interrupted_save, rotate_checkpoints
 from tests.toy import toy_model, toy_trainer
 
 
@@ -171,7 +164,7 @@ def test_a_crash_while_saving(tmp_path, monkeypatch, caplog, point):
 
     if point == "publish":
         original = publish_checkpoint
-        monkeypatch.setattr("hf_dynsparse.training.trainer.publish_checkpoint", crash)
+        monkeypatch.setattr("hf_dynsparse.training.saving.publish_checkpoint", crash)
     else:
         original = getattr(crashing, point)
         monkeypatch.setattr(crashing, point, crash)
@@ -313,17 +306,17 @@ def flip_a_bit(file):
 @pytest.mark.parametrize("damage", [cut, flip_a_bit, os.remove, lambda file: file.write_bytes(b"")])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
 def test_damaged_training_state_is_refused(checkpoint, name, damage):
-    check_training_state(checkpoint)
+    SavedRun(checkpoint).check_training_state()
     damage(checkpoint / name)
     with pytest.raises(ValueError, match=f"{re.escape(str(checkpoint))}.*{name}.*: resume from another"):
-        check_training_state(checkpoint)
+        SavedRun(checkpoint).check_training_state()
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, "\x00", '"a"', '{"optimizer.pt": null}'])
 def test_damaged_checksums_are_refused(checkpoint, text):
     (checkpoint / CHECKSUM_FILE).write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(checkpoint))):
-        check_training_state(checkpoint)
+        SavedRun(checkpoint).check_training_state()
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
@@ -333,13 +326,13 @@ def test_training_state_that_is_not_there_is_missed(checkpoint, name, with_check
     (checkpoint / CHECKSUM_FILE).write_text("{}") if with_checksums else (checkpoint / CHECKSUM_FILE).unlink()
     (checkpoint / name).unlink()
     with pytest.raises(ValueError, match=f"{re.escape(str(checkpoint))} without {name[:9]}.*: resume from another"):
-        check_training_state(checkpoint)
+        SavedRun(checkpoint).check_training_state()
 
 
 def test_checksums_that_cover_a_part_only_are_refused(checkpoint):
     (checkpoint / CHECKSUM_FILE).write_text("{}")
     with pytest.raises(ValueError, match=f"{CHECKSUM_FILE} without optimizer.pt.*: resume from another"):
-        check_training_state(checkpoint)
+        SavedRun(checkpoint).check_training_state()
 
 
 def test_a_resumed_run_keeps_its_new_checkpoints(tmp_path, run_of_six, caplog):

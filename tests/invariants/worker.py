@@ -31,7 +31,7 @@ from hf_dynsparse import (
 from hf_dynsparse.data import DataCollatorForWholeWordMasking
 from hf_dynsparse.nn.shards import local_rows, whole, whole_optimizer_state
 from hf_dynsparse.ops import choice, tuning
-from hf_dynsparse.training import trainer as trainer_module
+from hf_dynsparse.training import saving
 
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -240,9 +240,9 @@ MOMENTS: dict[str, Callable[..., None]] = {
     "before anything is written": kill_self_in(Trainer, "save_model", before=True),
     "after the model file": kill_self_in(Trainer, "save_model", before=False),
     "after the optimizer file": kill_self_in(Trainer, "_save_optimizer_and_scheduler", before=False),
-    "before the rename": kill_self_in(trainer_module, "publish_checkpoint", before=True),
-    "after the rename": kill_self_in(trainer_module, "publish_checkpoint", before=False),
-    "after old checkpoints are removed": kill_self_in(trainer_module, "rotate_checkpoints", before=False),
+    "before the rename": kill_self_in(saving, "publish_checkpoint", before=True),
+    "after the rename": kill_self_in(saving, "publish_checkpoint", before=False),
+    "after old checkpoints are removed": kill_self_in(saving, "rotate_checkpoints", before=False),
 }
 
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForMaskedLM, BertForMaskedLM, RobertaConfig, R
 from transformers.utils import logging as transformers_logging
 
 from hf_dynsparse import DynSparseBertForMaskedLM, DynSparseBertForSequenceClassification, sparse_layers, sparsify_
-from hf_dynsparse.checkpoints.saving import check_weights
+from hf_dynsparse.checkpoints.saved_run import SavedRun
 from hf_dynsparse.models.checksums import CHECKSUMS, open_weights, with_checksums
 from tests.toy import toy_config, toy_model
 
@@ -188,7 +188,7 @@ def test_a_pickle_is_not_read(tmp_path: Path, make: Callable[[], Any], options: 
     with pytest.raises(ValueError, match=f"safetensors.*{re.escape(str(tmp_path / 'pytorch_model.bin'))}"):
         type(model).from_pretrained(tmp_path, **options)
     with pytest.raises(ValueError, match="must be safetensors. Got .*pytorch_model.bin, a pickle"):
-        check_weights(tmp_path)
+        SavedRun(tmp_path).check_weights()
     assert not ran.exists()
 
 

@@ -14,14 +14,12 @@ from typing import Any, ClassVar, NoReturn
 import datasets
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, PreTrainedModel, TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
-from ..checkpoints.resume import check_final_sizes, check_same_model, find_run_to_resume
 from ..checkpoints.run_lock import run_lock
+from ..checkpoints.saved_run import SavedRun, find_run_to_resume
 from ..hub import fetch_checkpoint
 from ..hub.trainer import open_hub_repository
-from ..models.density import sizes_of
 from .arguments import DynSparseTrainingArguments, naming_arguments
 from .callbacks.topology import TopologyCallback
 from .rewinding import rewinding
@@ -118,8 +116,7 @@ def check_updates_to_resume(args: DynSparseTrainingArguments, checkpoint: str) -
         ValueError: for topology settings that are not those of the run to resume, naming them; or another number of
             steps, if its updates depend on it.
     """
-    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-    TopologyCallback(**args.topology_settings()).check_run(state, args.max_steps)
+    TopologyCallback(**args.topology_settings()).check_run(SavedRun(checkpoint).state, args.max_steps)
 
 
 def check_updates_fit(args: DynSparseTrainingArguments, steps: int) -> None:
@@ -157,15 +154,7 @@ def check_model_to_resume(model: PreTrainedModel, checkpoint: str) -> None:
     Raises:
         ValueError: for a model that is not the one with which the run to resume was begun.
     """
-    resized = _topology_state(checkpoint).get("attributes", {}).get("final") is not None
-    check_same_model(model, checkpoint, resized)
-    if resized:
-        check_final_sizes(model, sizes_of(model), checkpoint, TopologyCallback.__name__)
-
-
-def _topology_state(checkpoint: str) -> dict[str, Any]:
-    callbacks: Any = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).stateful_callbacks
-    return callbacks.get(TopologyCallback.__name__, {})
+    SavedRun(checkpoint).check_model(model)
 
 
 def settle_process(args: Any, logger_name: str) -> None:

@@ -33,6 +33,7 @@ class DynSparseQuantizer(HfQuantizer):
     """
 
     quantization_config: DynSparseQuantizationConfig
+    given_state: dict[str, torch.Tensor] | None = None  # while a model is saved: what to save in place of its own
 
     def __init__(self, quantization_config: DynSparseQuantizationConfig, pre_quantized: bool = True) -> None:
         # A copy: the layers of this model are written into it. Without any, it describes what to do to a dense model.
@@ -129,7 +130,7 @@ class DynSparseQuantizer(HfQuantizer):
         # transformers without this package skips an unknown quantizer and draws the missing weights at random, with a
         # warning. An empty tensor in the place of each is a mismatch, which is an error.
         markers = {f"{name}.weight": torch.empty(0) for name in sparse_layers(model)}
-        return with_checksums(model, {**model.state_dict(), **markers})
+        return with_checksums(model, {**(self.given_state or model.state_dict()), **markers})
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """See [`densify_`]. `model.dequantize()` comes here; weights keep their dtype if none is given."""
