@@ -134,9 +134,7 @@ def test_a_run_that_changes_sizes_must_lead_on_from_the_same_model(checkpoint):
     run.check_model(toy_model(sparsity=0.9), given)  # which had others before its run
     with pytest.raises(ValueError, match="with 6 active blocks, but the run of .* was given one with 32"):
         run.check_model(toy_model(sparsity=0.9))
-    with pytest.raises(
-        ValueError, match=r"position_embeddings.weight` of shape \(16, 32\), but .* has \(32, 32\)"
-    ):
+    with pytest.raises(ValueError, match=r"position_embeddings.weight` of shape \(16, 32\), but .* has \(32, 32\)"):
         run.check_model(toy_model(sparsity=0.5, max_position_embeddings=16))
 
 

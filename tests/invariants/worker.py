@@ -263,7 +263,6 @@ def kill_self_in(owner: Any, function: str, *, before: bool) -> Callable[..., No
 MOMENTS: dict[str, Callable[..., None]] = {
     "before anything is written": kill_self_in(Trainer, "save_model", before=True),
     "after the model file": kill_self_in(Trainer, "save_model", before=False),
-    "after the optimizer file": kill_self_in(Trainer, "_save_optimizer_and_scheduler", before=False),
     "before the rename": kill_self_in(saving, "publish_checkpoint", before=True),
     "after the rename": kill_self_in(saving, "publish_checkpoint", before=False),
     "after old checkpoints are removed": kill_self_in(saving, "rotate_checkpoints", before=False),
