@@ -45,7 +45,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_dynsparse import DynSparseTrainer, EarlyBirdCallback, Ticket, slim, sparsify_
 from hf_dynsparse.blocks.sizes import as_block_shape, parse_block_size
-from hf_dynsparse.checkpoints.saving import last_checkpoint
+from hf_dynsparse.checkpoints.saved_run import last_checkpoint
 from hf_dynsparse.compress.slimming import TICKET_SCORES, random_ticket
 from hf_dynsparse.data.classification import (
     SentenceArguments,

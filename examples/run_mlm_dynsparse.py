@@ -47,12 +47,13 @@ from hf_dynsparse import (
 )
 from hf_dynsparse.blocks.distributions import DISTRIBUTIONS
 from hf_dynsparse.blocks.sizes import parse_block_size
+from hf_dynsparse.checkpoints.saved_run import SavedRun
 from hf_dynsparse.data import train_wordpiece_tokenizer
 from hf_dynsparse.data.files import DataError
 from hf_dynsparse.data.pretraining import TextArguments, load_text, make_sequences
 from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions, check_tokenizer, vocabulary_size
 from hf_dynsparse.models.auto import load_teacher
-from hf_dynsparse.models.pretraining import check_resumed_config, continued_config, first_pattern, preset_config
+from hf_dynsparse.models.pretraining import continued_config, first_pattern, preset_config
 from hf_dynsparse.reports.estimate import DENSE_LEARNING_RATES
 from hf_dynsparse.reports.facts import describe_data, describe_start
 from hf_dynsparse.training import scripts
@@ -243,7 +244,7 @@ def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str
                 "Give the sparsity of the end as --sparsity."
             )
         if checkpoint is not None:
-            check_resumed_config(config, checkpoint)
+            SavedRun(checkpoint).check_config(config)
         return config
     config = AutoConfig.from_pretrained(source, **model_args.hub)
     if model_args.model_name_or_path:

@@ -20,7 +20,7 @@ import worker
 from launch import two_ranks
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_dynsparse.checkpoints.saving import STAGING_FOLDER
+from hf_dynsparse.checkpoints.saved_run import STAGING_FOLDER
 
 
 KILLS = int(os.environ.get("DYNSPARSE_KILLS", "3"))

@@ -66,6 +66,10 @@ TOGETHER = {
     "repeated rows": {"rows": 5 * 32 + 11},
     "best model": {"eval_strategy": "steps", "eval_steps": 10, "load_best_model_at_end": True},
 }
+# The first rank cannot write at step 10, the second has a loss of NaN in step 15. That there is a best model lets the
+# ranks meet amid a save.
+FAILING = {**TOGETHER["best model"], "save_strategy": "steps", "save_steps": 5, "eval_steps": 5}
+FAILING |= {"metric_for_best_model": "loss", "full_disk_at": 10, "nan_loss_at": 15}
 # The highest loss counts as the best, so that it is not the last.
 TOGETHER["best model"] |= {**SAVED, "metric_for_best_model": "loss", "greater_is_better": True}
 ANOTHER_TOPOLOGY = "All ranks must have the same topology. Got another one on rank(s) [1]"
@@ -121,8 +125,9 @@ def ranks(folder: Path, one: Callable[[str], Outcome]) -> Callable[[str], list[O
 
     @cache
     def launch(on_nodes: bool) -> None:
-        names = NODES if on_nodes else [*DDP, *TOGETHER, *MUTANTS]
+        names = NODES if on_nodes else [*DDP, *TOGETHER, *MUTANTS, "failing"]
         runs = {name: MODELS[model] | how for name, (model, how) in EQUAL.items()} | TOGETHER | MUTANTS
+        runs["failing"] = FAILING
         plan = [{"name": name, **COMMON, **runs[name]} for name in names]
         if on_nodes:
             one("odd")  # leaves a checkpoint to go on from
@@ -274,3 +279,13 @@ def test_ranks_that_disagree_stop(ranks: Callable[[str], list[Outcome]], name: s
         error = outcome.get("error", "trained to the end")
         expected = OTHER_SETTINGS if "settings_of_rank" in MUTANTS[name] else ANOTHER_TOPOLOGY
         assert error.startswith(f"RuntimeError: {expected}")
+
+
+def test_no_rank_waits_for_one_that_has_failed(ranks: Callable[[str], list[Outcome]], folder: Path) -> None:
+    for outcome in ranks("failing"):
+        assert outcome["error"].startswith("FloatingPointError: Loss and gradients must be finite.")
+        assert "in step 15. Weights and topology are as after the step before; the last checkpoint" in outcome["error"]
+        assert f"{folder}/failing/checkpoint-5" in outcome["error"]
+    said = (folder / "output.txt").read_text()
+    assert f"Got OSError: [Errno 28] No space left while saving checkpoint-10 in {folder}/failing" in said
+    assert {path.name for path in (folder / "failing").iterdir() if path.is_dir()} == {"checkpoint-5"}

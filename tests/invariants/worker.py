@@ -5,7 +5,9 @@ Run by itself, under `torchrun` or `accelerate launch`: `worker.py FOLDER RUNS.j
 arguments of `train`. Every rank writes what became of each run to `FOLDER/<name>-<rank>.pt`, an exception too.
 """
 
+import errno
 import json
+import math
 import os
 import random
 import signal
@@ -31,7 +33,7 @@ from hf_dynsparse import (
 from hf_dynsparse.data import DataCollatorForWholeWordMasking
 from hf_dynsparse.nn.shards import local_rows, whole, whole_optimizer_state
 from hf_dynsparse.ops import choice, tuning
-from hf_dynsparse.training import trainer as trainer_module
+from hf_dynsparse.training import saving
 
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -55,6 +57,8 @@ def train(
     other_draws: bool = False,
     topology_of_rank: int = 0,
     backend_of_rank: Sequence[str] = (),
+    full_disk_at: int | None = None,
+    nan_loss_at: int | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """
@@ -69,6 +73,8 @@ def train(
         other_draws: whether these ranks regrow other blocks than the seed says.
         topology_of_rank: added once a rank to the seed of the first topology.
         backend_of_rank: what each rank finds fastest when it times the backends.
+        full_disk_at: the step at whose save the first rank cannot write.
+        nan_loss_at: the step in which the second rank has a loss of NaN.
     """
     torch.set_num_threads(1)
     output_dir = os.path.join(folder, name)
@@ -110,6 +116,10 @@ def train(
     )
     if other_draws and rank:
         trainer.add_callback(OtherDraws(trainer))
+    if full_disk_at is not None and rank == 0:
+        fail_at(trainer, "_save_optimizer_and_scheduler", full_disk_at, OSError(errno.ENOSPC, "No space left"))
+    if nan_loss_at is not None and rank == 1:
+        fail_at(trainer, "compute_loss", nan_loss_at - 1, math.nan)
     if isinstance(resume, str):
         trainer.train(resume_from_checkpoint=os.path.join(folder, resume))
     else:
@@ -150,6 +160,20 @@ def describe(trainer: DynSparseTrainer) -> dict[str, Any]:
         "masked": trainer.data_collator.masked,
         "backends": {str(problem): chosen.backend for problem, chosen in choice.plan.choices.items()},
     }
+
+
+def fail_at(trainer: DynSparseTrainer, name: str, step: int, failure: Exception | float) -> None:
+    """Makes a method raise an error, or give so many times its result, after `step` steps."""
+    method = getattr(trainer, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step != step:
+            return method(*args, **kwargs)
+        if isinstance(failure, Exception):
+            raise failure
+        return method(*args, **kwargs) * failure
+
+    setattr(trainer, name, failing)
 
 
 class OtherDraws(TrainerCallback):
@@ -239,10 +263,9 @@ def kill_self_in(owner: Any, function: str, *, before: bool) -> Callable[..., No
 MOMENTS: dict[str, Callable[..., None]] = {
     "before anything is written": kill_self_in(Trainer, "save_model", before=True),
     "after the model file": kill_self_in(Trainer, "save_model", before=False),
-    "after the optimizer file": kill_self_in(Trainer, "_save_optimizer_and_scheduler", before=False),
-    "before the rename": kill_self_in(trainer_module, "publish_checkpoint", before=True),
-    "after the rename": kill_self_in(trainer_module, "publish_checkpoint", before=False),
-    "after old checkpoints are removed": kill_self_in(trainer_module, "rotate_checkpoints", before=False),
+    "before the rename": kill_self_in(saving, "publish_checkpoint", before=True),
+    "after the rename": kill_self_in(saving, "publish_checkpoint", before=False),
+    "after old checkpoints are removed": kill_self_in(saving, "rotate_checkpoints", before=False),
 }
 
 

@@ -35,7 +35,7 @@ from hf_dynsparse import (
     sparsify_,
     to_int8_,
 )
-from hf_dynsparse.checkpoints.saving import check_weights
+from hf_dynsparse.checkpoints.saved_run import SavedRun
 from hf_dynsparse.models.checksums import CHECKSUMS, open_weights, with_checksums
 from tests.toy import toy_batch, toy_config, toy_model
 
@@ -107,13 +107,49 @@ def test_equal_models_give_equal_files(tmp_path: Path) -> None:
     assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
 
 
-def test_a_given_state_is_what_gets_checksums(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_given_state_is_what_gets_checksums(tmp_path: Path, stock: bool) -> None:
     model, other = toy_model(), toy_model(seed=1)
+    if stock:
+        model, other = (sparsify_(each.to_dense(), block_size=4, sparsity=0.75) for each in (model, other))
+    quantizer = getattr(model, "hf_quantizer", None)
     model.save_pretrained(tmp_path, state_dict=other.state_dict())
-    assert getattr(model, "hf_quantizer", None) is None
-    loaded = DynSparseBertForMaskedLM.from_pretrained(tmp_path).state_dict()
+    assert getattr(model, "hf_quantizer", None) is quantizer
+    SavedRun(tmp_path).check_weights()
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
     for name, tensor in other.state_dict().items():
         assert torch.equal(loaded[name], tensor)
+    model.save_pretrained(tmp_path / "own")
+    assert torch.equal(load_file(tmp_path / "own" / "model.safetensors")[f"{QUERY}.values"], values_of(model))
+
+
+def values_of(model: Any) -> torch.Tensor:
+    return sparse_layers(model)[QUERY].values.detach()
+
+
+def test_another_save_in_the_folder_keeps_its_metadata(tmp_path: Path) -> None:
+    dense = toy_model(sparsity=0.0).to_dense()
+    dense.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    toy_model().save_pretrained(tmp_path, variant="sparse", max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    shards = sorted(tmp_path.glob("model.sparse-*.safetensors"))
+    assert len(shards) > 1
+    for file in shards:
+        with open_weights(file) as weights:
+            assert set(weights.metadata()) == {"format", CHECKSUMS}
+    loaded = DynSparseBertForMaskedLM.from_pretrained(tmp_path, variant="sparse")
+    assert torch.equal(values_of(loaded), values_of(toy_model()))
+
+
+def test_what_is_saved_and_pushed_at_once_has_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pushed = toy_model(), []
+    monkeypatch.setattr(model, "push_to_hub", lambda *args, **kwargs: pushed.append((args, kwargs)))
+    model.save_pretrained(tmp_path / "toy", push_to_hub=True, private=True, token="t")
+    assert pushed == [(("toy",), {"max_shard_size": "50GB", "private": True, "token": "t"})]
+    SavedRun(tmp_path / "toy").check_weights()
+    with pytest.raises(ValueError, match="pushes the state of the model. Got a `state_dict` too"):
+        model.save_pretrained(tmp_path, push_to_hub=True, state_dict=model.state_dict())
 
 
 def test_weights_elsewhere_have_no_checksums() -> None:
@@ -191,7 +227,7 @@ def test_a_pickle_is_not_read(tmp_path: Path, make: Callable[[], Any], options: 
     with pytest.raises(ValueError, match=f"safetensors.*{re.escape(str(tmp_path / 'pytorch_model.bin'))}"):
         type(model).from_pretrained(tmp_path, **options)
     with pytest.raises(ValueError, match="must be safetensors. Got .*pytorch_model.bin, a pickle"):
-        check_weights(tmp_path)
+        SavedRun(tmp_path).check_weights()
     assert not ran.exists()
 
 

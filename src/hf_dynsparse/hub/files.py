@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .._transformers import CONFIG_NAME, TRAINER_STATE_NAME
 from ..checkpoints.loading import load_model
 from ..checkpoints.remote_code import AUTO_MAP, add_code
-from ..checkpoints.saving import CHECKSUM_FILE, STAGING_FOLDER, STATE_FILES
+from ..checkpoints.saved_run import CHECKSUM_FILE, STAGING_FOLDER, STATE_FILES
 from ..compress.int8.quantizer import int8_modules
 from ..files import read_object
 from ..models import DynSparseBertConfig

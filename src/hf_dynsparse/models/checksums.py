@@ -1,7 +1,9 @@
 """Checksums in weight files: what `from_pretrained` loads is what was saved, or an error says which tensor is not."""
 
+import json
 import logging
-import re
+import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .._transformers import HfQuantizer, remove_tied_weights_from_state_dict, str_to_torch_dtype
+from .._transformers import remove_tied_weights_from_state_dict, str_to_torch_dtype
 
 
 logger = logging.getLogger(__name__)
@@ -157,40 +159,33 @@ def warn_of_nonfinite(model: nn.Module, source: str) -> None:
             return
 
 
-class ChecksumWriter(HfQuantizer):
+def write_metadata(folder: str | Path, more: Mapping[str, str], variant: str | None = None) -> None:
     """
-    Quantises nothing: as `model.hf_quantizer` it is whom `save_pretrained` asks for the metadata of its files.
-
-    Args:
-        state_dict (`Mapping[str, torch.Tensor]`): what is to be saved.
+    Add entries to the metadata of the weight files that have just been saved in `folder`, and bring all entries into
+    one order: safetensors writes them in a random one, and equal models shall give equal files. A file that has such
+    an entry, of another save, keeps it.
     """
-
-    is_trainable = True
-
-    def __init__(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        self.state_dict = state_dict
-
-    def is_serializable(self) -> bool:
-        """It does not stand in the way."""
-        return True
-
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """See `with_checksums`."""
-        return with_checksums(model, self.state_dict)
-
-
-def order_metadata(folder: str | Path) -> None:
-    """
-    Bring the metadata of the weight files in `folder` into one order: safetensors writes them in a random one, and
-    equal models shall give equal files.
-    """
-    for file in Path(folder).glob("*.safetensors"):
-        with file.open("r+b") as content:
-            header = content.read(int.from_bytes(content.read(8), "little"))
-            ordered = re.sub(rb'("%b":"[^"]*"),("format":"pt")' % CHECKSUMS.encode(), rb"\2,\1", header, count=1)
-            if ordered != header:
-                content.seek(8)
-                content.write(ordered)
+    stem = "model" if variant is None else f"model.{variant}"
+    for file in (*Path(folder).glob(f"{stem}.safetensors"), *Path(folder).glob(f"{stem}-*-of-*.safetensors")):
+        with file.open("rb") as content:
+            # Eight bytes that hold the length of a header, JSON padded with blanks, and then the tensors.
+            saved = content.read(int.from_bytes(content.read(8), "little"))
+            header = json.loads(saved)
+            metadata = {**more, **header.pop("__metadata__", {})}
+            ordered = dict(sorted(metadata.items(), reverse=True))  # "format" first
+            text = json.dumps({"__metadata__": ordered, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+            text += b" " * (-len(text) % 8)
+            if text == saved:
+                continue
+            rewritten = file.with_name(f".{file.name}.unfinished")
+            try:
+                with rewritten.open("wb") as target:
+                    target.write(len(text).to_bytes(8, "little") + text)
+                    shutil.copyfileobj(content, target, 1 << 24)
+                os.replace(rewritten, file)
+            except BaseException:
+                rewritten.unlink(missing_ok=True)
+                raise
 
 
 _FIX = "It is damaged, or was changed afterwards: load an intact one."

@@ -1,6 +1,5 @@
 """Where pre-training starts: the configuration of a preset, or of a checkpoint to go on from."""
 
-import json
 from typing import Any
 
 from transformers import AutoConfig, BertConfig
@@ -100,23 +99,6 @@ def continued_config(
     blocks = 16 if block_size is None else block_size
     how = every_block(config, blocks) if gradual else {"sparsity": sparsity, "block_size": blocks}
     return DynSparseBertConfig.from_stock(config, distribution=distribution, **how)
-
-
-def check_resumed_config(config: DynSparseBertConfig, checkpoint: str) -> None:
-    """
-    Raises:
-        ValueError: for a configuration that is not that of the run to resume, naming the difference.
-    """
-    configs = config, AutoConfig.from_pretrained(checkpoint)
-    given, saved = (json.loads(each.to_json_string(use_diff=False)) for each in configs)
-    for name in SAME:
-        if saved["nnzb"] is not None and name in ("sparsity", "distribution"):
-            continue  # half-way through a density schedule: the trainer knows where it leads
-        if given[name] != saved[name]:
-            raise ValueError(
-                f"A resumed run must have the model of its checkpoint. Got {name} = {given[name]}, but "
-                f"{checkpoint} has {saved[name]}. Give that, or another --output_dir."
-            )
 
 
 def first_pattern(source: str | None, **hub: Any) -> str:

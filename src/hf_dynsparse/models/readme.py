@@ -63,8 +63,17 @@ def write_readmes_(model: Any) -> None:
     model.save_pretrained = partial(save_with_readme, model)
 
 
-def save_with_readme(model: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+def save_with_readme(
+    model: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+) -> None:
     """As `model.save_pretrained`, of an adapter too; beside a whole sparse model a README.md."""
-    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
+    quantizer = vars(model).get("hf_quantizer")
+    if quantizer is not None:  # of such a model transformers does not save the state that it is given
+        quantizer.given_state = state_dict
+    try:
+        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
+    finally:
+        if quantizer is not None:
+            quantizer.given_state = None
     if is_main_process and not model._hf_peft_config_loaded and "hf_quantizer" in vars(model):
         write_readme(model, save_directory)

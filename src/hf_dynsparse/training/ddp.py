@@ -5,7 +5,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def rebuild_reducer_(model: DistributedDataParallel, handler: DistributedDataParallelKwargs | None) -> None:
-    """Wrap the same model again, in place, as accelerate has done: a reducer knows the sizes of parameters."""
+    """
+    Wrap the same model again as accelerate has done, for a reducer knows the sizes of parameters. In place: the loop
+    of transformers holds the wrapper itself, and would go on calling the old one.
+    """
     settings = {} if handler is None else handler.to_kwargs()
     # The old one goes first: as long as it lives, so do the nodes of the graph that add up gradients of the old sizes.
     del model.reducer, model.logger

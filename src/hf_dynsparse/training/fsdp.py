@@ -14,7 +14,7 @@ from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel, Trainer
 
 from .._transformers import OPTIMIZER_NAME, SCHEDULER_NAME
-from ..checkpoints.saving import weight_files
+from ..checkpoints.saved_run import weight_files
 from ..nn.shards import load_whole_model_, load_whole_optimizer_, whole_optimizer_state
 
 
@@ -47,17 +47,10 @@ class ShardedTrainer(Trainer):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is None or not isinstance(self.model, PreTrainedModel):
-            super()._save(output_dir, state_dict)
-            return
-        # Gathered tensors share no memory, by which transformers knows the ones to write once.
-        state_dict = {name: x for name, x in state_dict.items() if name not in self.model.all_tied_weights_keys}
-        # And of a model with a quantizer it saves what the model says of itself, which is shards.
-        vars(self.model)["state_dict"] = lambda: state_dict
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            del vars(self.model)["state_dict"]
+        if state_dict is not None and isinstance(self.model, PreTrainedModel):
+            # Gathered tensors share no memory, by which transformers knows the ones to write once.
+            state_dict = {name: x for name, x in state_dict.items() if name not in self.model.all_tied_weights_keys}
+        super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.accelerator.is_fsdp2:

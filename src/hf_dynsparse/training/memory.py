@@ -1,4 +1,4 @@
-"""The allocator of the processor."""
+"""The allocator of a process, which can keep the memory that is freed."""
 
 import ctypes
 import logging

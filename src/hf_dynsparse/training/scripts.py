@@ -15,16 +15,14 @@ import datasets
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedModel, TrainerState, set_seed
+from transformers import PreTrainedModel, set_seed
 
-from .._transformers import TRAINER_STATE_NAME
 from ..blocks.sizes import parse_block_size
-from ..checkpoints.resume import check_final_sizes, check_same_model, find_run_to_resume
 from ..checkpoints.run_lock import run_lock
+from ..checkpoints.saved_run import SavedRun, find_run_to_resume
 from ..files import write_atomically
 from ..hub import fetch_checkpoint
 from ..hub.trainer import open_hub_repository
-from ..models.density import sizes_of
 from ..reports.pictures.layers import plot_block_map
 from ..reports.pictures.runs import plot_training
 from ..topology.frames import read_history
@@ -118,8 +116,8 @@ def check_updates_to_resume(args: DynSparseTrainingArguments, checkpoint: str) -
         ValueError: for topology settings that are not those of the run to resume, naming them; or another number of
             steps, if its updates depend on it.
     """
-    state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-    TopologyCallback(args.topology_settings(), group_lasso=args.group_lasso).check_run(state, args.max_steps)
+    callback = TopologyCallback(args.topology_settings(), group_lasso=args.group_lasso)
+    callback.check_run(SavedRun(checkpoint).state, args.max_steps)
 
 
 def check_updates_fit(args: DynSparseTrainingArguments, steps: int) -> None:
@@ -169,15 +167,7 @@ def check_model_to_resume(model: PreTrainedModel, checkpoint: str) -> None:
     Raises:
         ValueError: for a model that is not the one with which the run to resume was begun.
     """
-    resized = _topology_state(checkpoint).get("attributes", {}).get("final") is not None
-    check_same_model(model, checkpoint, resized)
-    if resized:
-        check_final_sizes(model, sizes_of(model), checkpoint, TopologyCallback.__name__)
-
-
-def _topology_state(checkpoint: str) -> dict[str, Any]:
-    callbacks: Any = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).stateful_callbacks
-    return callbacks.get(TopologyCallback.__name__, {})
+    SavedRun(checkpoint).check_model(model)
 
 
 def prepare_process(args: Any, logger_name: str) -> None:

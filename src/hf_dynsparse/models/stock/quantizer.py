@@ -38,6 +38,7 @@ class LayerQuantizer(HfQuantizer):
     """
 
     quantization_config: LayersConfig
+    given_state: dict[str, torch.Tensor] | None = None  # while a model is saved: what to save in place of its own
     layer_types: tuple[type[nn.Module], ...]
 
     def __init__(self, quantization_config: LayersConfig, pre_quantized: bool = True) -> None:
@@ -136,7 +137,7 @@ class LayerQuantizer(HfQuantizer):
             # transformers without this package skips an unknown quantizer and draws the missing weights at random,
             # with a warning. An empty tensor in the place of each is a mismatch, which is an error.
             markers = {f"{name}.weight": torch.empty(0) for name in self.layers(model)}
-        return with_checksums(model, {**model.state_dict(), **markers})
+        return with_checksums(model, {**(self.given_state or model.state_dict()), **markers})
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """The model with layers in floating point, in place; `model.dequantize()` comes here."""

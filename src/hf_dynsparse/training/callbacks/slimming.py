@@ -1,4 +1,4 @@
-"""`EarlyBirdCallback`: searches for a ticket while any `Trainer` trains, and stops as soon as it has settled."""
+"""`EarlyBirdCallback`: searches for a ticket while any `Trainer` trains, and stops once it changes no more."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from ...compress.slimming.gates import Gates, add_gates_, gates_of
 from ...compress.slimming.ticket import Kept, Ticket, draw_ticket, ticket_distance, tied_share
 from ...nn.linear import SEARCH_GATES
 from ...nn.shards import whole
-from .throughput import add_to_log, check_alone
+from .throughput import add_to_log, check_alone, keep_state, saved_state
 
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class EarlyBirdCallback(TrainerCallback, ExportableState):
         self._every, self._last = schedule(args, state, kwargs["train_dataloader"], self.draw_every, self.fallback)
         if state.global_step > 0:
             self._restore(state)
-        cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+        keep_state(self, state)
         logger.info("A ticket is drawn every %d steps; the search ends at step %d.", self._every, self._last)
 
     def on_step_begin(
@@ -191,7 +191,7 @@ class EarlyBirdCallback(TrainerCallback, ExportableState):
         logger.info("The ticket is drawn at step %d (%s): %s.", step, reason, folder / TICKET_FILE)
 
     def _restore(self, state: TrainerState) -> None:
-        saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
+        saved = saved_state(self, state)
         if saved is None:
             raise ValueError("A search must go on from a checkpoint of a search. Got one without tickets. Begin anew.")
         here = self.state()["args"]

@@ -47,6 +47,16 @@ def check_alone(callback: TrainerCallback, state: TrainerState) -> None:
         check_one_of_each([callback, callback], (type(callback),))
 
 
+def saved_state(callback: TrainerCallback, state: TrainerState) -> dict[str, Any] | None:
+    """The `"args"` and `"attributes"` that a run has kept of a callback of this class, if it had one."""
+    return cast(dict[str, Any], state.stateful_callbacks).get(type(callback).__name__)
+
+
+def keep_state(callback: Any, state: TrainerState) -> None:
+    """In `on_train_begin`: let the checkpoints of a run hold the state of a callback that it did not have before."""
+    cast(dict[str, Any], state.stateful_callbacks).setdefault(type(callback).__name__, callback.state())
+
+
 def add_to_log(state: TrainerState, logs: dict[str, float], metrics: Mapping[str, float]) -> None:
     """
     In `on_log`: put metrics into an entry of training or evaluation, for callbacks to come and in the history of the
@@ -79,7 +89,7 @@ class ThroughputCallback(TrainerCallback, ExportableState):
 
     def restore(self, state: TrainerState) -> None:
         """Take over what a checkpoint keeps, if it keeps any."""
-        saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
+        saved = saved_state(self, state)
         if saved is not None:
             self.tokens, self.seconds = saved["attributes"]["tokens"], saved["attributes"]["seconds"]
 
@@ -89,7 +99,7 @@ class ThroughputCallback(TrainerCallback, ExportableState):
         self.tokens, self.seconds = 0, 0.0
         if state.global_step > 0:
             self.restore(state)
-        cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+        keep_state(self, state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -21,7 +21,7 @@ from ...topology import METHODS, TopologySettings, TopologyUpdater, ever_active,
 from ...topology.exploration import is_tracked
 from ...topology.settings import OLD_NAMES, as_settings
 from .refusals import check_parallelism, check_resizing
-from .throughput import add_to_log, check_alone
+from .throughput import add_to_log, check_alone, saved_state
 
 
 logger = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         Raises:
             ValueError: see `check_settings` and `check_steps`.
         """
-        saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
+        saved = saved_state(self, state)
         if saved is None:
             return max_steps
         self.check_settings(saved)
@@ -313,7 +313,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             ValueError: see `check_run`.
         """
         self.total_steps = self.check_run(state, max_steps)
-        saved = cast(dict[str, Any], state.stateful_callbacks).get(type(self).__name__)
+        saved = saved_state(self, state)
         if saved is None:
             logger.warning("The checkpoint was not written by a run with topology updates; coverage starts here.")
             return

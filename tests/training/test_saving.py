@@ -1,7 +1,8 @@
 """
-A long run goes on when a save fails, and stops before a number that is not finite does harm.
+A checkpoint exists whole or not at all. A long run goes on when a save fails, and stops before a number that is not
+finite does harm. Killed processes, and two ranks of which one fails: tests/invariants.
 
-`DYNSPARSE_ROUNDS=20 pytest tests/checkpoints/test_save_attempt.py -k small_disk` fills a disk to twenty levels.
+`DYNSPARSE_ROUNDS=20 pytest tests/training/test_saving.py -k small_disk` fills a disk to twenty levels.
 """
 
 import logging
@@ -10,19 +11,18 @@ import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_saving import SAVING, assert_same_checkpoint, trainer_of
+from test_resuming import SAVING, assert_same_checkpoint, trainer_of
 from transformers.utils import logging as transformers_logging
 
 from hf_dynsparse import sparse_layers
-from hf_dynsparse.checkpoints.saving import CHECKSUM_FILE, STAGING_FOLDER
+from hf_dynsparse.checkpoints.saved_run import CHECKSUM_FILE, STAGING_FOLDER, last_checkpoint
+from hf_dynsparse.training.saving import publish_checkpoint, remove_interrupted_save, rotate_checkpoints
 from tests.small_disk import small_disk
 from tests.toy import toy_model, toy_trainer
 
@@ -36,6 +36,100 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     trainer_of(folder, max_steps=6).train()
     return folder
+
+
+def staged(run_dir, name, text):
+    folder = run_dir / STAGING_FOLDER / name
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(text)
+
+
+def test_publish_and_replace(tmp_path):
+    for text in ("old", "new"):
+        staged(tmp_path, "checkpoint-3", text)
+        publish_checkpoint(tmp_path, "checkpoint-3")
+        assert (tmp_path / "checkpoint-3" / "file").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    staged(tmp_path, "checkpoint-3", "old")
+    publish_checkpoint(tmp_path, "checkpoint-3")
+    staged(tmp_path, "checkpoint-3", "new")
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def watch_fsync(descriptor):
+        calls.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        fsync(descriptor)
+
+    def watch_replace(source, target):
+        calls.append(f"to {os.path.relpath(target, tmp_path)}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(os, "replace", watch_replace)
+    publish_checkpoint(tmp_path, "checkpoint-3")
+    new = f"{STAGING_FOLDER}/checkpoint-3"
+    assert calls == [f"{new}/file", new, f"to {new}.replaced", "to checkpoint-3", "."]
+
+
+@pytest.mark.parametrize(
+    ("limit", "keep", "left"),
+    [
+        (2, (), [12, 16]),
+        (2, ("checkpoint-2",), [2, 16]),
+        (1, ("checkpoint-2", "checkpoint-8"), [2, 8, 16]),
+        (1, (), [16]),
+        (4, (), [2, 8, 12, 16]),
+        (None, (), [2, 8, 12, 16]),
+        (0, (), [2, 8, 12, 16]),
+    ],
+)
+def test_the_lowest_steps_go_first_whatever_the_clock_says(tmp_path, monkeypatch, limit, keep, left):
+    others = ["checkpoint-4-of-mine", "checkpoint-best"]
+    for age, name in enumerate([*(f"checkpoint-{step}" for step in (16, 12, 8, 2)), *others]):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1000.0 * age, 1000.0 * age))
+    monkeypatch.chdir(tmp_path)
+    rotate_checkpoints(tmp_path, limit, keep)
+    assert {path.name for path in tmp_path.iterdir()} == {*(f"checkpoint-{step}" for step in left), *others}
+
+
+def test_publishing_nothing_changes_nothing(tmp_path):
+    (tmp_path / STAGING_FOLDER).mkdir()
+    with pytest.raises(FileNotFoundError):
+        publish_checkpoint(tmp_path, "checkpoint-3")
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_an_interrupted_save_is_removed_with_a_warning(tmp_path, caplog):
+    staged(tmp_path, "checkpoint-3", "whole")
+    publish_checkpoint(tmp_path, "checkpoint-3")
+    remove_interrupted_save(tmp_path)
+    assert not caplog.records
+    staged(tmp_path, "checkpoint-6", "half")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    remove_interrupted_save(tmp_path)
+    assert "interrupted" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_an_interrupted_replacement_is_undone(tmp_path):
+    staged(tmp_path, "checkpoint-3", "old")
+    publish_checkpoint(tmp_path, "checkpoint-3")
+    staged(tmp_path, "checkpoint-3", "new")
+    # Killed between the two renames.
+    (tmp_path / "checkpoint-3").rename(tmp_path / STAGING_FOLDER / "checkpoint-3.replaced")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert (tmp_path / "checkpoint-3" / "file").read_text() == "old"
+    remove_interrupted_save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_saving_leaves_only_checkpoints(tmp_path):
+    trainer_of(tmp_path, max_steps=6, save_total_limit=2).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert {path.name for path in (tmp_path / "checkpoint-6").iterdir()} >= FILES
 
 
 def full_disk_at(step, trainer, limit):
@@ -147,11 +241,10 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
-@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize(("name", "share"), [(name, i % 2 / 2) for i, name in enumerate(sorted(FILES))])
 @pytest.mark.usefixtures("no_progress_bars")
 def test_any_file_of_a_save_may_fail(trained, caplog, name, share):
-    """The disk is full when the file is begun, or half-way through it."""
+    """The disk is full when the file is begun, or half-way through it: every other file in this way."""
     checkpoint = Path(trained.args.output_dir, "checkpoint-2")
     assert {path.name for path in checkpoint.iterdir()} - {"tokenizer.json"} == FILES  # which Rust writes
     limit = int((checkpoint / name).stat().st_size * share)
@@ -295,48 +388,3 @@ def test_training_stops_before_a_number_that_is_not_finite(tmp_path, where, sett
     for name, tensor in load_file(tmp_path / "checkpoint-4" / "model.safetensors").items():
         if not name.endswith(("ever_active", "active_since")):
             assert torch.equal(trainer.model.state_dict()[name], tensor)
-    toy_trainer(tmp_path, toy_model(), **settings).train(resume_from_checkpoint=True)
-
-
-@pytest.mark.slow
-def test_two_ranks_agree(tmp_path):
-    """The first has no disk in step 4, the second a loss of NaN in step 5: neither waits for the other for ever."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-    )
-    # Gloo may abort a process that has done its work, in its last moments: what the ranks wrote counts.
-    assert sorted(tmp_path.glob("rank-*")) == [tmp_path / "rank-0", tmp_path / "rank-1"], done.stderr[-4000:]
-    assert f"while saving checkpoint-4 in {tmp_path}/run" in done.stderr
-    for rank in range(2):
-        said = (tmp_path / f"rank-{rank}").read_text()
-        assert said.startswith("Loss and gradients must be finite.")
-        assert (
-            f"in step 5. Weights and topology are as after the step before; the last checkpoint is {tmp_path}" in said
-        )
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
-
-
-def run_rank(folder):
-    transformers_logging.disable_progress_bar()
-    # Then transformers itself lets the ranks meet amid a save.
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_strategy": "steps"}
-    trainer = toy_trainer(folder / "run", toy_model(), **SAVING, max_steps=6, eval_steps=2, **best)
-    if trainer.args.process_index == 0:
-        full_disk_at(4, trainer, 8_000)
-    else:
-        poison(trainer, 5, math.nan)
-    try:
-        trainer.train()
-    except FloatingPointError as error:
-        (folder / f"rank-{trainer.args.process_index}").write_text(str(error))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))

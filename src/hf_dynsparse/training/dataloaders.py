@@ -1,0 +1,50 @@
+"""The data loaders of a run: masks of evaluation that stay, and workers that take no random number from the model."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from .callbacks.epoch import EpochAware
+
+
+class DataTrainer(Trainer):
+    """[`~transformers.Trainer`] whose batches are the same in a resumed run and in each evaluation."""
+
+    data_collator: Any
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in transformers."""
+        return self._with_own_generator(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in transformers; the masks are those of epoch 0."""
+        with self._evaluation_masks():
+            return self._with_own_generator(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As in transformers; the masks are those of epoch 0."""
+        with self._evaluation_masks():
+            return self._with_own_generator(super().get_test_dataloader(test_dataset))
+
+    @contextmanager
+    def _evaluation_masks(self) -> Iterator[None]:
+        """Evaluation must not see other masks as the epochs go by: inside, a copy of the collator stays at epoch 0."""
+        training_collator = self.data_collator
+        if isinstance(training_collator, EpochAware):
+            self.data_collator = copy.deepcopy(training_collator)
+            self.data_collator.set_epoch(0)
+        try:
+            yield
+        finally:
+            self.data_collator = training_collator
+
+    def _with_own_generator(self, dataloader: Any) -> DataLoader:
+        if self.args.dataloader_persistent_workers:
+            # Starting workers draws a seed, and a resumed run starts them once more: not from the model's generator.
+            dataloader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
+        return dataloader

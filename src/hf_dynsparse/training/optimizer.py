@@ -1,0 +1,46 @@
+"""The optimiser and the schedule of a run: as in transformers, with what sparse layers may ask for."""
+
+import logging
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import PreTrainedModel, Trainer
+
+from ..optim.block_adam import BlockAdamW
+from ..optim.groups import parameter_groups
+from .rewinding import rewinding
+
+
+logger = logging.getLogger(__name__)
+
+
+class OptimizerTrainer(Trainer):
+    """[`~transformers.Trainer`] with Adam per block, a rate for dense parameters, and rewinds of the learning rate."""
+
+    args: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers; with ages of blocks or a rate of their own for dense parameters if the arguments ask."""
+        args, trained = self.args, cast(PreTrainedModel, self.model if model is None else model)
+        if self.optimizer is None and (args.block_age_adam or args.dense_learning_rate is not None):
+            decayed = self.get_decay_parameter_names(trained)
+            groups = parameter_groups(trained, args.weight_decay, args.dense_learning_rate, decayed)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, trained)
+            if args.block_age_adam:
+                optimizer_class, options = BlockAdamW, {**options, "new_block_warmup": args.new_block_warmup}
+            self.optimizer = optimizer_class(groups, **options)
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As in transformers; with rewinds of the learning rate if the arguments ask."""
+        if self.lr_scheduler is None and self.args.learning_rate_rewinding:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            multiplier = rewinding(self.args.topology_settings(), num_training_steps, warmup)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, multiplier)
+            self._created_lr_scheduler = True
+            logger.info("The learning rate is taken back at each topology update, until the pruning window ends.")
+        return super().create_scheduler(num_training_steps, optimizer)
