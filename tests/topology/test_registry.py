@@ -15,6 +15,7 @@ from hf_dynsparse.topology import (
     Replacement,
     TopologyUpdater,
     UpdateContext,
+    choose_by_scores,
 )
 from tests.toy import toy_arguments, toy_config, toy_model, toy_trainer
 
@@ -31,17 +32,17 @@ def first_layer_shrinks(update: UpdateContext) -> dict[str, int]:
     return {**sizes, one: sizes[one] - 1, two: sizes[two] + 1}
 
 
-def swap_first(update: UpdateContext, name: str, nnzb: int) -> Replacement:
-    """Slot 0 takes the first free block."""
-    layer = update.layers[name]
-    free = sorted(set(range(layer.num_blocks)) - set(layer.block_index.tolist()))
-    return Replacement(torch.tensor([0]), torch.tensor(free[:1]))
+def keep_the_first(update: UpdateContext, name: str, nnzb: int) -> Replacement:
+    """Slot 0 keeps its block; the others as usual. For a constant density."""
+    chosen = choose_by_scores(update, name, nnzb)
+    stays = chosen.slots != 0
+    return Replacement(chosen.slots[stays], chosen.block_ids[stays])
 
 
 @pytest.fixture(autouse=True)
 def rows(monkeypatch):
     for table in (SCORES, METHODS):
-        for name in ("mine", "by_value", "only_regrows", "moves", "swaps"):
+        for name in ("mine", "by_value", "only_regrows", "moves", "keeps"):
             monkeypatch.setitem(table, name, None)
             monkeypatch.delitem(table, name)  # restored at the end: what a test registers is taken away
     monkeypatch.setitem(SCHEDULES, "mine", lambda progress: 1.0 - progress**2)
@@ -52,7 +53,7 @@ def rows(monkeypatch):
     register_regrow_rule("only_regrows", lambda blocks: first(blocks) - blocks.ever_active * 1.0, needs="ever_active")
     register_method("mine", {"prune_score": "by_value", "regrow_rule": "mine", "pruning_schedule": "mine"})
     register_method("moves", targets=first_layer_shrinks, source="here")
-    register_method("swaps", choose=swap_first)
+    register_method("keeps", choose=keep_the_first)
 
 
 def test_of_scores():
@@ -73,15 +74,17 @@ def test_arguments(given, tmp_path):
     toy_arguments(tmp_path, **given)
 
 
-@pytest.mark.parametrize("method", ["mine", "moves", "swaps"])
+@pytest.mark.parametrize("method", ["mine", "moves", "keeps"])
 def test_a_run_resumes_bit_for_bit(method, tmp_path):
     """And what its own functions decide is what happens."""
     settings = {"method": method, "save_strategy": "steps", "save_steps": 4}
     whole = toy_trainer(tmp_path, **settings)
-    given = [layer.nnzb for layer in sparse_layers(whole.model).values()]
+    layers = sparse_layers(whole.model).values()
+    given, first_blocks = [layer.nnzb for layer in layers], [int(layer.block_index[0]) for layer in layers]
     whole.train()
     assert whole.topology.metrics["topology_updates"] == 3
-    sizes = [layer.nnzb for layer in sparse_layers(whole.model).values()]
+    assert ([int(layer.block_index[0]) for layer in layers] == first_blocks) == (method == "keeps")
+    sizes = [layer.nnzb for layer in layers]
     moved = 3 if method == "moves" else 0
     assert sizes == [given[0] - moved, given[1] + moved, *given[2:]]
     resumed = toy_trainer(tmp_path / "resumed", toy_model(seed=1), method=method)
@@ -98,7 +101,7 @@ def test_a_run_resumes_bit_for_bit(method, tmp_path):
             "only_regrows",
             "`regrow_rule` must be one of .* Got 'only_regrows'. One",
         ),
-        ({"method": "swaps"}, "swaps", "`method` must be one of .* Got 'swaps'. One of your own .* as `--plugin`"),
+        ({"method": "keeps"}, "keeps", "`method` must be one of .* Got 'keeps'. One of your own .* as `--plugin`"),
     ],
 )
 def test_a_resumed_run_needs_them_again(given, missing, message, tmp_path):
@@ -112,8 +115,8 @@ def test_a_resumed_run_needs_them_again(given, missing, message, tmp_path):
 
 def test_another_method_is_another_run(tmp_path):
     """A preset may be given as its values; a method with functions of its own may not be left out."""
-    toy_trainer(tmp_path, method="swaps", save_strategy="steps", save_steps=4).train()
-    with pytest.raises(ValueError, match=r"Got method: 'dynsparse' \(checkpoint: 'swaps'\)"):
+    toy_trainer(tmp_path, method="keeps", save_strategy="steps", save_steps=4).train()
+    with pytest.raises(ValueError, match=r"Got method: 'dynsparse' \(checkpoint: 'keeps'\)"):
         toy_trainer(tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     by_values = {"prune_score": "by_value", "regrow_rule": "mine", "pruning_schedule": "mine"}
     preset = toy_trainer(tmp_path, method="mine").topology

@@ -174,11 +174,11 @@ def stable_highest(scores: torch.Tensor, count: int) -> list[int]:
     return sorted(scores.sort(descending=True, stable=True).indices[:count].tolist())
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 17, 63, 64])
 @pytest.mark.parametrize("levels", [1, 3, 1000])
-def test_select_highest_with_ties(levels: int, count: int) -> None:
+def test_select_highest_with_ties(levels: int) -> None:
     scores = torch.randint(levels, (64,), generator=generator(levels)).float()
-    assert select_highest(scores, count).tolist() == stable_highest(scores, count)
+    for count in (0, 1, 3, 17, 63, 64):
+        assert select_highest(scores, count).tolist() == stable_highest(scores, count)
 
 
 def test_select_highest_by_hand() -> None:
@@ -201,11 +201,11 @@ SCORINGS = {
 }
 
 
-@pytest.mark.parametrize("count", [1, 100, 5000, LARGE // 4 - 1, LARGE // 4 + 1])
 @pytest.mark.parametrize("name", SCORINGS)
-def test_select_highest_of_a_large_tensor(name: str, count: int) -> None:
+def test_select_highest_of_a_large_tensor(name: str) -> None:
     scores = SCORINGS[name](generator())
-    assert select_highest(scores, count).tolist() == stable_highest(scores, count)
+    for count in (1, 5000, LARGE // 4 - 1, LARGE // 4 + 1):
+        assert select_highest(scores, count).tolist() == stable_highest(scores, count)
 
 
 def test_patient_score_spares_the_newest_while_others_are_left() -> None:

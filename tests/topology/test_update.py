@@ -124,11 +124,12 @@ def observed(layer: BlockSparseLinear) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("readmit", [False, True], ids=["barred", "readmit"])
-@pytest.mark.parametrize("block_size", [1, 4, (4, 2)], ids=str)
 @pytest.mark.parametrize(("prune_score", "regrow_rule"), SCORES_AND_RULES)
-def test_what_holds_for_every_variant(prune_score: str, regrow_rule: str, block_size: object, readmit: bool) -> None:
-    for ratio in (0.0, 0.01, 0.4, 1.0):
-        layer, optimizer = trained((5, 6), block_size, 12)
+def test_what_holds_for_every_variant(prune_score: str, regrow_rule: str, readmit: bool) -> None:
+    """Each pair of a ratio and a block size within four tests, each rule with each ratio."""
+    first = SCORES_AND_RULES.index((prune_score, regrow_rule)) + readmit
+    for number, ratio in enumerate((0.0, 0.01, 0.4, 1.0)):
+        layer, optimizer = trained((5, 6), (1, 4, (4, 2))[(first + number) % 3], 12)
         moments = check_optimizer_state(optimizer, layer.values)
         assert len(moments) == 2
         tensors = [layer.values.detach(), *moments]
@@ -162,13 +163,13 @@ def test_what_holds_for_every_variant(prune_score: str, regrow_rule: str, block_
 
 
 @pytest.mark.parametrize("readmit", [False, True])
-@pytest.mark.parametrize("regrow_rule", REGROW_RULES)
-def test_a_full_layer_has_nowhere_to_go(regrow_rule: str, readmit: bool) -> None:
+def test_a_full_layer_has_nowhere_to_go(readmit: bool) -> None:
     layer, optimizer = trained((3, 4), 2, 12)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    update = prune_regrow_(layer, optimizer, pruning_ratio=1.0, regrow_rule=regrow_rule, readmit=readmit)
-    assert update == LayerUpdate(0, 0)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    for rule in REGROW_RULES:
+        update = prune_regrow_(layer, optimizer, pruning_ratio=1.0, regrow_rule=rule, readmit=readmit)
+        assert update == LayerUpdate(0, 0)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
 def test_an_almost_full_layer_replaces_what_it_can() -> None:
@@ -229,8 +230,7 @@ def test_values_that_are_not_finite_are_an_error() -> None:
     assert layer.block_index.tolist() == INDEX
 
 
-@pytest.mark.parametrize("readmit", [False, True], ids=["barred", "readmit"])
-@pytest.mark.parametrize("num_updates", [40, 80])
+@pytest.mark.parametrize(("num_updates", "readmit"), [(40, True), (80, False)], ids=["readmit", "barred"])
 def test_coverage_of_a_run_is_the_closed_form(num_updates: int, readmit: bool) -> None:
     layer = BlockSparseLinear(512, 512, block_size=1, sparsity=0.9)
     density, missed = layer.nnzb / layer.num_blocks, 1 - layer.nnzb / layer.num_blocks

@@ -30,7 +30,7 @@ def plugin(tmp_path, monkeypatch):
     monkeypatch.delitem(SCORES, name)
     file = tmp_path / f"{name}.py"
     file.write_text(
-        f"from hf_dynsparse import register_score\n\nregister_score({name!r}, lambda a: a.values, 'values')\n"
+        f"from hf_dynsparse import register_score\nregister_score({name!r}, lambda blocks: blocks.values, 'values')\n"
     )
     return file
 

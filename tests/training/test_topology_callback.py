@@ -215,7 +215,7 @@ def test_the_log_of_a_stock_trainer_has_the_metrics(tmp_path: Path, caplog: pyte
     settings = {"seeded_dropout": False, "logging_steps": 2}
     with caplog.at_level(logging.INFO, "hf_dynsparse"):
         how = toy_arguments(tmp_path, **settings).topology_settings()
-        stock = stock_trainer(tmp_path / "stock", TopologyCallback(how, group_lasso=0.1), **settings)
+        stock = stock_trainer(tmp_path / "stock", TopologyCallback(how), **settings)
         stock.add_callback(EpochCallback(stock.data_collator))
         stock.train()
     assert [record.message[:34] for record in caplog.records if record.name.endswith("callbacks.topology")] == [

@@ -2,7 +2,7 @@
 
 from .allocation import ALLOCATIONS
 from .averaging import TopologyAverage
-from .context import UpdateContext
+from .context import UpdateContext, choose_by_scores
 from .exploration import block_ages, dof_coverage, ever_active
 from .methods import METHODS, Method
 from .records import track_, untrack_
@@ -35,6 +35,7 @@ __all__ = [
     "TopologyUpdater",
     "UpdateContext",
     "block_ages",
+    "choose_by_scores",
     "default_num_updates",
     "density_share",
     "dof_coverage",

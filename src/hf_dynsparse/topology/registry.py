@@ -67,7 +67,9 @@ def register_method(
     Raises:
         ValueError: for a name that is taken, an option that does not exist, or a statistic that nobody collects.
     """
-    settings, options = dict(settings or {}), {option.name for option in fields(TopologyOptions)} - {"method", "seed"}
+    # The others are the same for all methods.
+    options = {option.name for option in fields(TopologyOptions)} - {"method", "regrow_std", "seed"}
+    settings = dict(settings or {})
     if unknown := sorted(settings.keys() - options):
         raise ValueError(
             f"A method sets topology options: {', '.join(sorted(options))}. Got {', '.join(unknown)} for {name!r}. "

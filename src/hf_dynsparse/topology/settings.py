@@ -115,6 +115,11 @@ class TopologyOptions:
     )
     seed: int = option("Seed of topology updates: the same on every rank.", default=0)
 
+    @property
+    def given_options(self) -> set[str]:
+        """Names of those that are not left to the method."""
+        return {option.name for option in fields(TopologyOptions) if getattr(self, option.name) is not None}
+
     def topology_settings(self) -> "TopologySettings":
         """
         What these options amount to: those of the method, and what is given explicitly.
@@ -147,11 +152,11 @@ class TopologySettings(TopologyOptions):
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}. Got {self.method!r}. {OWN_NAMES}")
-        given = {name for name, value in vars(self).items() if value is not None}
-        ruled_out = frozenset().union(*(pair for pair in _EITHER if pair & given))
+        given = self.given_options
+        ruled_out = frozenset[str]().union(*(pair for pair in _EITHER if pair & given))
         preset = {name: value for name, value in METHODS[self.method].settings.items() if name not in ruled_out}
         for name, value in {**DYNSPARSE, **preset}.items():
-            if getattr(self, name) is None:
+            if name not in given:
                 setattr(self, name, value)
         self._check()
 

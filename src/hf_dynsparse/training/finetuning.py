@@ -92,7 +92,7 @@ class FinetuningArguments(DynSparseTrainingArguments):
                 f"A density that changes needs `finetune_mode` gradual. Got {self.finetune_mode} with method "
                 f"{self.method}. Change one of them."
             )
-        elif self.pruning_ratio is None:
+        elif "pruning_ratio" not in self.given_options:
             self.pruning_ratio = 0.1
         if self.finetune_mode not in ("dynamic", "gradual"):
             if self.num_topology_updates or self.topology_update_every or self.method not in ("dynsparse", "static"):
