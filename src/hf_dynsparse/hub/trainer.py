@@ -11,9 +11,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from . import commit_files, open_repository, push_checkpoint
 from .errors import HubError
 from .files import LAST_CHECKPOINT, PENDING, model_files
+from .push import commit_files, open_repository, push_checkpoint
 
 
 logger = logging.getLogger(__name__)
