@@ -110,14 +110,11 @@ OVERRIDDEN = {
     "transformers.Trainer": {
         "_determine_best_metric": "self, metrics, trial",
         "_finish_current_push": "self",
-        "_get_dataloader": "self, dataset, description, batch_size, sampler_fn, is_training, dataloader_key",
         "_get_grad_norm": "self, model, grad_norm",
-        "_get_output_dir": "self, trial",
         "_init_training_state": (
             "self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial"
         ),
         "_load_best_model": "self",
-        "_load_callback_state": "self",
         "_load_from_checkpoint": "self, resume_from_checkpoint, model",
         "_load_optimizer_and_scheduler": "self, checkpoint",
         "_prepare_for_training": "self, max_steps, train_dataloader, resume_from_checkpoint",
@@ -132,6 +129,7 @@ OVERRIDDEN = {
 TOUCHED = {
     "_attn_implementation": "configuration_utils",
     "_created_lr_scheduler": "trainer",
+    "_get_output_dir": "trainer",
     "_hf_peft_config_loaded": "integrations.peft",
     "_is_hf_initialized": "initialization",
     "_keys_to_ignore_on_load_missing": "modeling_utils",
@@ -140,6 +138,8 @@ TOUCHED = {
     "_model_mapping": "models.auto.auto_factory",
     "_move_model_to_device": "trainer",
     "_no_split_modules": "modeling_utils",
+    "_save_rng_state": "trainer",
+    "_save_scaler": "trainer",
     "_tied_weights_keys": "modeling_utils",
     "_trackio": "integrations.integration_utils",
     "_weight_conversions": "core_model_loading",

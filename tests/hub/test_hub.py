@@ -365,7 +365,7 @@ def test_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_numbered_checkpoints_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What else a repository has of that name is passed over."""
-    monkeypatch.setattr("hf_dynsparse.hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    monkeypatch.setattr("hf_dynsparse.hub.fetch.snapshot_download", lambda *args, **kwargs: str(tmp_path))
     for name in ("checkpoint-abc", "checkpoint-", "checkpoint-9-old", "checkpoint-²"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text("{}")

@@ -9,8 +9,8 @@ import pytest
 
 from hf_dynsparse import DynSparseTrainingArguments
 from hf_dynsparse.topology import SCORES
-from hf_dynsparse.training.plugins import load_plugins
 from hf_dynsparse.training.flags import ScriptArguments
+from hf_dynsparse.training.plugins import load_plugins
 from hf_dynsparse.training.scripts import parse_arguments
 
 

@@ -136,7 +136,7 @@ def test_a_checkpoint_is_a_plain_model_in_mid_run(tmp_path, caplog):
     [
         ({"pruning_ratio": 0.3}, r"pruning_ratio: 0.3 \(checkpoint: 0.5\)"),
         ({"regrow_rule": "gradient"}, r"regrow_rule: 'gradient' \(checkpoint: 'random'\)"),
-        ({"num_topology_updates": 2, "seed": 1}, r"num_updates: 2 \(checkpoint: 3\), seed: 1 \(checkpoint: 42\)"),
+        ({"num_topology_updates": 2, "seed": 1}, r"num_topology_updates: 2 \(checkpoint: 3\).* seed: 1"),
         ({"group_lasso": 0.1}, r"group_lasso: 0.1 \(checkpoint: 0.0\)"),
     ],
 )

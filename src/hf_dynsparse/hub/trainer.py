@@ -10,9 +10,9 @@ from huggingface_hub import CommitInfo, run_as_future
 from transformers import Trainer, TrainingArguments
 
 from .._transformers import HubStrategy, PushInProgress
-from . import commit_files, open_repository, push_checkpoint
 from .errors import HubError
 from .files import LAST_CHECKPOINT, PENDING, model_files
+from .push import commit_files, open_repository, push_checkpoint
 
 
 logger = logging.getLogger(__name__)
