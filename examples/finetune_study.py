@@ -17,15 +17,13 @@ import argparse
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
+from study.jobs import Job, run_jobs
 from transformers import AutoConfig
 
 from hf_dynsparse import DynSparseBertConfig
@@ -58,14 +56,8 @@ def main() -> None:
     args = parse_arguments()
     waves = plan(args)
     output = Path(args.output_dir)
-    failed = []
-    with tqdm(total=sum(map(len, waves)), unit="run") as progress, ThreadPoolExecutor(args.jobs) as pool:
-        for wave in waves:  # teachers before those who learn from them
-            for run, error in pool.map(lambda run: execute(run, args), wave):
-                progress.update()
-                if error:
-                    failed.append(run)
-                    progress.write(f"{run.folder} failed, see {output / run.folder}.log: {error}")
+    missing = [[job(run, args) for run in wave if not is_finished(output / run.folder)] for wave in waves]
+    failed = run_jobs(missing, output, is_finished, jobs=args.jobs) if any(missing) else []
     results = collect(output, [run for wave in waves for run in wave])
     write_atomically(output / "results.json", json.dumps(results, indent=2) + "\n")
     table = format_table(results, args.tasks)
@@ -74,7 +66,7 @@ def main() -> None:
     if args.picture:
         draw(results, args)
     if failed:
-        sys.exit(f"{len(failed)} of {sum(map(len, waves))} runs failed.")
+        sys.exit("\n  ".join([f"{len(failed)} of {sum(map(len, waves))} runs failed; each has a .log:", *failed]))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -135,21 +127,18 @@ def arms(name: str, is_sparse: bool, args: argparse.Namespace) -> Iterator[tuple
             yield f"{name}-s{sparsity:g}-b{block}", flags
 
 
-def execute(run: Run, args: argparse.Namespace) -> tuple[Run, str | None]:
-    """Run it unless it is finished; returns the last line of what it printed if it fails."""
-    folder = Path(args.output_dir) / run.folder
-    if (folder / "summary.json").exists():
-        return run, None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    glue = ["--glue_dir", args.glue_dir] if args.glue_dir else []
-    common = ["--task_name", run.task, "--seed", str(run.seed), "--output_dir", str(folder), *glue]
+def job(run: Run, args: argparse.Namespace) -> Job:
+    """The process that does it."""
+    folder, glue = str(Path(args.output_dir, run.folder)), ["--glue_dir", args.glue_dir] if args.glue_dir else []
+    common = ["--task_name", run.task, "--seed", str(run.seed), "--output_dir", folder, *glue]
     once = ["--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true"]
     command = [sys.executable, str(SCRIPT), *common, *once, *run.flags, *shlex.split(args.flags)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    Path(f"{folder}.log").write_text(done.stdout)
-    if done.returncode == 0:
-        return run, None
-    return run, (done.stdout.strip().splitlines() or ["no output"])[-1]
+    return Job(run.folder, command)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has written its numbers."""
+    return (folder / "summary.json").exists()
 
 
 def collect(output: Path, runs: list[Run]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.hf_argparser import string_to_bool
+from transformers.hf_argparser import HfArg, string_to_bool
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_dynsparse import DynSparseTrainer, EarlyBirdCallback, Ticket, slim, sparsify_
@@ -73,57 +73,49 @@ SEARCH_FOLDER = "search"
 class TicketArguments:
     """The search, the draw, and the training of what was drawn."""
 
-    mlm: bool = field(default=False, metadata={"help": "Masked language modelling instead of a task."})
-    stage: str = field(
+    mlm: bool = HfArg(default=False, help="Masked language modelling instead of a task.")
+    stage: str = HfArg(
         default="all",
-        metadata={
-            "help": "search: until the ticket is written; train: from a ticket in --output_dir or that of --ticket; "
-            "all: both.",
-            "choices": ["all", "search", "train"],
-        },
+        help="search: until the ticket is written; train: from a ticket in --output_dir or that of --ticket; "
+        "all: both.",
+        metadata={"choices": ["all", "search", "train"]},
     )
-    ticket: str = field(
+    ticket: str = HfArg(
         default="search",
-        metadata={
-            "help": "search; random:SEED, as many units in each layer, drawn at random; a ticket.json; or none: the "
-            "dense model, trained by --learning_rate and --num_train_epochs."
-        },
+        help="search; random:SEED, as many units in each layer, drawn at random; a ticket.json; or none: the "
+        "dense model, trained by --learning_rate and --num_train_epochs.",
     )
-    head_ratio: float = field(default=1 / 3, metadata={"help": "Share of the heads to leave out."})
-    neuron_ratio: float = field(default=0.4, metadata={"help": "Share of the intermediate neurons to leave out."})
-    draw_heads: str = field(
+    head_ratio: float = HfArg(default=1 / 3, help="Share of the heads to leave out.")
+    neuron_ratio: float = HfArg(default=0.4, help="Share of the intermediate neurons to leave out.")
+    draw_heads: str = HfArg(
         default="layer",
-        metadata={"help": "Heads compete within their layer or with all.", "choices": ["layer", "global"]},
+        help="Heads compete within their layer or with all.",
+        metadata={"choices": ["layer", "global"]},
     )
-    draw_neurons: str = field(
-        default="global", metadata={"help": "The same for neurons.", "choices": ["layer", "global"]}
+    draw_neurons: str = HfArg(
+        default="global", help="The same for neurons.", metadata={"choices": ["layer", "global"]}
     )
-    ticket_score: str = field(
+    ticket_score: str = HfArg(
         default="magnitude",
-        metadata={
-            "help": "What a unit is worth by its gate: |c|, or c as in the authors' code.",
-            "choices": TICKET_SCORES,
-        },
+        help="What a unit is worth by its gate: |c|, or c as in the authors' code.",
+        metadata={"choices": TICKET_SCORES},
     )
-    multiple_of: int = field(
-        default=1, metadata={"help": "Neurons of a layer come in multiples, such as the block size of --block_size."}
+    multiple_of: int = HfArg(
+        default=1, help="Neurons of a layer come in multiples, such as the block size of --block_size."
     )
-    l1_heads: float = field(default=1e-4, metadata={"help": "Strength of the L1 penalty on the gates of heads."})
-    l1_neurons: float = field(default=1e-4, metadata={"help": "The same for neurons."})
-    draw_every: float = field(default=0.02, metadata={"help": "Steps between draws, below 1 a share of an epoch."})
-    ticket_queue: int = field(default=5, metadata={"help": "How many tickets must agree."})
-    ticket_tolerance: float = field(default=0.1, metadata={"help": "They agree if they differ in less than this."})
-    search_fallback: float = field(
-        default=0.2,
-        metadata={"help": "The search ends after these steps, below 1 a share of an epoch, at the latest."},
+    l1_heads: float = HfArg(default=1e-4, help="Strength of the L1 penalty on the gates of heads.")
+    l1_neurons: float = HfArg(default=1e-4, help="The same for neurons.")
+    draw_every: float = HfArg(default=0.02, help="Steps between draws, below 1 a share of an epoch.")
+    ticket_queue: int = HfArg(default=5, help="How many tickets must agree.")
+    ticket_tolerance: float = HfArg(default=0.1, help="They agree if they differ in less than this.")
+    search_fallback: float = HfArg(
+        default=0.2, help="The search ends after these steps, below 1 a share of an epoch, at the latest."
     )
-    train_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak rate of the slimmed model. Default: --learning_rate, for a task twice that."},
+    train_learning_rate: float | None = HfArg(
+        default=None, help="Peak rate of the slimmed model. Default: --learning_rate, for a task twice that."
     )
-    train_epochs: float | None = field(
-        default=None,
-        metadata={"help": "Its epochs. Default: --num_train_epochs, for a task two thirds. --max_steps goes before."},
+    train_epochs: float | None = HfArg(
+        default=None, help="Its epochs. Default: --num_train_epochs, for a task two thirds. --max_steps goes before."
     )
 
     def __post_init__(self) -> None:
@@ -161,10 +153,10 @@ class TicketArguments:
 class TaskArguments(TicketArguments, glue.RunArguments):
     """How it is searched and trained. The search follows the schedule of a whole dense run, and stops early."""
 
-    output_dir: str = field(default="earlybert-glue", metadata={"help": "Where everything of the run is written."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak rate of the search, and of --ticket none."})
-    num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Epochs of the search's schedule, and of that. Default: 3."}
+    output_dir: str = HfArg(default="earlybert-glue", help="Where everything of the run is written.")
+    learning_rate: float = HfArg(default=2e-5, help="Peak rate of the search, and of --ticket none.")
+    num_train_epochs: float | None = HfArg(
+        default=None, help="Epochs of the search's schedule, and of that. Default: 3."
     )
 
     def __post_init__(self) -> None:
@@ -177,14 +169,14 @@ class TaskArguments(TicketArguments, glue.RunArguments):
 class MlmArguments(TicketArguments, mlm.RunArguments):
     """The same for masked language modelling."""
 
-    output_dir: str = field(default="earlybert-mlm", metadata={"help": "Where everything of the run is written."})
+    output_dir: str = HfArg(default="earlybert-mlm", help="Where everything of the run is written.")
 
 
 @dataclass
 class MlmModelArguments(mlm.ModelArguments):
     """What is trained: slimmed first, and then perhaps sparse."""
 
-    sparsity: float = field(default=0.0, metadata={"help": "Share of inactive positions of the slimmed model."})
+    sparsity: float = HfArg(default=0.0, help="Share of inactive positions of the slimmed model.")
 
 
 class Job(NamedTuple):

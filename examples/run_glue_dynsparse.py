@@ -21,7 +21,7 @@ and predictions of the test set with --do_predict.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.hf_argparser import HfArg
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
 from hf_dynsparse.blocks.sizes import parse_block_size
@@ -65,8 +66,8 @@ logger = logging.getLogger("run_glue_dynsparse")
 class ModelArguments(FinetunedModelArguments):
     """What is fine-tuned."""
 
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Start with a new head where the checkpoint's has another number of labels."}
+    ignore_mismatched_sizes: bool = HfArg(
+        default=False, help="Start with a new head where the checkpoint's has another number of labels."
     )
 
 
@@ -74,7 +75,7 @@ class ModelArguments(FinetunedModelArguments):
 class RunArguments(FinetuningRunArguments):
     """How it is fine-tuned: all arguments of the transformers Trainer; rates and epochs follow --finetune_mode."""
 
-    output_dir: str = field(default="dynsparse-glue", metadata={"help": "Where everything of the run is written."})
+    output_dir: str = HfArg(default="dynsparse-glue", help="Where everything of the run is written.")
 
 
 ARGUMENTS = (ModelArguments, SentenceArguments, RunArguments)

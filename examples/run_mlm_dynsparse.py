@@ -19,7 +19,7 @@ which a run resumes bit for bit.
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.hf_argparser import HfArg
 
 from hf_dynsparse import (
     DynSparseBertConfig,
@@ -72,57 +73,44 @@ LEARNING_RATES = {"tiny": 1e-3, **DENSE_LEARNING_RATES, "large": 1e-4}
 class ModelArguments(HubArguments):
     """What is trained."""
 
-    preset: str = field(
-        default="mini", metadata={"help": "Size of the BERT: tiny, mini, small, medium, base or large."}
-    )
-    sparsity: float | None = field(
+    preset: str = HfArg(default="mini", help="Size of the BERT: tiny, mini, small, medium, base or large.")
+    sparsity: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Share of inactive positions in every encoder matrix. Default: 0.9, or that of "
-            "--model_name_or_path. A dense checkpoint is pruned to it: at once, or gradually if --method changes the "
-            "density."
-        },
+        help="Share of inactive positions in every encoder matrix. Default: 0.9, or that of "
+        "--model_name_or_path. A dense checkpoint is pruned to it: at once, or gradually if --method changes the "
+        "density.",
     )
-    block_size: str | None = field(
+    block_size: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Side of a block, or ROWSxCOLUMNS such as 1x4. 1 is unstructured. Or sizes by patterns of layer "
-            "names, such as *attention*=4,*=16. Default: 16, or that of --model_name_or_path."
-        },
+        help="Side of a block, or ROWSxCOLUMNS such as 1x4. 1 is unstructured. Or sizes by patterns of layer "
+        "names, such as *attention*=4,*=16. Default: 16, or that of --model_name_or_path.",
     )
-    distribution: str = field(
-        default="uniform", metadata={"help": "Density over the layers.", "choices": DISTRIBUTIONS}
+    distribution: str = HfArg(default="uniform", help="Density over the layers.", metadata={"choices": DISTRIBUTIONS})
+    dense_baseline: bool = HfArg(
+        default=False, help="Train the dense twin instead: same head, data, optimiser and seed."
     )
-    dense_baseline: bool = field(
-        default=False, metadata={"help": "Train the dense twin instead: same head, data, optimiser and seed."}
-    )
-    static: bool = field(default=False, metadata={"help": "Keep the random pattern fixed: no topology updates."})
-    untrained_rest: bool = field(
+    static: bool = HfArg(default=False, help="Keep the random pattern fixed: no topology updates.")
+    untrained_rest: bool = HfArg(
         default=False,
-        metadata={
-            "help": "With --static, a probe: inactive weights keep their random initial values. They are not saved."
-        },
+        help="With --static, a probe: inactive weights keep their random initial values. They are not saved.",
     )
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Go on from the weights of a BERT, dense or sparse: a folder or Hub name."}
+    model_name_or_path: str | None = HfArg(
+        default=None, help="Go on from the weights of a BERT, dense or sparse: a folder or Hub name."
     )
-    config_name: str | None = field(
+    config_name: str | None = HfArg(
+        default=None, help="A dynsparse_bert's folder or Hub name: instead of a preset, sparsity and block size."
+    )
+    config_overrides: str | None = HfArg(
+        default=None, help="Changes to the preset, e.g. num_hidden_layers=6,hidden_dropout_prob=0.1."
+    )
+    tokenizer_name: str | None = HfArg(
         default=None,
-        metadata={"help": "A dynsparse_bert's folder or Hub name: instead of a preset, sparsity and block size."},
+        help="Tokenizer folder or Hub name. Default: a WordPiece vocabulary is trained, on words of at "
+        "most 100 letters: longer ones are [UNK].",
     )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Changes to the preset, e.g. num_hidden_layers=6,hidden_dropout_prob=0.1."}
-    )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tokenizer folder or Hub name. Default: a WordPiece vocabulary is trained, on words of at "
-            "most 100 letters: longer ones are [UNK]."
-        },
-    )
-    vocab_size: int = field(default=8192, metadata={"help": "Size of the vocabulary when one is trained."})
-    dtype: str | None = field(
-        default=None, metadata={"help": "Type of the weights when --model_name_or_path is loaded, e.g. bfloat16."}
+    vocab_size: int = HfArg(default=8192, help="Size of the vocabulary when one is trained.")
+    dtype: str | None = HfArg(
+        default=None, help="Type of the weights when --model_name_or_path is loaded, e.g. bfloat16."
     )
 
 
@@ -132,32 +120,22 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     How it is trained: all arguments of the transformers Trainer, with defaults for a first run on a small machine.
     """
 
-    output_dir: str = field(default="dynsparse-mlm", metadata={"help": "Where everything of the run is written."})
-    learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Peak rate, used as given. Default: the preset's dense optimum, times 6.40 at sparsity 0.9."
-        },
+    output_dir: str = HfArg(default="dynsparse-mlm", help="Where everything of the run is written.")
+    learning_rate: float | None = HfArg(
+        default=None, help="Peak rate, used as given. Default: the preset's dense optimum, times 6.40 at sparsity 0.9."
     )
-    max_steps: int | None = field(
-        default=None,
-        metadata={"help": "Optimiser steps. Default: 500, or what --num_train_epochs makes; goes before these."},
+    max_steps: int | None = HfArg(
+        default=None, help="Optimiser steps. Default: 500, or what --num_train_epochs makes; goes before these."
     )
-    num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Passes over the training text, instead of --max_steps."}
-    )
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps of linear warm-up, or below 1 a share of the run."}
-    )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences per process and micro-batch."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same for evaluation."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
-    eval_steps: float | None = field(
-        default=0.2, metadata={"help": "Steps between evaluations, or a share of the run."}
-    )
-    save_steps: float = field(default=0.2, metadata={"help": "Steps between checkpoints, or a share of the run."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
-    logging_steps: float = field(default=0.02, metadata={"help": "Steps between log entries, or a share of the run."})
+    num_train_epochs: float | None = HfArg(default=None, help="Passes over the training text, instead of --max_steps.")
+    warmup_steps: float = HfArg(default=0.1, help="Steps of linear warm-up, or below 1 a share of the run.")
+    per_device_train_batch_size: int = HfArg(default=32, help="Sequences per process and micro-batch.")
+    per_device_eval_batch_size: int = HfArg(default=32, help="The same for evaluation.")
+    eval_strategy: str = HfArg(default="steps", help="When to evaluate: no, steps or epoch.")
+    eval_steps: float | None = HfArg(default=0.2, help="Steps between evaluations, or a share of the run.")
+    save_steps: float = HfArg(default=0.2, help="Steps between checkpoints, or a share of the run.")
+    save_total_limit: int | None = HfArg(default=2, help="Checkpoints kept.")
+    logging_steps: float = HfArg(default=0.02, help="Steps between log entries, or a share of the run.")
     default_steps: ClassVar[int | None] = 500
 
 

@@ -29,7 +29,7 @@ SQuAD 2.0 also *_null_odds.json, to choose --null_score_diff_threshold by.
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.hf_argparser import HfArg
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
 from hf_dynsparse.blocks.sizes import parse_block_size
@@ -66,9 +67,9 @@ logger = logging.getLogger("run_qa_dynsparse")
 class RunArguments(FinetuningRunArguments):
     """How it is fine-tuned: all arguments of the transformers Trainer; rates and epochs follow --finetune_mode."""
 
-    output_dir: str = field(default="dynsparse-qa", metadata={"help": "Where everything of the run is written."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Windows per process and micro-batch."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same for evaluation."})
+    output_dir: str = HfArg(default="dynsparse-qa", help="Where everything of the run is written.")
+    per_device_train_batch_size: int = HfArg(default=16, help="Windows per process and micro-batch.")
+    per_device_eval_batch_size: int = HfArg(default=32, help="The same for evaluation.")
 
 
 ARGUMENTS = (FinetunedModelArguments, QuestionArguments, RunArguments)
