@@ -159,15 +159,6 @@ def test_bfloat16_leaves_the_index_alone(tmp_path):
     assert_same_outputs(model, loaded.float(), atol=0.05)
 
 
-def test_shards(tmp_path):
-    model = trained_model()
-    model.save_pretrained(tmp_path, max_shard_size="10KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) >= 3
-    loaded = load(AutoModelForMaskedLM, tmp_path)
-    assert_same_encoder(model, loaded)
-    assert_same_outputs(model, loaded)
-
-
 def test_exploration_buffers_are_no_part_of_a_loaded_model(tmp_path):
     model = trained_model()
     for layer in sparse_layers(model).values():
@@ -205,12 +196,6 @@ def test_to_dense_shares_nothing_with_the_model():
             parameter.zero_()
     for got, before in zip(outputs(model), expected, strict=True):
         assert torch.equal(got, before)
-
-
-def test_to_dense_trains():
-    dense = trained_model().to_dense().train()
-    dense(**toy_batch()).loss.backward()
-    assert all(parameter.grad is not None for parameter in dense.parameters())
 
 
 def test_densified_model_is_saved_as_what_it_is(tmp_path):

@@ -271,13 +271,6 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path):
     assert fresh.topology is not None
 
 
-def test_a_checkpoint_in_shards(tmp_path):
-    model = sparsify_(build(), **HOW)
-    model.save_pretrained(tmp_path, max_shard_size="8KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert torch.equal(outputs(AutoModelForMaskedLM.from_pretrained(tmp_path)), outputs(model))
-
-
 def test_offloading_to_disk(tmp_path):
     dense, sparse = build(), sparsify_(build(), **HOW)
     dense.save_pretrained(tmp_path / "dense")
@@ -365,12 +358,6 @@ def test_a_second_call_adds_layers(tmp_path):
     assert len(sparse_layers(loaded)) == 10
     densify_(loaded)
     assert not hasattr(loaded.config, "quantization_config")
-
-
-def test_another_module_becomes_sparse_as_before():
-    model = sparsify_(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), 4, 0.5)
-    assert len(sparse_layers(model)) == 2
-    assert not sparse_layers(densify_(model))
 
 
 def test_a_conv1d_becomes_sparse_and_dense_again():

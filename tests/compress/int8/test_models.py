@@ -231,13 +231,6 @@ def test_what_needs_floating_point_refuses_int8(saved, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_shards(saved, tmp_path):
-    _, model, _ = saved
-    model.save_pretrained(tmp_path, max_shard_size="8KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert torch.equal(outputs(check_model(tmp_path)), outputs(model))
-
-
 def test_another_number_of_labels_is_refused(sparse_folder):
     with pytest.raises(ValueError, match=r"`classifier\.int8_values` must have shape \(3, 32\)"):
         AutoModelForSequenceClassification.from_pretrained(sparse_folder, num_labels=3, ignore_mismatched_sizes=True)
