@@ -108,12 +108,12 @@ class KernelPlan:
         self.is_fixed = True
         self.served.clear()
 
-    def serve(self, operands: Any, problem: Problem, weight: Weight) -> Served:
-        """Choose what serves `problem`, and remember it for these `operands`, which fit together."""
+    def serve(self, key: Any, problem: Problem, weight: Weight) -> Served:
+        """Choose what serves `problem`, and remember it under `key`, what the rules looked at."""
         served = Served(None if problem.device.type == "meta" else choose_backend(problem), weight)
         if len(self.served) >= self.MOST_SERVED:
             self.served.clear()
-        self.served[operands] = served
+        self.served[key] = served
         return served
 
     def candidates(self, problem: Problem) -> list[Backend]:

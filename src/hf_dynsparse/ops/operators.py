@@ -16,13 +16,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..blocks.layout import layouts_of
 from . import choice
 from .checks import (
-    Facts,
     check_block_index,
     check_index_sizes,
     check_integer,
     check_linear,
     check_linear_backward,
-    device_of,
     facts_of,
     find_weight,
 )
@@ -45,15 +43,21 @@ def compute_linear(
     out_features: int,
 ) -> torch.Tensor:
     """[`block_sparse_linear`] of `input` of shape `(tokens, in_features)`, without autocast and gradients."""
-    operands = (  # `facts_of` each, without a call
-        (input.shape, input.dtype, input.is_cpu or input.device),
-        (values.shape, values.dtype, values.is_cpu or values.device),
-        None if bias is None else (bias.shape, bias.dtype, bias.is_cpu or bias.device),
+    # All that the rules look at, flat: a tuple in the tuple costs as much as two entries.
+    key: Any = (
+        input.shape,
+        input.dtype,
+        input.is_cpu or input.device,
+        values.shape,
+        values.dtype,
+        values.is_cpu or values.device,
         out_features,
         torch.get_num_threads(),
         choice.requested,
     )
-    backend, weight = choice.plan.served.get(operands) or _serve_linear(operands)
+    if bias is not None:
+        key = key, bias.shape, bias.dtype, bias.is_cpu or bias.device
+    backend, weight = choice.plan.served.get(key) or _serve_linear(key, input, values, bias, out_features)
     layout = layouts_of(block_index).get(weight) or check_block_index(block_index, weight)
     if backend is None:
         return input.new_empty(input.shape[0], out_features)
@@ -76,14 +80,20 @@ def compute_linear_backward(
     Raises:
         ValueError: as [`block_sparse_linear`].
     """
-    operands = (
-        (grad.shape, grad.dtype, grad.is_cpu or grad.device),
-        (input.shape, input.dtype, input.is_cpu or input.device),
-        (values.shape, values.dtype, values.is_cpu or values.device),
+    key = (
+        grad.shape,
+        grad.dtype,
+        grad.is_cpu or grad.device,
+        input.shape,
+        input.dtype,
+        input.is_cpu or input.device,
+        values.shape,
+        values.dtype,
+        values.is_cpu or values.device,
         torch.get_num_threads(),
         choice.requested,
     )
-    backend, weight = choice.plan.served.get(operands) or _serve_linear_backward(operands)
+    backend, weight = choice.plan.served.get(key) or _serve_linear_backward(key, grad, input, values)
     layout = layouts_of(block_index).get(weight) or check_block_index(block_index, weight)
     wanted = of_input, of_values, of_bias
     if backend is None:
@@ -93,24 +103,26 @@ def compute_linear_backward(
     return [result for result in backend.backward(grad, input, values, layout, wanted) if result is not None]
 
 
-def _serve_linear(operands: Any) -> Served:
-    input, values, bias, out_features, *_ = operands
+def _serve_linear(
+    key: Any, input: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> Served:
+    """Compare the operands of `compute_linear`, choose a backend for them, and remember it under `key`."""
     out_features = check_integer(out_features)
-    check_linear(input, values, bias, out_features)
-    return _serve(operands, input, values, out_features, backward=False)
+    check_linear(facts_of(input), facts_of(values), None if bias is None else facts_of(bias), out_features)
+    return _serve(key, input, values, out_features, backward=False)
 
 
-def _serve_linear_backward(operands: Any) -> Served:
-    grad, input, values, *_ = operands
-    check_linear_backward(grad, input, values)
-    return _serve(operands, input, values, grad[0][1], backward=True)
+def _serve_linear_backward(key: Any, grad: torch.Tensor, input: torch.Tensor, values: torch.Tensor) -> Served:
+    """The same for `compute_linear_backward`."""
+    check_linear_backward(facts_of(grad), facts_of(input), facts_of(values))
+    return _serve(key, input, values, grad.shape[1], backward=True)
 
 
-def _serve(operands: Any, input: Facts, values: Facts, out_features: int, *, backward: bool) -> Served:
-    ((tokens, in_features), dtype, _), ((nnzb, rows, columns), _, _) = input, values
-    device, shape, block_shape = device_of(input), (out_features, in_features), (rows, columns)
-    problem = Problem.make(device, dtype, block_shape, shape, nnzb, tokens, backward)
-    return choice.plan.serve(operands, problem, find_weight(shape, block_shape, nnzb, device))
+def _serve(key: Any, input: torch.Tensor, values: torch.Tensor, out_features: int, *, backward: bool) -> Served:
+    (tokens, in_features), (nnzb, rows, columns) = input.shape, values.shape
+    shape, block_shape = (out_features, in_features), (rows, columns)
+    problem = Problem.make(input.device, input.dtype, block_shape, shape, nnzb, tokens, backward)
+    return choice.plan.serve(key, problem, find_weight(shape, block_shape, nnzb, input.device))
 
 
 def _empty_gradients(
