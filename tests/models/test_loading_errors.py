@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_dynsparse import (
     DynSparseBertForMaskedLM,
@@ -199,7 +200,7 @@ def test_loading_information_only_on_request(folder):
 # PEFT asks models by the old name of activation checkpointing.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_needs_no_encoder(folder, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
     model = DynSparseBertForMaskedLM.from_pretrained(folder)
     model.add_adapter(peft.LoraConfig(target_modules=r"cls\.predictions\.transform\.dense"))
     model.save_pretrained(tmp_path / "adapter")
