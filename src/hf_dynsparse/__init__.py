@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# These register DynSparse BERT and both quantizers with the Auto classes, and operators that exported programs may hold.
+# These register DynSparse BERT and both quantizers with the Auto classes, and what exported programs may call.
 # All else is imported when it is first used.
 from .compress.int8 import quantizer as _int8_quantizer  # noqa: F401
 from .models import (
