@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# These register DynSparse BERT and both quantizers with the Auto classes. All else is imported when it is first used.
+# These register DynSparse BERT and both quantizers with the Auto classes, and what exported programs may call.
+# All else is imported when it is first used.
 from .compress.int8 import quantizer as _int8_quantizer  # noqa: F401
 from .models import (
     DynSparseBertConfig,
@@ -17,6 +18,7 @@ from .models import (
 )
 from .models.stock import quantizer as _stock_quantizer  # noqa: F401
 from .models.stock.configuration import DynSparseQuantizationConfig
+from .ops import dropout as _dropout_operator  # noqa: F401
 
 
 if TYPE_CHECKING:
