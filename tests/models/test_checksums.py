@@ -142,16 +142,6 @@ def test_another_save_in_the_folder_keeps_its_metadata(tmp_path: Path) -> None:
     assert torch.equal(values_of(loaded), values_of(toy_model()))
 
 
-def test_what_is_saved_and_pushed_at_once_has_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, pushed = toy_model(), []
-    monkeypatch.setattr(model, "push_to_hub", lambda *args, **kwargs: pushed.append((args, kwargs)))
-    model.save_pretrained(tmp_path / "toy", push_to_hub=True, private=True, token="t")
-    assert pushed == [(("toy",), {"max_shard_size": "50GB", "private": True, "token": "t"})]
-    SavedRun(tmp_path / "toy").check_weights()
-    with pytest.raises(ValueError, match="pushes the state of the model. Got a `state_dict` too"):
-        model.save_pretrained(tmp_path, push_to_hub=True, state_dict=model.state_dict())
-
-
 def test_weights_elsewhere_have_no_checksums() -> None:
     state = {"cls.predictions.bias": torch.empty(64, device="meta")}
     assert with_checksums(toy_model(), state) == (state, {})

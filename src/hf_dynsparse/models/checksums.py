@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -159,33 +157,45 @@ def warn_of_nonfinite(model: nn.Module, source: str) -> None:
             return
 
 
-def write_metadata(folder: str | Path, more: Mapping[str, str], variant: str | None = None) -> None:
+class ChecksumWriter(HfQuantizer):
     """
-    Add entries to the metadata of the weight files that have just been saved in `folder`, and bring all entries into
-    one order: safetensors writes them in a random one, and equal models shall give equal files. A file that has such
-    an entry, of another save, keeps it.
+    Quantises nothing: `save_pretrained` takes metadata for its files from `model.hf_quantizer` only. Files are so
+    written once, and whatever they are called, split into or pushed to, with their checksums.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`): what is to be saved.
     """
-    stem = "model" if variant is None else f"model.{variant}"
-    for file in (*Path(folder).glob(f"{stem}.safetensors"), *Path(folder).glob(f"{stem}-*-of-*.safetensors")):
-        with file.open("rb") as content:
-            # Eight bytes that hold the length of a header, JSON padded with blanks, and then the tensors.
+
+    is_trainable = True
+
+    def __init__(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        self.state_dict = state_dict
+
+    def is_serializable(self) -> bool:
+        """It does not stand in the way."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """See `with_checksums`."""
+        return with_checksums(model, self.state_dict)
+
+
+def order_metadata(folder: str | Path) -> None:
+    """
+    Bring the metadata of the weight files in `folder` into one order: safetensors writes them in a random one, and
+    equal models shall give equal files.
+    """
+    for file in Path(folder).glob("*.safetensors"):
+        with file.open("r+b") as content:
+            # Eight bytes that hold the length of the header, and the header: JSON padded with blanks.
             saved = content.read(int.from_bytes(content.read(8), "little"))
             header = json.loads(saved)
-            metadata = {**more, **header.pop("__metadata__", {})}
-            ordered = dict(sorted(metadata.items(), reverse=True))  # "format" first
-            text = json.dumps({"__metadata__": ordered, **header}, separators=(",", ":"), ensure_ascii=False).encode()
-            text += b" " * (-len(text) % 8)
-            if text == saved:
-                continue
-            rewritten = file.with_name(f".{file.name}.unfinished")
-            try:
-                with rewritten.open("wb") as target:
-                    target.write(len(text).to_bytes(8, "little") + text)
-                    shutil.copyfileobj(content, target, 1 << 24)
-                os.replace(rewritten, file)
-            except BaseException:
-                rewritten.unlink(missing_ok=True)
-                raise
+            if CHECKSUMS in header.get("__metadata__", {}):
+                header["__metadata__"] = dict(sorted(header["__metadata__"].items(), reverse=True))  # "format" first
+                ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(len(saved))
+                if ordered != saved and len(ordered) == len(saved):
+                    content.seek(8)
+                    content.write(ordered)
 
 
 _FIX = "It is damaged, or was changed afterwards: load an intact one."

@@ -5,7 +5,6 @@ import logging
 import re
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -45,7 +44,7 @@ from ...nn.linear import (
     BlockSparseLinear,
     sparse_layers,
 )
-from ..checksums import with_checksums, write_metadata
+from ..checksums import ChecksumWriter, order_metadata
 from ..loading import check_readable, count_nonzero_blocks, load_whole, refuse_pickles
 from ..losses import IGNORED, span_loss, token_loss, zero_if_unlabelled
 from ..readme import write_readme
@@ -53,9 +52,6 @@ from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes, l
 
 
 logger = logging.getLogger(__name__)
-
-# Arguments of `save_pretrained` that belong to its push.
-PUSHED_WITH = ("commit_message", "create_pr", "private", "token")
 
 
 class DynSparseBertPreTrainedModel(BertPreTrainedModel):
@@ -193,46 +189,29 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
         return cls.from_dense(dense, config)
 
     def save_pretrained(
-        self,
-        save_directory: Any,
-        is_main_process: bool = True,
-        state_dict: Any = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = "50GB",
-        variant: str | None = None,
-        *args: Any,
-        **kwargs: Any,
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         """
         As in transformers: values and block indices travel as they are, with their checksums, and a short README.md,
         unless there is one, says what to install. A densified model says so in its config.
-
-        Raises:
-            ValueError: for a `state_dict` that is to be pushed too: `push_to_hub` saves the model once more.
         """
-        if push_to_hub and state_dict is not None:
-            raise ValueError(
-                "`push_to_hub=True` pushes the state of the model. Got a `state_dict` too. Save first, and push the "
-                "folder by `hf_dynsparse.hub.push_folder`."
-            )
         if not sparse_layers(self):
             self.config.sparsity, self.config.nnzb = 0.0, None
         if self._auto_class is None:  # loaded from a repository with code, which does not come along
             vars(self.config).pop("auto_map", None)
-        push = {name: kwargs.pop(name) for name in PUSHED_WITH if name in kwargs}
-        repository = kwargs.pop("repo_id", Path(save_directory).name)
-        metadata: dict[str, str] = {}
-        # Of an adapter nothing else is saved; the quantizer of an int8 model gives checksums of its own.
-        if not self._hf_peft_config_loaded and "hf_quantizer" not in vars(self):
-            state_dict, metadata = with_checksums(self, self.state_dict() if state_dict is None else state_dict)
-        super().save_pretrained(
-            save_directory, is_main_process, state_dict, False, max_shard_size, variant, *args, **kwargs
-        )
-        if is_main_process and not self._hf_peft_config_loaded:
-            write_metadata(save_directory, metadata, variant)
-            write_readme(self, save_directory)
-        if is_main_process and push_to_hub:  # what is pushed has its metadata too
-            self.push_to_hub(repository, max_shard_size=max_shard_size, **push)
+        # Of an adapter nothing else is saved; an int8 model has a quantiser of its own, which stays.
+        writes_checksums = not self._hf_peft_config_loaded and "hf_quantizer" not in vars(self)
+        if writes_checksums:
+            self.hf_quantizer = ChecksumWriter(self.state_dict() if state_dict is None else state_dict)
+        try:
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+            if is_main_process:
+                order_metadata(save_directory)
+                if not self._hf_peft_config_loaded:
+                    write_readme(self, save_directory)
+        finally:
+            if writes_checksums:
+                del self.hf_quantizer
 
     @torch.no_grad()
     def to_dense(self) -> BertPreTrainedModel:
