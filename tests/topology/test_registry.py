@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from hf_dynsparse import register_method, register_regrow_rule, register_score, sparse_layers, sparsify_
+from hf_dynsparse import (
+    BlockSparseLinear,
+    register_method,
+    register_regrow_rule,
+    register_score,
+    sparse_layers,
+    sparsify_,
+)
 from hf_dynsparse.blocks.distributions import DISTRIBUTIONS, uniform
 from hf_dynsparse.topology import (
     DENSITY_SCHEDULES,
@@ -13,6 +20,7 @@ from hf_dynsparse.topology import (
     SCHEDULES,
     SCORES,
     Replacement,
+    TopologySettings,
     TopologyUpdater,
     UpdateContext,
     choose_by_scores,
@@ -87,6 +95,7 @@ def test_a_run_resumes_bit_for_bit(method, tmp_path):
     sizes = [layer.nnzb for layer in layers]
     moved = 3 if method == "moves" else 0
     assert sizes == [given[0] - moved, given[1] + moved, *given[2:]]
+    assert whole.topology.has_final_density
     resumed = toy_trainer(tmp_path / "resumed", toy_model(seed=1), method=method)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     expected = whole.model.state_dict()
@@ -160,3 +169,17 @@ def test_a_distribution():
     assert toy_config(distribution="mine").nnzb_per_layer() == toy_config().nnzb_per_layer()
     layers = torch.nn.Sequential(torch.nn.Linear(8, 8))
     assert len(sparse_layers(sparsify_(layers, 4, 0.5, distribution="mine"))) == 1
+
+
+def test_a_rule_of_norms_alone_is_observed():
+    """Without the gradient among its needs."""
+    register_regrow_rule("by_value_of_inputs", lambda blocks: blocks.input_scale.sum((1, 2)), needs=["input_scale"])
+    try:
+        layer = BlockSparseLinear(12, 8, 4, nnzb=2)
+        optimizer = torch.optim.SGD(layer.parameters())
+        settings = TopologySettings(num_topology_updates=1, regrow_rule="by_value_of_inputs", pruning_ratio=0.5)
+        updater = TopologyUpdater(layer, optimizer, 2, settings)
+        layer(torch.ones(3, 12)).sum().backward()
+        assert updater.step(1).removed == 1
+    finally:
+        del SCORES["by_value_of_inputs"]

@@ -17,7 +17,7 @@ from .schedules import (
     pruning_ratio_at,
     update_steps,
 )
-from .scores import OWN_NAMES, PRUNE_SCORES, REGROW_RULES, SCORES, check_regrow_std, resolve_score
+from .scores import OBSERVED, OWN_NAMES, PRUNE_SCORES, REGROW_RULES, SCORES, check_regrow_std, resolve_score
 
 
 # Two ways to say when, and where the density begins or ends: who gives one does not want the preset's other.
@@ -223,6 +223,11 @@ class TopologySettings(TopologyOptions):
         return needs | {"hidden_copy"} if self.hidden_copy else needs
 
     @property
+    def observes_updates(self) -> bool:
+        """Whether updates need the dense gradient, or what it is made of, of the step before."""
+        return not self.needs.isdisjoint(OBSERVED - RECORDS.keys())
+
+    @property
     def observes_every_step(self) -> bool:
         """Whether updates need the dense gradients of all steps, not only those of the step before."""
         return any(RECORDS[name].after_step is not None for name in self.needs & RECORDS.keys())
@@ -230,8 +235,12 @@ class TopologySettings(TopologyOptions):
     @property
     def changes_sizes(self) -> bool:
         """Whether updates change the numbers of active blocks of layers."""
-        own_targets = METHODS[self.method].targets is not None
-        return self.density_schedule != "constant" or self.allocation != "layer" or own_targets
+        return self.density_schedule != "constant" or self.shares_out
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether the density schedule says how many blocks the model has, and something else how many a layer."""
+        return self.allocation != "layer" or METHODS[self.method].targets is not None
 
     @property
     def shrinking_replaces(self) -> bool:

@@ -126,7 +126,7 @@ class TopologyUpdater:
     def has_final_density(self) -> bool:
         """Whether the model has as many active entries as the run leads to, to one block."""
         scheduled, layers = self._path.at(self.settings.density_share(1.0)), self._training()
-        if self.settings.allocation == "layer":
+        if not self.settings.shares_out:
             return all(layer.nnzb == scheduled[name] for name, layer in layers.items())
         active = count_entries(layers, {name: layer.nnzb for name, layer in layers.items()})
         return not layers or abs(active - self._budget(scheduled, layers)) < largest_block(layers)
@@ -144,7 +144,9 @@ class TopologyUpdater:
         self.close()
         updates_follow = bool(self.update_steps) and next_step <= self.update_steps[-1]
         update_is_next = next_step in self.update_steps
-        if ("gradient" in self._needs and update_is_next) or (self.settings.observes_every_step and updates_follow):
+        if (self.settings.observes_updates and update_is_next) or (
+            self.settings.observes_every_step and updates_follow
+        ):
             scales = not self._needs.isdisjoint({"input_scale", "output_scale"})
             self._probe = DenseGradientProbe(self._training().values(), scales)
 

@@ -18,7 +18,7 @@ BLOCK_AGE_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH_FUSED, OptimizerNames.ADAMW_T
 class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
     """
     [`~transformers.TrainingArguments`] with the paper's optimiser defaults (arXiv:2108.06277, section 3) and the
-    arguments of topology updates. What the model *is* (sparsity, block size) stands in its configuration.
+    arguments of topology updates. What the model *is* (sparsity, block size) is said by its configuration.
 
     `method` names a preset of topology settings (see `hf_dynsparse.topology.METHODS`), for arguments that are not
     given. What is given wins; `topology_settings()` tells the outcome.
@@ -100,7 +100,7 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
     seeded_dropout: bool = field(
         default=True,
         metadata={
-            "help": "On a processor, draw dropout masks by a hash of a seed instead of a serial generator: ten "
+            "help": "On CPUs, draw dropout masks by a hash of a seed instead of a serial generator: ten "
             "times as fast, and no mask is stored. The same distribution, other draws."
         },
     )
