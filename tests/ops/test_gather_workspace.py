@@ -105,16 +105,6 @@ def test_gather_needs_large_blocks() -> None:
     assert "16 x 16" in str(gather.why_not(device, torch.float32, (16, 8)))
 
 
-@pytest.mark.parametrize("backend", [gather, workspace], ids=["gather", "workspace"])
-def test_a_changed_topology_is_noticed(backend) -> None:
-    shape = 64, 96
-    input, grad, values, index, bias = operands(shape, (16, 16), 5, 6)
-    for start in (0, 7, 19):
-        index.copy_(torch.arange(start, start + 5))
-        ours = products(backend, shape, input, grad, values, index, bias)
-        torch.testing.assert_close(ours, products(reference, shape, input, grad, values, index, bias), **TOLERANCE)
-
-
 def test_the_workspace_is_one_buffer_that_grows_and_is_released() -> None:
     def addresses() -> list[tuple[int, int]]:
         buffers = [space.buffer for space in workspace._workspaces.values()]
