@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .._transformers import remove_tied_weights_from_state_dict, str_to_torch_dtype
+from .._transformers import HfQuantizer, remove_tied_weights_from_state_dict, str_to_torch_dtype
 
 
 logger = logging.getLogger(__name__)
