@@ -4,8 +4,8 @@ What it costs to compare the operands of a product: microseconds of a layer with
 turn, and with `--other` beside the package in another folder of sources, each in processes of its own, in turn too.
 
     python benchmarks/bench_check.py --threads 1
-    git archive OLD_COMMIT src | tar x -C /tmp/old && cp src/hf_dynsparse/ops/*.so /tmp/old/src/hf_dynsparse/ops/
-    python benchmarks/bench_check.py --threads 1 --other /tmp/old/src
+    git archive OLD_COMMIT src | tar x -C ../old && cp src/hf_dynsparse/ops/*.so ../old/src/hf_dynsparse/ops/
+    python benchmarks/bench_check.py --threads 1 --other ../old/src
 """
 
 import argparse
