@@ -145,8 +145,8 @@ TOUCHED = {
     "_weight_conversions": "core_model_loading",
 }
 
-# Where the names of training live. They are imported when first asked for: a model alone needs no Trainer.
-_OF_TRAINING = ("trainer", "trainer_callback", "trainer_utils", "training_args", "integrations.integration_utils")
+# Where the names of training live. They are imported when first asked for, the Trainer last: a model needs none.
+_OF_TRAINING = ("trainer_utils", "trainer_callback", "training_args", "integrations.integration_utils", "trainer")
 
 
 def __getattr__(name: str) -> Any:
