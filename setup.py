@@ -108,7 +108,7 @@ extras["quality"] = ["ruff>=0.17", "mypy>=2.4"]
 # The scripts go along in the wheel, for `hf-dynsparse train`; a checkout has them where they are.
 EXAMPLES = [
     "hf_dynsparse.examples",
-    *(f"hf_dynsparse.examples.{folder}" for folder in ("accelerate", "prune_ofa", "studies", "study")),
+    *(f"hf_dynsparse.examples.{folder}" for folder in ("accelerate", "plugins", "prune_ofa", "studies", "study")),
 ]
 
 setup(

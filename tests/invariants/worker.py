@@ -13,13 +13,15 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from transformers import BertTokenizer, Trainer, TrainerCallback, set_seed
+from transformers import BertTokenizer, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dynsparse import (
@@ -33,6 +35,7 @@ from hf_dynsparse import (
 from hf_dynsparse.data import DataCollatorForWholeWordMasking
 from hf_dynsparse.nn.shards import local_rows, whole, whole_optimizer_state
 from hf_dynsparse.ops import choice, tuning
+from hf_dynsparse.topology import context
 from hf_dynsparse.training import saving
 
 
@@ -114,16 +117,17 @@ def train(
         eval_dataset=toy_rows(24),
         callbacks=callbacks,
     )
-    if other_draws and rank:
-        trainer.add_callback(OtherDraws(trainer))
     if full_disk_at is not None and rank == 0:
         fail_at(trainer, "_save_optimizer_and_scheduler", full_disk_at, OSError(errno.ENOSPC, "No space left"))
     if nan_loss_at is not None and rank == 1:
         fail_at(trainer, "compute_loss", nan_loss_at - 1, math.nan)
     if isinstance(resume, str):
-        trainer.train(resume_from_checkpoint=os.path.join(folder, resume))
+        checkpoint = os.path.join(folder, resume)
     else:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if resume else None)
+        checkpoint = get_last_checkpoint(output_dir) if resume else None
+    others = {"draw_generator": lambda *what: torch.Generator().manual_seed(99)} if other_draws and rank else {}
+    with patch.multiple(context, **others) if others else nullcontext():
+        trainer.train(resume_from_checkpoint=checkpoint)
     result = describe(trainer)
     torch.save(result, os.path.join(folder, f"{name}-{rank}.pt"))
     return result
@@ -174,16 +178,6 @@ def fail_at(trainer: DynSparseTrainer, name: str, step: int, failure: Exception 
         return method(*args, **kwargs) * failure
 
     setattr(trainer, name, failing)
-
-
-class OtherDraws(TrainerCallback):
-    """Makes the updates draw at random whatever their seed."""
-
-    def __init__(self, trainer: DynSparseTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.topology._updater._generator = lambda *what: torch.Generator().manual_seed(99)
 
 
 def shard_on_processors(args: DynSparseTrainingArguments) -> None:

@@ -1,5 +1,6 @@
 """Model cards: every figure is that of the model or the run, examples run, and the Hub takes the metadata."""
 
+import inspect
 import json
 import os
 import re
@@ -283,7 +284,9 @@ def test_facts_of_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
     def about(script: dict[str, Any], model: dict[str, Any], data: dict[str, Any], *rest: str) -> dict[str, Any]:
-        return script["about_run"](script["ModelArguments"](**model), script["DataArguments"](**data), *rest)
+        kinds = inspect.signature(script["about_run"]).parameters.values()
+        of_model, of_data = [kind.annotation for kind in kinds][:2]
+        return script["about_run"](of_model(**model), of_data(**data), *rest)
 
     facts = about(mlm, {"license": "mit"}, {"train_file": "train.txt", "language": "en"}, "train")
     assert (facts["start"], facts["license"], facts["language"]) == (None, "mit", "en")

@@ -20,7 +20,7 @@ from ..models import DynSparseBertConfig
 from ..models.bert.configuration_dynsparse_bert import count_units
 from ..models.flops import inference_flops_per_sequence
 from ..models.heads import body_modules
-from ..nn.linear import BlockSparseLinear
+from ..nn.linear import LinearLayer
 from ..optim.recipes import FINETUNE_MODES
 from .facts import EXPLORED, PICTURES, read_facts, task_metrics
 from .layers import LayerFacts, ModelFacts, model_facts
@@ -180,7 +180,7 @@ def _kinds(layers: Iterable[LayerFacts]) -> list[list[str]]:
 
 def _count_linears(model: PreTrainedModel) -> int:
     """Linear layers between embeddings and head, sparse ones among them."""
-    return sum(isinstance(x, nn.Linear | Conv1D | BlockSparseLinear) for x in body_modules(model).values())
+    return sum(isinstance(x, nn.Linear | Conv1D | LinearLayer) for x in body_modules(model).values())
 
 
 def _costs(model: PreTrainedModel, size: ModelFacts, facts: Mapping[str, Any]) -> list[list[str]]:
