@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .._transformers import PREFIX_CHECKPOINT_DIR
 from ..nn.linear import sparse_layers
 
 
@@ -25,6 +24,8 @@ def write_readme(model: PreTrainedModel, folder: str | Path) -> None:
     Write a short README.md beside a model that was saved in `folder`, unless there is one. Checkpoints in the middle
     of a run have none.
     """
+    from .._transformers import PREFIX_CHECKPOINT_DIR  # brings PEFT, where that is installed: a second
+
     path = Path(folder, README)
     if path.exists() or path.absolute().parent.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
         return
