@@ -122,7 +122,7 @@ def test_fsdp_that_accelerate_leaves_out_is_refused(tmp_path: Path) -> None:
     args = toy_trainer(tmp_path).args
     check_parallelism(args)
     args.fsdp = True
-    with pytest.raises(ValueError, match="Got FSDP on processors, which accelerate leaves out"):
+    with pytest.raises(ValueError, match="Got FSDP on CPUs, which accelerate leaves out"):
         check_parallelism(args)
 
 

@@ -18,7 +18,7 @@ def check_parallelism(args: TrainingArguments) -> None:
     Refuse what keeps parameters or moments in a form of its own, and what accelerate would silently leave out.
 
     Raises:
-        ValueError: for DeepSpeed, FSDP1, FSDP on processors, and processes that were launched together but do not
+        ValueError: for DeepSpeed, FSDP1, FSDP on CPUs, and processes that were launched together but do not
             know of each other.
     """
     state = AcceleratorState()
@@ -26,7 +26,7 @@ def check_parallelism(args: TrainingArguments) -> None:
         return
     received = REFUSED.get(state.distributed_type)
     if received is None and args.fsdp:
-        received = "FSDP on processors, which accelerate leaves out"
+        received = "FSDP on CPUs, which accelerate leaves out"
     if received is not None:
         raise ValueError(
             "Sparse layers train in one process, by DDP (`distributed_type: MULTI_GPU`), or by FSDP2 on accelerators "
