@@ -5,19 +5,18 @@ A run that is killed and resumed ends with the bits of one that never was.
 ranks as often instead of once: two by DDP, two by FSDP2, and so on.
 """
 
-import multiprocessing
 import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import worker
-from launch import two_ranks
+from launch import forking, two_ranks
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dynsparse.checkpoints.saved_run import STAGING_FOLDER
@@ -39,28 +38,19 @@ RULES = ("random", "gradient")
 
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Callable[..., Any]]:
-    yield from start_processes(worker.train)
+def start() -> Callable[..., Any]:
+    return starting(worker.train)
 
 
-def start_processes(target: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+def starting(target: Callable[..., Any]) -> Callable[..., Any]:
     """Starts `target` in a process of its own, forked from one that has imported everything already."""
-    with pytest.MonkeyPatch.context() as patch:
-        # The server of Python 3.11 knows the path of its parent from the environment only.
-        patch.setenv(
-            "PYTHONPATH", os.pathsep.join([str(Path(worker.__file__).parent), *filter(None, worker.sys.path)])
-        )
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["worker"])
 
-        def start_process(folder: Path, name: str, **run: Any) -> Any:
-            process = context.Process(target=target, args=(str(folder), name), kwargs={**RUN, **run})
-            process.start()
-            return process
+    def start_process(folder: Path, name: str, **run: Any) -> Any:
+        process = forking().Process(target=target, args=(str(folder), name), kwargs={**RUN, **run})
+        process.start()
+        return process
 
-        yield start_process
+    return start_process
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ Two runs in one folder: one is refused, and what the other saves is its own.
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import worker
-from test_kill import assert_same_bits, last_step, start_processes
+from test_kill import assert_same_bits, last_step, starting
 
 
 ROUNDS = int(os.environ.get("DYNSPARSE_ROUNDS", "2"))
@@ -23,8 +23,8 @@ SEEDS = (7, 8)  # of the two runs, which learn different things
 
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Callable[..., Any]]:
-    yield from start_processes(worker.train_or_tell)
+def start() -> Callable[..., Any]:
+    return starting(worker.train_or_tell)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """
 A toy pre-training run on made-up text, for the tests that start, kill and compare processes.
 
-Run by itself, under `torchrun` or `accelerate launch`: `worker.py FOLDER RUNS.json`, where `RUNS.json` lists keyword
+Run by itself, under `accelerate launch`: `worker.py FOLDER RUNS.json`, where `RUNS.json` lists keyword
 arguments of `train`. Every rank writes what became of each run to `FOLDER/<name>-<rank>.pt`, an exception too.
 """
 
@@ -263,9 +263,8 @@ MOMENTS: dict[str, Callable[..., None]] = {
 }
 
 
-def main() -> None:
+def run_all(folder: str, runs: list[dict[str, Any]]) -> None:
     """Run every run of the list; an exception ends a run, is written down, and does not end the others."""
-    folder, runs = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     for run in runs:
         try:
             train(folder, **run)
@@ -275,5 +274,14 @@ def main() -> None:
     PartialState().destroy_process_group()  # its threads may abort a process that ends before them
 
 
+def run_rank(folder: str, runs: list[dict[str, Any]], environment: dict[str, str]) -> None:
+    """`run_all` in a process that was forked to be the rank that `environment` says."""
+    os.environ.update(environment)
+    with open(os.path.join(folder, "output.txt"), "ab") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    run_all(folder, runs)
+
+
 if __name__ == "__main__":
-    main()
+    run_all(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))
