@@ -172,6 +172,8 @@ def test_a_block_that_does_not_divide_the_matrix_is_an_error() -> None:
     message = r"must divide both sides of `query` \(768 x 40\). Got 20 x 20. Choose 1, 2, 4, 8.$"
     with pytest.raises(ValueError, match=message):
         block_grid((768, 40), (20, 20), "`query`")
+    with pytest.raises(ValueError, match="Choose 1, 2, 4, 8, 16, 32, 64.$"):
+        block_grid((768, 64), (5, 4))
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, 90, float("nan")])

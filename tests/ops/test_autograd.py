@@ -170,3 +170,9 @@ def test_a_layer_on_meta() -> None:
         assert (tensor.grad.shape, tensor.grad.dtype) == (tensor.shape, torch.bfloat16)
     with torch.autocast("cpu"), pytest.raises(ValueError, match="must be on one device. Got cpu and meta"):
         layer(torch.ones(2, 12))
+
+
+def test_vmap_of_the_operator_itself() -> None:
+    with use_backend("tiled"):
+        found = vmap(operator, (0, None, None))(pair(INPUT), VALUES, BIAS)
+    torch.testing.assert_close(found, vmap(dense, (0, None, None))(pair(INPUT), VALUES, BIAS))

@@ -224,3 +224,11 @@ def test_views_with_turned_signs_are_read_as_they_are() -> None:
     for backend in BACKEND_NAMES:
         with use_backend(backend):
             torch.testing.assert_close(layer(turned), expected)
+
+
+def test_ids_that_int32_does_not_hold() -> None:
+    side = 2**16  # 2**32 blocks of one entry; nothing of that size is made
+    sizes = ((1, side), torch.float32), ((1, 1, 1), torch.float32), ((1,), torch.int32)
+    operands = [torch.empty(size, dtype=dtype, device="meta") for size, dtype in sizes]
+    with pytest.raises(ValueError, match="must have at most 2147483647 blocks.* Got 65536 x 65536"):
+        linear(*operands, None, side)
