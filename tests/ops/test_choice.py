@@ -15,7 +15,7 @@ from helpers import make_layer, needs_kernels
 
 import hf_dynsparse
 from hf_dynsparse import BlockSparseLinear, configure_kernels, register_backend, topology_summary, use_backend
-from hf_dynsparse.ops import BACKENDS, Backend, Problem, backends, choice, choose_backend, reference, tuning
+from hf_dynsparse.ops import BACKENDS, Backend, Problem, backends, choice, choose_backend, native, reference, tuning
 from hf_dynsparse.ops.tuning import cache_file  # before a fixture replaces it
 
 
@@ -395,3 +395,20 @@ def test_a_product_of_a_few_tokens_takes_few_calls_of_the_package() -> None:
             sys.setprofile(None)
     assert calls[0] == "forward"
     assert len(calls) <= 8, calls
+
+
+@pytest.mark.skipif(not [*Path(native.__file__).parent.glob("_native_*.so")], reason="the C++ kernels are not built")
+def test_libraries_that_are_there_serve(monkeypatch):
+    assert native.why_not(torch.device("cpu"), torch.float32, (1, 1)) is None
+    monkeypatch.setattr(native, "INTERFACE_VERSION", 99)
+    with pytest.raises(native.LibraryUnavailable, match="_native_portable.so must have interface 99. Got 3. Build it"):
+        native.load_variant.__wrapped__("portable")
+
+
+def test_a_library_that_is_not_there_or_none_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    with pytest.raises(native.LibraryUnavailable, match="_native_portable.so is not built. Build it with a C"):
+        native.load_variant.__wrapped__("portable")
+    (tmp_path / "_native_portable.so").write_bytes(b"no library")
+    with pytest.raises(native.LibraryUnavailable, match="_native_portable.so does not load .* Build it with a C"):
+        native.load_variant.__wrapped__("portable")
