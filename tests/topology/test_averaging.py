@@ -100,3 +100,9 @@ def test_the_averaged_model_is_plain_and_can_be_saved(tmp_path: Any, begun_befor
     assert not info["mismatched_keys"]
     for name, layer in sparse_layers(loaded).items():
         assert torch.equal(layer.block_index, sparse_layers(model)[name].block_index)
+
+
+def test_weights_that_are_split_between_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_dynsparse.topology.averaging.DTensor", nn.Parameter)
+    with pytest.raises(ValueError, match=r"must be whole on every rank. Got `bert\.encoder.*, which is split"):
+        TopologyAverage(toy_model())

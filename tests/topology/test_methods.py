@@ -307,6 +307,8 @@ def test_allocate_globally_counts_entries() -> None:
     assert allocate_globally(layers, 64, scores) == {"a": 3, "b": 16}
     assert allocate_globally(layers, 67, scores) == {"a": 3, "b": 18}  # a block of 16 does not fit
     assert allocate_globally(layers, 3, scores) == {"a": 1, "b": 1}
+    high = {"a": torch.tensor([9.0, 8.0, 7.0, 6.0]), "b": torch.arange(18.0) / 18}
+    assert allocate_globally(layers, 18, high) == {"a": 1, "b": 2}  # the second of 16 does not fit, one of 1 does
     assert allocate_globally(layers, 99, scores) == {"a": 4 + 1, "b": 18 + 1}  # of 17 free ones, 32 + 2 entries free
 
 
