@@ -6,7 +6,7 @@ from helpers import generator, make_layer, place_
 
 from hf_dynsparse import prune_regrow_
 from hf_dynsparse.topology import block_ages, dof_coverage, ever_active, track_
-from hf_dynsparse.topology.exploration import is_tracked, record_active_
+from hf_dynsparse.topology.exploration import is_tracked, newborn_slots, record_active_
 from hf_dynsparse.topology.records import untrack_
 from hf_dynsparse.topology.update import LayerUpdate
 
@@ -73,3 +73,11 @@ def test_unfired_goes_everywhere_before_it_returns() -> None:
     assert dof_coverage([layer]) == 1.0
     prune_regrow_(layer, pruning_ratio=1.0, regrow_rule="unfired", update=4)
     layer.layout.validate()
+
+
+def test_newborn_are_those_of_the_last_update_only():
+    layer = make_layer((2, 3), 4, 4)
+    track_(layer)
+    assert not newborn_slots(layer).any()
+    layer.active_since.copy_(torch.tensor([0, 1, 2, 2]))
+    assert newborn_slots(layer).tolist() == [False, False, True, True]

@@ -520,3 +520,19 @@ def test_other_methods_lead_on_from_a_trained_model(method: str) -> None:
         updater.step(step)
     counts = NNZB if method == "mst" else {name: count_active_blocks(4 * n, 1 - 0.9) for name, n in NNZB.items()}
     assert sum(layer.nnzb for layer in model.layers.values()) == sum(counts.values())
+
+
+def test_numbers_of_the_papers() -> None:
+    """First ratio, first and last density, last step: of the sources named beside the presets."""
+    names = ("pruning_ratio", "initial_sparsity", "density_end", "topology_last_step")
+    found = {method: tuple(getattr(TopologySettings(method=method), name) for name in names) for method in METHODS}
+    golden = {
+        "dynsparse": (0.5, 0.0, 1.0, None),
+        "set": (0.3, 0.0, 1.0, None),
+        "rigl": (0.3, 0.0, 1.0, 0.75),
+        "gmp": (0.0, 0.0, 0.5, None),
+        "prune_ofa": (0.0, 0.0, 0.5, 0.8),
+        "granet": (0.5, 0.5, 0.7, None),
+        "ac_dc": (0.0, 0.0, 1.0, None),
+    }
+    assert golden.items() <= found.items()
