@@ -41,7 +41,6 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
-from hf_dynsparse.blocks.sizes import parse_block_size
 from hf_dynsparse.data import glue_metrics
 from hf_dynsparse.data.classification import (
     SentenceArguments,
@@ -152,15 +151,11 @@ def load_model(model_args: ModelArguments, args: RunArguments, labels: list[str]
             setattr(config, name, head.pop(name))
     return load_pretrained(
         AutoModelForSequenceClassification,
-        model_args.model_name_or_path,
-        sparsity=model_args.sparsity,
-        block_size=None if model_args.block_size is None else parse_block_size(model_args.block_size),
         all_blocks=args.finetune_mode == "gradual",
         config=config,
         ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-        trust_remote_code=model_args.trust_remote_code,
         **head,
-        **model_args.hub,
+        **model_args.start,
     )
 
 

@@ -47,7 +47,6 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from hf_dynsparse import DynSparseTrainer, topology_summary
-from hf_dynsparse.blocks.sizes import parse_block_size
 from hf_dynsparse.data.question_answering import SquadAnswers, longest_question
 from hf_dynsparse.data.questions import QuestionArguments, answerer, load_questions, make_windows, only_inputs
 from hf_dynsparse.data.squad import squad_metrics, squad_v2_metrics
@@ -177,13 +176,9 @@ def load_model(model_args: FinetunedModelArguments, args: RunArguments, config: 
     """The model of `config`: sparse as it was saved, or dense and made sparse."""
     return load_pretrained(
         AutoModelForQuestionAnswering,
-        model_args.model_name_or_path,
-        sparsity=model_args.sparsity,
-        block_size=None if model_args.block_size is None else parse_block_size(model_args.block_size),
         all_blocks=args.finetune_mode == "gradual",
         config=config,
-        trust_remote_code=model_args.trust_remote_code,
-        **model_args.hub,
+        **model_args.start,
     )
 
 

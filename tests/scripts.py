@@ -1,5 +1,6 @@
-"""Training scripts as a user runs them, in this process."""
+"""Training scripts as a user runs them, in this process, and the environment of those in another."""
 
+import os
 import runpy
 import shlex
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+import hf_dynsparse
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -31,3 +34,16 @@ def assert_same_weights(first: Path, second: Path) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+def clean_environment(folder: Path) -> dict[str, str]:
+    """Of processes that import this package from its source, see no GPU and no network, and write to `folder` only."""
+    source = str(Path(hf_dynsparse.__file__).parents[1])
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf"),
+        "HOME": str(folder / "hf"),  # where timings of kernels are kept
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }

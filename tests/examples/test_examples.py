@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 import runpy
 import shlex
@@ -17,11 +16,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from scripts import EXAMPLES, assert_same_weights, run_script
+from scripts import EXAMPLES, assert_same_weights, clean_environment, run_script
 from toy import without_post_processor
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
 
-import hf_dynsparse
 from hf_dynsparse import densify_, sparse_layers
 from hf_dynsparse.data import train_wordpiece_tokenizer
 from hf_dynsparse.models.pretraining import first_pattern
@@ -303,18 +301,6 @@ def test_what_a_checkpoint_becomes(finished: Path, dense_bert: Path, tmp_path: P
     if kind == "dense" and final:
         blocks = {config.hidden_size**2 // 16, config.hidden_size * config.intermediate_size // 16}
         assert {*config.nnzb.values()} == blocks
-
-
-def clean_environment(folder: Path) -> dict[str, str]:
-    source = str(Path(hf_dynsparse.__file__).parents[1])
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "hf"),
-        "HOME": str(folder / "hf"),  # where timings of kernels are kept
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 @pytest.mark.slow

@@ -16,8 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import worker
-
-import hf_dynsparse
+from scripts import clean_environment
 
 
 ACCELERATE_FILES = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -116,7 +115,7 @@ def _launched(
         launchers = [
             subprocess.Popen(
                 [sys.executable, "-m", *launch, worker.__file__, str(folder), str(plan)],
-                env=environment(folder),
+                env=clean_environment(folder),
                 stdout=output,
                 stderr=output,
             )
@@ -129,16 +128,3 @@ def _launched(
             launcher.terminate()
         for launcher in launchers:
             launcher.wait()
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """Of processes that import this package from its source, see no GPU and no network, and write to `folder` only."""
-    source = str(Path(hf_dynsparse.__file__).parents[1])
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "hf"),
-        "HOME": str(folder / "hf"),  # where timings of kernels are kept
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from launch import ACCELERATE_FILES, environment
+from launch import ACCELERATE_FILES
+from scripts import clean_environment
 
 
 # `accelerate launch` is imported once, which takes longer than all the rest.
@@ -43,7 +44,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     ]
     done = subprocess.run(
         [sys.executable, "-c", LAUNCH_ALL, json.dumps(launches)],
-        env=environment(folder),
+        env=clean_environment(folder),
         capture_output=True,
         text=True,
         timeout=240,

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .files import DataError, check_file, ending_of, read_file, reading
+from .files import SPLIT_FLAGS, DataError, check_file, check_needed, ending_of, read_file, reading, row_limits
 from .glue import GLUE_TASKS, glue_files, read_glue
 from .rows import check_not_blank, check_splits, check_text, label_names, label_reader
 
@@ -16,8 +16,6 @@ from .rows import check_not_blank, check_splits, check_text, label_names, label_
 logger = logging.getLogger(__name__)
 
 FILE_ENDINGS = ("csv", "tsv", "json", "jsonl", "parquet")
-# Which flag asks for a split.
-FLAGS = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
 
 
 @dataclass
@@ -85,10 +83,7 @@ class SentenceArguments:
             check_file(file, f"--{split}_file", FILE_ENDINGS)
         if len({ending_of(file) for file in self.files.values()}) > 1:
             raise ValueError(f"The files must have one format. Got {', '.join(self.files.values())}.")
-        for split in needed:
-            if self.files and split not in self.files:
-                flag = FLAGS[split]
-                raise ValueError(f"`{flag}` needs a `--{split}_file`. Got none. Give it, or `{flag} false`.")
+        check_needed(self.files, needed)
         if self.max_seq_length < 8:
             raise ValueError(f"`--max_seq_length` must be at least 8. Got {self.max_seq_length}.")
 
@@ -131,7 +126,7 @@ def find_columns(raw: DatasetDict, args: SentenceArguments, needed: Collection[s
     Raises:
         ValueError: for a split, a column or a text that is missing, naming it.
     """
-    check_splits(raw, {split: FLAGS[split] for split in needed}, args.source())
+    check_splits(raw, {split: SPLIT_FLAGS[split] for split in needed}, args.source())
     labelled = {split: rows for split, rows in raw.items() if is_labelled(split)}
     for split, rows in labelled.items():
         if "label" not in rows.column_names:
@@ -206,11 +201,7 @@ def tokenize_sentences(
     length = min(args.max_seq_length, tokenizer.model_max_length)
     if length < args.max_seq_length:
         logger.warning("`--max_seq_length` %d is more than the tokenizer is for: %d.", args.max_seq_length, length)
-    limits = {
-        "train": args.max_train_samples,
-        "validation": args.max_eval_samples,
-        "test": args.max_predict_samples,
-    }
+    limits = row_limits(args)
     padding = "max_length" if args.pad_to_max_length else False
     prepared = {}
     for split, rows in raw.items():

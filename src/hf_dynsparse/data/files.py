@@ -25,6 +25,9 @@ BAD_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 # What readers of the formats raise for their content.
 UNREADABLE = (*BAD_GZIP, DatasetsError, ValueError, TypeError, NotImplementedError, RecursionError, csv.Error)
 
+# Which flag asks for a split.
+SPLIT_FLAGS = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
+
 
 class DataError(ValueError):
     """What is wrong with a user's data: rule, what was received, the fix."""
@@ -58,6 +61,29 @@ def check_file(path: str, flag: str, endings: Collection[str] = tuple(FILE_FORMA
     with reading(path), open_bytes(path) as file:
         if not any(block.strip() for block in iter(lambda: file.read(HEAD), b"")):
             raise DataError(f"`{flag}` must hold something. Got {path}, which is empty. Give another file.")
+
+
+def check_needed(files: Collection[str], needed: Collection[str]) -> None:
+    """
+    Refuse `files`, by the names of their splits, that lack one of the `needed` splits; where there are no files, the
+    data come from elsewhere.
+
+    Raises:
+        ValueError: naming the flag that is missing, and the one that asks for the split.
+    """
+    for split in needed:
+        if files and split not in files:
+            flag = SPLIT_FLAGS[split]
+            raise ValueError(f"`{flag}` needs a `--{split}_file`. Got none. Give it, or `{flag} false`.")
+
+
+def row_limits(args: Any) -> dict[str, int | None]:
+    """How many rows of each split are used at most, by the flags of `args`."""
+    return {
+        "train": args.max_train_samples,
+        "validation": args.max_eval_samples,
+        "test": args.max_predict_samples,
+    }
 
 
 def read_file(

@@ -7,8 +7,7 @@ import numpy as np
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .classification import FLAGS
-from .files import DataError, check_file, ending_of, read_file, reading
+from .files import DataError, check_file, check_needed, ending_of, read_file, reading, row_limits
 from .question_answering import SquadAnswers, squad_answers, squad_evaluation_features, squad_training_features
 from .squad import check_squad_rows, read_squad_file
 
@@ -83,10 +82,7 @@ class QuestionArguments:
             check_file(file, f"--{split}_file", FILE_ENDINGS)
         if not needed:
             raise ValueError("There must be something to do: `--do_train`, `--do_eval` or `--do_predict`. Got none.")
-        for split in needed:
-            if self.files and split not in self.files:
-                flag = FLAGS[split]
-                raise ValueError(f"`{flag}` needs a `--{split}_file`. Got none. Give it, or `{flag} false`.")
+        check_needed(self.files, needed)
         for name in ("n_best_size", "max_answer_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` must be positive. Got {getattr(self, name)}.")
@@ -101,11 +97,7 @@ def load_questions(
     Raises:
         ValueError: if a file cannot be read, or a row is not as it must be, naming it.
     """
-    limits = {
-        "train": args.max_train_samples,
-        "validation": args.max_eval_samples,
-        "test": args.max_predict_samples,
-    }
+    limits = row_limits(args)
     found = None
     if args.dataset_name:
         with reading(args.dataset_name):

@@ -10,9 +10,6 @@ from .auto import every_block
 from .bert.configuration_dynsparse_bert import PRESETS
 
 
-SAME = ("sparsity", "block_size", "distribution", "hidden_size", "num_hidden_layers", "intermediate_size")
-
-
 def preset_config(
     preset: str,
     *,

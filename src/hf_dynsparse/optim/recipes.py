@@ -1,14 +1,6 @@
 """Recipes of fine-tuning: learning rate and epochs by what the topology does meanwhile."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-
-if TYPE_CHECKING:  # the trainer imports the model card, which imports this
-    pass
-
-if TYPE_CHECKING:  # the trainer imports the model card, which imports this
-    pass
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from ..blocks.sizes import parse_block_size
 from .arguments import DynSparseTrainingArguments
 from .finetuning import FinetuningArguments
 from .plugins import PLUGIN_HELP, PluginParser
@@ -58,6 +59,17 @@ class FinetunedModelArguments(HubArguments):
     )
     config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer, if not the model's own."})
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """Arguments of [`~hf_dynsparse.models.auto.load_pretrained`]: the checkpoint, and how sparse it is made."""
+        return {
+            "name_or_path": self.model_name_or_path,
+            "sparsity": self.sparsity,
+            "block_size": None if self.block_size is None else parse_block_size(self.block_size),
+            "trust_remote_code": self.trust_remote_code,
+            **self.hub,
+        }
 
 
 @dataclass

@@ -16,7 +16,7 @@ from ..._transformers import ExportableState
 from ...models.density import configured, distribution_of, sizes_of, tell_config_
 from ...nn.linear import trainable_layers
 from ...optim.lasso import group_lasso_
-from ...reports.layers import topology_summary
+from ...reports.layers import model_facts
 from ...topology import METHODS, TopologySettings, TopologyUpdater, ever_active, track_, untrack_
 from ...topology.exploration import is_tracked
 from ...topology.settings import OLD_NAMES, as_settings
@@ -147,7 +147,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self.note_sizes(model)
         cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
         self._updater.prepare(state.global_step + 1)
-        self.metrics["sparsity"] = topology_summary(model).sparsity
+        self.metrics["sparsity"] = model_facts(model).sparsity
         self.metrics["coverage"] = self._updater.coverage()
         by_default = " (by default: at most 80, and 100 steps for new blocks to grow)"
         logger.info(
@@ -209,7 +209,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
         if not self.resizes or self._sizes == sizes_of(model):
             return
         self._sizes = sizes_of(model)
-        self.metrics["sparsity"] = topology_summary(model).sparsity
+        self.metrics["sparsity"] = model_facts(model).sparsity
         tell_config_(model, self._final or configured(model))
         if self.on_resize is not None:
             self.on_resize()
