@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ from unittest.mock import patch
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from transformers import BertTokenizer, Trainer, set_seed
+from transformers import BertTokenizer, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dynsparse import (
@@ -62,6 +63,7 @@ def train(
     backend_of_rank: Sequence[str] = (),
     full_disk_at: int | None = None,
     nan_loss_at: int | None = None,
+    wait_for: str | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """
@@ -78,6 +80,7 @@ def train(
         backend_of_rank: what each rank finds fastest when it times the backends.
         full_disk_at: the step at whose save the first rank cannot write.
         nan_loss_at: the step in which the second rank has a loss of NaN.
+        wait_for: a file in `folder` without which the run does not leave its last step but one.
     """
     torch.set_num_threads(1)
     output_dir = os.path.join(folder, name)
@@ -119,6 +122,8 @@ def train(
     )
     if full_disk_at is not None and rank == 0:
         fail_at(trainer, "_save_optimizer_and_scheduler", full_disk_at, OSError(errno.ENOSPC, "No space left"))
+    if wait_for is not None:
+        trainer.add_callback(WaitForFile(Path(folder, wait_for)))
     if nan_loss_at is not None and rank == 1:
         fail_at(trainer, "compute_loss", nan_loss_at - 1, math.nan)
     if isinstance(resume, str):
@@ -199,6 +204,20 @@ class CountingCollator(DataCollatorForWholeWordMasking):
         batch = super().__call__(examples)
         self.masked.append(int((batch["labels"] != -100).sum()))
         return batch
+
+
+class WaitForFile(TrainerCallback):
+    """Keeps a run from ending before another process has said, by a file, what became of it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        deadline = time.monotonic() + 240
+        while state.global_step == state.max_steps - 1 and not self.file.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.file} did not come.")
+            time.sleep(0.001)
 
 
 def toy_rows(count: int) -> list[dict[str, list[int]]]:
