@@ -31,7 +31,7 @@ TOY = (
     "--preset tiny --config_overrides hidden_size=32,intermediate_size=64 --block_size 8 --sparsity 0.5"
     " --vocab_size 300 --max_seq_length 32 --max_steps 4 --num_topology_updates 2 --per_device_train_batch_size 4"
     " --num_threads 1 --logging_steps 1 --save_steps 2 --eval_strategy no --max_eval_samples 16 --disable_tqdm true"
-    " --report_to none --kernel_tuning off"
+    " --report_to none --kernel_tuning off --recipe paper"
 )
 
 
