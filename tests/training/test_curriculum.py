@@ -1,4 +1,4 @@
-"""Schedules of sequence length and masking rate: by hand, against the collator, in a run; and the recipes' defaults."""
+"""Schedules of sequence length and masking rate: by hand, against the collator, in a run; and recipes."""
 
 import pytest
 import torch

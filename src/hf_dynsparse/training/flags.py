@@ -179,6 +179,7 @@ class FlagParser(PluginParser):
         for kind in self.dataclass_types:
             own = [name for cls in kind.__mro__ for name in vars(cls).get("__annotations__", {}) if cls not in _BASES]
             yield (kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip("."), own
+        yield "flags of transformers.TrainingArguments that have another default here", [*self._defaults]
 
 
 _BASES = (TrainingArguments, *TrainingArguments.__mro__[1:])

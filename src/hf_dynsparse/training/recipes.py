@@ -1,8 +1,8 @@
 """
 Recipes of pre-training: the defaults of the script `run_mlm_dynsparse.py`. What is given goes before them.
 
-`paper` (arXiv:2108.06277, section 3) is written in the arguments themselves. `small` is for budgets of a few million tokens, of
-which the paper's would spend all on the frequencies of words.
+`paper` (arXiv:2108.06277, section 3) is written in the arguments themselves. `small` is for budgets of a few million
+tokens, all of which the paper's would spend on the frequencies of words.
 """
 
 from collections.abc import Callable, Mapping
