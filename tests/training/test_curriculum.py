@@ -6,6 +6,7 @@ import torch
 from hf_dynsparse import DynSparseTrainer, flops_per_sequence
 from hf_dynsparse.data.pretraining import TextArguments
 from hf_dynsparse.training.curriculum import Curriculum, parse_lengths, parse_rates, shorten, thin
+from hf_dynsparse.training.finetuning import FinetuningArguments
 from hf_dynsparse.training.recipes import RECIPES, recipe_defaults, scaled_lengths, set_first_weights_
 from hf_dynsparse.training.summary import summarize_run
 from tests.toy import MASK, toy_arguments, toy_collator, toy_config, toy_examples, toy_model, toy_trainer
@@ -93,6 +94,12 @@ def test_a_collator_without_draws_is_refused(tmp_path):
     args = toy_arguments(tmp_path, mlm_probability_schedule="0.3:0.1")
     with pytest.raises(ValueError, match="needs the draws of a `DataCollatorForWholeWordMasking`. Got a function"):
         DynSparseTrainer(toy_model(), args, data_collator=lambda rows: {}, train_dataset=toy_examples(4))
+
+
+@pytest.mark.parametrize("schedule", [{"seq_length_schedule": "8:0.5,16"}, {"mlm_probability_schedule": "0.3"}])
+def test_schedules_are_not_for_finetuning(tmp_path, schedule):
+    with pytest.raises(ValueError, match=f"`{next(iter(schedule))}` is for pre-training .* Leave it out"):
+        FinetuningArguments(output_dir=str(tmp_path), **schedule)
 
 
 def test_text_that_is_not_packed_is_refused():

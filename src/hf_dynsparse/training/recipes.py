@@ -60,15 +60,16 @@ def paper_learning_rate(config: PretrainedConfig, preset: str) -> float:
 
 def small_arguments(given: Mapping[str, Any], seq_length: int) -> dict[str, Any]:
     """[`SMALL`], without what would contradict something that is given."""
-    arguments: dict[str, Any] = dict(SMALL)
-    arguments["seq_length_schedule"] = scaled_lengths(arguments["seq_length_schedule"], seq_length)
+    left_out = set[str]()
     if any(given.get(name) for name in UNCUT):
-        del arguments["seq_length_schedule"]
+        left_out.add("seq_length_schedule")
     if "mlm_probability" in given:
-        del arguments["mlm_probability_schedule"]
+        left_out.add("mlm_probability_schedule")
     if given.get("learning_rate_rewinding") or any(name in given for name in SCHEDULE):
-        for name in SCHEDULE:
-            del arguments[name]
+        left_out.update(SCHEDULE)
+    arguments: dict[str, Any] = {name: value for name, value in SMALL.items() if name not in left_out}
+    if "seq_length_schedule" in arguments:
+        arguments["seq_length_schedule"] = scaled_lengths(arguments["seq_length_schedule"], seq_length)
     return arguments
 
 
