@@ -62,6 +62,7 @@ from hf_dynsparse.reports.pictures.ticket import plot_ticket
 from hf_dynsparse.training import scripts
 from hf_dynsparse.training.callbacks.slimming import TICKET_FILE
 from hf_dynsparse.training.finetuning import prepare_finetuning_
+from hf_dynsparse.training.recipes import LEARNING_RATES
 
 
 logger = logging.getLogger("run_earlybert")
@@ -170,6 +171,7 @@ class MlmArguments(TicketArguments, mlm.RunArguments):
     """The same for masked language modelling."""
 
     output_dir: str = HfArg(default="earlybert-mlm", help="Where everything of the run is written.")
+    recipe: str = HfArg(default="paper", help="Tickets are searched by the paper's.", metadata={"choices": ["paper"]})
 
 
 @dataclass
@@ -442,7 +444,7 @@ def prepare_mlm(model_args: Any, data_args: Any, args: Any) -> Job:
         mlm.fit_vocabulary_(config, tokenizer, model_args, data_args)
         sequences = make_sequences(raw, tokenizer, data_args, args.seed)
     if args.learning_rate is None:
-        args.learning_rate = mlm.LEARNING_RATES[model_args.preset]
+        args.learning_rate = LEARNING_RATES[model_args.preset]
     teacher = mlm.find_teacher(model_args, data_args, args)
 
     def load() -> Any:

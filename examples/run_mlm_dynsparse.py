@@ -43,7 +43,6 @@ from hf_dynsparse import (
     DynSparseTrainingArguments,
     TopologyHistory,
     sparse_layers,
-    sparse_learning_rate,
     topology_summary,
 )
 from hf_dynsparse.blocks.distributions import DISTRIBUTIONS
@@ -55,18 +54,16 @@ from hf_dynsparse.data.pretraining import TextArguments, load_text, make_sequenc
 from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions, check_tokenizer, vocabulary_size
 from hf_dynsparse.models.auto import load_teacher
 from hf_dynsparse.models.pretraining import continued_config, first_pattern, preset_config
-from hf_dynsparse.reports.estimate import DENSE_LEARNING_RATES
 from hf_dynsparse.reports.facts import describe_data, describe_start
 from hf_dynsparse.training import scripts
+from hf_dynsparse.training.curriculum import Curriculum
 from hf_dynsparse.training.finetuning import set_final_sparsity_
 from hf_dynsparse.training.flags import HubArguments, ScriptArguments
+from hf_dynsparse.training.recipes import RECIPES, set_first_weights_
 from hf_dynsparse.training.summary import format_summary, summarize_run
 
 
 logger = logging.getLogger("run_mlm_dynsparse")
-
-# Tiny and large are not in the paper.
-LEARNING_RATES = {"tiny": 1e-3, **DENSE_LEARNING_RATES, "large": 1e-4}
 
 
 @dataclass
@@ -103,6 +100,10 @@ class ModelArguments(HubArguments):
     config_overrides: str | None = HfArg(
         default=None, help="Changes to the preset, e.g. num_hidden_layers=6,hidden_dropout_prob=0.1."
     )
+    initializer_range: float | None = HfArg(
+        default=None,
+        help="Standard deviation of first weights. Default: by --recipe: 1 / sqrt(width) (small), 0.02 (paper).",
+    )
     tokenizer_name: str | None = HfArg(
         default=None,
         help="Tokenizer folder or Hub name. Default: a WordPiece vocabulary is trained, on words of at "
@@ -120,9 +121,17 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     How it is trained: all arguments of the transformers Trainer, with defaults for a first run on a small machine.
     """
 
+    recipe: str = HfArg(
+        default="paper",
+        help="What decides all that is not given: measurements with a few million tokens (small), or arXiv:2108.06277 "
+        "(paper). Default: small; paper with --model_name_or_path.",
+        metadata={"choices": list(RECIPES)},
+    )
     output_dir: str = HfArg(default="dynsparse-mlm", help="Where everything of the run is written.")
     learning_rate: float | None = HfArg(
-        default=None, help="Peak rate, used as given. Default: the preset's dense optimum, times 6.40 at sparsity 0.9."
+        default=None,
+        help="Peak rate, used as given. Default: by --recipe: 0.002 at width 256, falling with its root (small), the "
+        "preset's dense optimum, times 6.40 at sparsity 0.9 (paper).",
     )
     max_steps: int | None = HfArg(
         default=None, help="Optimiser steps. Default: 500, or what --num_train_epochs makes; goes before these."
@@ -143,7 +152,7 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
 def main() -> None:
     """Parse, check, prepare, train, evaluate, report."""
     with scripts.one_line_errors():
-        model_args, data_args, args = scripts.parse_arguments(*ARGUMENTS, description=__doc__)
+        model_args, data_args, args = scripts.parse_arguments(*ARGUMENTS, description=__doc__, recipes=True)
         check(model_args, data_args, args)
         scripts.check_topology(args)
         checkpoint = scripts.find_checkpoint(args, model_args.token)
@@ -165,8 +174,8 @@ def main() -> None:
             add_untrained_rest_(model, config.initializer_range, args.seed)
         logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
         if args.learning_rate is None:
-            args.learning_rate = sparse_learning_rate(LEARNING_RATES[model_args.preset], model.config.sparsity)
-            logger.info("learning rate %.3g, by the rule for sparsity %g", args.learning_rate, model.config.sparsity)
+            args.learning_rate = RECIPES[args.recipe].learning_rate(model.config, model_args.preset)
+            logger.info("learning rate %.3g, by the recipe %s", args.learning_rate, args.recipe)
         if checkpoint is not None:
             scripts.check_model_to_resume(model, checkpoint)
         trainer = DynSparseTrainer(
@@ -205,7 +214,23 @@ def check(model_args: ModelArguments, data_args: TextArguments, args: RunArgumen
         raise ValueError(f"`--vocab_size` must leave room for letters: at least 64. Got {model_args.vocab_size}.")
     if model_args.untrained_rest and not model_args.static:
         raise ValueError("--untrained_rest fills a pattern that stays: give --static too.")
+    check_first_weights(model_args)
     data_args.check(args.max_steps)
+    Curriculum.of(args).check_text(data_args)
+
+
+def check_first_weights(model_args: ModelArguments) -> None:
+    """Refuse an `--initializer_range` that cannot be, or that nothing would use."""
+    std = model_args.initializer_range
+    if std is None:
+        return
+    if not 0 < std < 1:
+        raise ValueError(f"`--initializer_range` must lie in (0, 1). Got {std}. BERT has 0.02.")
+    if model_args.model_name_or_path or "initializer_range" in (model_args.config_overrides or ""):
+        raise ValueError(
+            "`--initializer_range` is for fresh weights, and given once. Got it with --model_name_or_path or in "
+            "--config_overrides too. Leave it out there or here."
+        )
 
 
 def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str | None) -> DynSparseBertConfig:
@@ -216,6 +241,8 @@ def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str
     how = {"sparsity": sparsity, "block_size": block_size, "distribution": model_args.distribution}
     if not source:
         config = preset_config(model_args.preset, overrides=model_args.config_overrides, **how)
+        set_first_weights_(config, args.recipe, model_args.config_overrides)
+        config.initializer_range = model_args.initializer_range or config.initializer_range
         if args.final_sparsity is not None and not config.nnzb_per_layer():
             raise ValueError(
                 f"`--final_sparsity` leads on from the blocks of a model. Got {args.final_sparsity} for a dense one. "
@@ -236,6 +263,7 @@ def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str
             f"`--config_name` must name a configuration of dynsparse_bert. Got {source}, of {config.model_type}. "
             "Give its sizes as --preset and --config_overrides, or its weights as --model_name_or_path."
         )
+    config.initializer_range = model_args.initializer_range or config.initializer_range
     return config
 
 

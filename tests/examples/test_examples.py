@@ -31,7 +31,7 @@ TOY = (
     "--preset tiny --config_overrides hidden_size=32,intermediate_size=64 --block_size 8 --sparsity 0.5"
     " --vocab_size 300 --max_seq_length 32 --max_steps 4 --num_topology_updates 2 --per_device_train_batch_size 4"
     " --num_threads 1 --logging_steps 1 --save_steps 2 --eval_strategy no --max_eval_samples 16 --disable_tqdm true"
-    " --report_to none --kernel_tuning off"
+    " --report_to none --kernel_tuning off --recipe paper"
 )
 
 
@@ -184,6 +184,11 @@ CASES = {
         " --tokenizer_name {text}/odd"
         " --config_overrides hidden_size=32,intermediate_size=64,max_position_embeddings=32",
         {},
+    ),
+    "the recipe for small budgets, streaming": (
+        "train.txt",
+        "--recipe small --streaming --validation_file {text}/valid.txt",
+        {"learning_rate": 2e-3 * (256 / 32) ** 0.5},
     ),
     "dense, by epochs": (
         "train.parquet",
@@ -379,6 +384,12 @@ BAD = {
     "no token to mask with": ("--tokenizer_name {text}/maskless", ("mask_token", "{text}/maskless")),
     "no token to begin with": ("--tokenizer_name {text}/clsless", ("cls_token", "{text}/clsless")),
     "the configuration of a stock BERT": ("--config_name {text}/stock", ("--config_name", "dynsparse_bert", "bert")),
+    "sequences that are cut, and padded": ("--seq_length_schedule 16:0.5,32 --line_by_line", ("Got --line_by_line",)),
+    "sequences of another length": ("--seq_length_schedule 64:0.5,128", ("--max_seq_length", "128 and 32")),
+    "first weights twice": (
+        "--initializer_range 0.1 --config_overrides initializer_range=0.2",
+        ("--initializer_range", "--config_overrides"),
+    ),
     "types of tokens": (
         "--nsp --config_overrides hidden_size=32,intermediate_size=64,type_vocab_size=1",
         ("type_vocab_size", "1"),

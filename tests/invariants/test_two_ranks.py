@@ -37,6 +37,10 @@ MODELS = {
     },
     # Six steps an epoch, the last with 19 rows.
     "uneven": {"regrow_rule": "gradient", "dtype": "float64", "rows": 5 * 32 + 19},
+    "easy first": {
+        **{"packed": True, "dtype": "float64", "regrow_rule": "gradient"},
+        **{"seq_length_schedule": "8:0.5,32", "mlm_probability_schedule": "0.3:0.15"},
+    },
 }
 ACCUMULATED = {"batch": 4, "gradient_accumulation_steps": 4}
 SAVED = {"save_strategy": "steps", "save_steps": 10}
@@ -46,6 +50,7 @@ DDP = {
     "ddp, gradient": ("gradient", {}),
     "ddp in double": ("double", {}),
     "ddp, accumulated": ("double", ACCUMULATED),
+    "ddp, easy first": ("easy first", ACCUMULATED),
     "ddp, 16 rows and 3": ("uneven", {"accelerator_config": {"even_batches": False}}),
 }
 # ... and on two nodes of one rank each, by FSDP2 all but the first.

@@ -51,6 +51,7 @@ def train(
     steps: int = 20,
     batch: int = 16,
     rows: int = 13 * 32,
+    packed: bool = False,
     sparsity: float = 0.75,
     dropout: float = 0.0,
     dtype: str = "float32",
@@ -71,6 +72,7 @@ def train(
 
     Args:
         rows: of the data set; with whole batches only no rank has to repeat rows.
+        packed: whether all rows have 32 tokens.
         sharded: by FSDP2 instead of DDP.
         resume: go on from the last checkpoint, if there is one; or from this one in `folder`.
         die: a moment of `MOMENTS` at which the process kills itself.
@@ -116,7 +118,7 @@ def train(
         toy_model(dropout, sparsity, topology_seed=topology_of_rank * rank).to(getattr(torch, dtype)),
         args,
         data_collator=CountingCollator(tokenizer, seed=args.seed),
-        train_dataset=toy_rows(rows),
+        train_dataset=toy_rows(rows, (30,) if packed else (4, 9, 17, 30)),
         eval_dataset=toy_rows(24),
         callbacks=callbacks,
     )
@@ -220,12 +222,11 @@ class WaitForFile(TrainerCallback):
             time.sleep(0.001)
 
 
-def toy_rows(count: int) -> list[dict[str, list[int]]]:
+def toy_rows(count: int, lengths: Sequence[int] = (4, 9, 17, 30)) -> list[dict[str, list[int]]]:
     """Rows of very different lengths, so that two halves of a batch hold different numbers of masked tokens."""
     draw = random.Random(1)
     return [
-        {"input_ids": [2, *(draw.randrange(5, 245) for _ in range(draw.choice((4, 9, 17, 30)))), 3]}
-        for _ in range(count)
+        {"input_ids": [2, *(draw.randrange(5, 245) for _ in range(draw.choice(lengths))), 3]} for _ in range(count)
     ]
 
 

@@ -79,6 +79,7 @@ def test_passes_have_their_own_masks_and_resume_is_exact(
 ) -> None:
     # Stopped in the middle of the second pass; a third one follows, for which persistent workers are started anew.
     settings = {"dataloader_num_workers": workers, "dataloader_persistent_workers": persistent}
+    settings |= {"mlm_probability_schedule": "0.4:0.2"} if persistent else {}  # workers get another collator then
     straight = watched(tmp_path / "straight", kind(toy_examples(8)), save_strategy="steps", save_steps=3, **settings)
     straight.train()
     first, second = ({k: v for step in straight.masks[start : start + 2] for k, v in step.items()} for start in (0, 2))

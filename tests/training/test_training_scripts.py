@@ -71,6 +71,31 @@ def test_flags_come_from_the_command_line_or_from_a_file(
     assert found == [(0.5, True, 4, "a")] * 2
 
 
+def test_a_recipe_is_what_is_not_given(
+    arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"output_dir": "a", "max_seq_length": 64, "per_device_train_batch_size": 4, "use_cpu": True}
+    kinds = arguments("run_mlm_dynsparse")
+    (tmp_path / "run.json").write_text(json.dumps(given))
+    for argv in ([f"--{name}={value}" for name, value in given.items()], [str(tmp_path / "run.json")]):
+        monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+        _, data_args, args = scripts.parse_arguments(*kinds, recipes=True)
+        assert (args.recipe, args.adam_beta2, args.per_device_train_batch_size) == ("small", 0.98, 4)
+        assert (args.lr_scheduler_type, args.lr_scheduler_kwargs) == ("warmup_stable_decay", {"decay_type": "linear"})
+        assert (args.seq_length_schedule, data_args.whole_word_mask) == ("32:0.5,64", False)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--recipe", "paper", "--output_dir", "a", "--use_cpu"])
+    assert dataclasses.asdict(scripts.parse_arguments(*kinds, recipes=True)[2]) == dataclasses.asdict(
+        kinds[2](output_dir="a", use_cpu=True)
+    )
+    for name, batch in (("paper", 32), ("small", 8)):
+        monkeypatch.setattr(sys, "argv", ["script.py", "--recipe", name, "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            scripts.parse_arguments(*kinds, recipes=True)
+        shown = capsys.readouterr().out
+        assert re.search(rf"Sequences per process and\s+micro-batch. \(default: {batch}\)", shown)
+    assert re.search(r"\n  --adam_beta2 X .*\n.*\(default: 0\.98\)", shown)
+
+
 @pytest.mark.parametrize("error", [ValueError("first\n\n  `a` must be b.  "), OSError("`a` must be b.")])
 def test_an_error_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["folder/script.py"])

@@ -1,5 +1,6 @@
 """Whole-word masking that depends on nothing but the seed, the epoch and the example itself."""
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 CONTINUES, BEGINS = ("##",), ("\u2581", "\u0120")
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiples of it are distinct modulo 2^64
 IGNORED = -100
+DRAWS = "mask_draws"  # the column of each token's draw, if a collator hands it over
 # Features as long as `input_ids`, with what they are padded with.
 PADDING = {"token_type_ids": 0, "attention_mask": 0, "special_tokens_mask": 1}
 
@@ -68,6 +70,7 @@ class DataCollatorForWholeWordMasking:
         self.whole_word_mask = whole_word_mask
         self.seed = seed
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.hands_over_draws = False
         # In shared memory: worker processes that persist over epochs see it change.
         self._epoch = torch.tensor(0).share_memory_()
         vocabulary = tokenizer.get_vocab()
@@ -95,6 +98,23 @@ class DataCollatorForWholeWordMasking:
                 Number of the epoch, from 0.
         """
         self._epoch.fill_(epoch)
+
+    def with_draws(self, mlm_probability: float) -> "DataCollatorForWholeWordMasking":
+        """
+        One of the same epoch, now and later, that masks at another rate and hands over each token's draw: words are
+        selected whose draw is under the rate. All else does not depend on the rate, so masks of a lower one follow.
+
+        Args:
+            mlm_probability (`float`):
+                Expected share of words that are selected.
+
+        Returns:
+            `DataCollatorForWholeWordMasking`: Its batches have a column `mask_draws`, float64 of shape
+            `(batch_size, sequence_length)`: in [0, 1), equal within a word, and 2 for special tokens.
+        """
+        other = copy.copy(self)
+        other.mlm_probability, other.hands_over_draws = mlm_probability, True
+        return other
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A worker process gets the memory itself; a copy gets memory of its own, which its workers are to see.
@@ -136,10 +156,12 @@ class DataCollatorForWholeWordMasking:
         special = self.is_special[ids] | (batch["attention_mask"] == 0)
         if "special_tokens_mask" in batch:
             special |= batch.pop("special_tokens_mask") != 0
-        batch["input_ids"], batch["labels"] = self.mask(ids, special)
+        batch["input_ids"], batch["labels"], draws = self.mask(ids, special)
+        if self.hands_over_draws:
+            batch[DRAWS] = draws
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def mask(self, ids: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def mask(self, ids: np.ndarray, special: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
         Select words and replace their tokens.
 
@@ -150,7 +172,8 @@ class DataCollatorForWholeWordMasking:
                 Special tokens and padding: never selected, and the end of a word.
 
         Returns:
-            `tuple[np.ndarray, np.ndarray]`: Masked ids and labels, of the shape and type of `ids`.
+            `tuple[np.ndarray, np.ndarray, np.ndarray]`: Masked ids and labels, of the shape and type of `ids`, and the
+            draws by which words were selected, float64 of that shape.
         """
         present = ids != self.tokenizer.pad_token_id
         # Counting real tokens only makes the draw independent of how far, and on which side, a batch is padded.
@@ -172,7 +195,7 @@ class DataCollatorForWholeWordMasking:
         other = scramble(scramble(~key) + GOLDEN * position) % np.uint64(len(self.regular_ids))
         masked = np.where(selected & (fate < 0.8), self.tokenizer.mask_token_id, ids)
         masked = np.where(selected & (fate >= 0.8) & (fate < 0.9), self.regular_ids[other], masked)
-        return masked, np.where(selected, ids, IGNORED)
+        return masked, np.where(selected, ids, IGNORED), draw
 
 
 def continuing(vocabulary: Mapping[str, int], size: int) -> np.ndarray:

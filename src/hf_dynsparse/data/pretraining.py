@@ -39,7 +39,10 @@ class TextArguments:
     max_seq_length: int = field(default=128, metadata={"help": "Tokens per sequence."})
     line_by_line: bool = field(default=False, metadata={"help": "One sequence a line instead of packed text."})
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad every sequence to --max_seq_length."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of words to predict."})
+    mlm_probability: float = field(
+        default=0.15,
+        metadata={"help": "Share of words to predict; in training --mlm_probability_schedule goes before it."},
+    )
     whole_word_mask: bool = field(default=True, metadata={"help": "Mask whole words rather than single WordPieces."})
     nsp: bool = field(default=False, metadata={"help": "Next sentence prediction beside masked language modelling."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training sequences."})

@@ -7,6 +7,7 @@ from transformers import SchedulerType, TrainingArguments
 from .._transformers import OptimizerNames
 from ..ops.choice import TUNING_MODES
 from ..topology import TopologyOptions
+from .curriculum import Curriculum
 from .distillation import DISTILLATION_POSITIONS, check_distillation
 from .rewinding import check_rewinding, rewinding
 
@@ -58,6 +59,21 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
     new_block_warmup: int = field(
         default=0,
         metadata={"help": "With --block_age_adam: steps over which the learning rate of a new block rises."},
+    )
+
+    seq_length_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "Shorter sequences first: lengths and the shares of the run until which they hold, such as "
+            "32:0.5,128. Packed text is cut; tokens a batch stay the same."
+        },
+    )
+    mlm_probability_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "Share of words to predict in training, along a line from the start to the end of the run, such "
+            "as 0.3:0.15; or one rate. Evaluation keeps to that of its collator."
+        },
     )
 
     teacher: str | None = field(
@@ -123,6 +139,7 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See `torch` DDP."})
 
     def __post_init__(self) -> None:
+        Curriculum.of(self)  # refuses schedules that cannot be
         self.topology_settings()  # refuses what is out of range, or excludes each other
         if self.num_topology_updates is not None and self.num_topology_updates < 0:
             raise ValueError(f"`num_topology_updates` must not be negative. Got {self.num_topology_updates}.")

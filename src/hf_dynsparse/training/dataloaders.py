@@ -10,16 +10,32 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from .callbacks.epoch import EpochAware
+from .curriculum import Curriculum
 
 
 class DataTrainer(Trainer):
-    """[`~transformers.Trainer`] whose batches are the same in a resumed run and in each evaluation."""
+    """
+    [`~transformers.Trainer`] whose batches are the same in a resumed run and in each evaluation, and follow schedules
+    of their length and masks.
+    """
 
     data_collator: Any
+    state: Any
+    curriculum: Curriculum
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in transformers."""
-        return self._with_own_generator(super().get_train_dataloader())
+        """As in transformers; the masks are those of the highest rate of the run."""
+        with self._collating(self.curriculum.collator(self.data_collator)):
+            return self._with_own_generator(super().get_train_dataloader())
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """As in transformers; each batch as the schedules want it in this step, before its labels are counted."""
+        if self.curriculum != Curriculum():
+            progress = self.state.global_step / self.state.max_steps
+            epoch_iterator = (self.curriculum(batch, progress) for batch in epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in transformers; the masks are those of epoch 0."""
@@ -34,14 +50,21 @@ class DataTrainer(Trainer):
     @contextmanager
     def _evaluation_masks(self) -> Iterator[None]:
         """Evaluation must not see other masks as the epochs go by: inside, a copy of the collator stays at epoch 0."""
-        training_collator = self.data_collator
-        if isinstance(training_collator, EpochAware):
-            self.data_collator = copy.deepcopy(training_collator)
-            self.data_collator.set_epoch(0)
+        collator = self.data_collator
+        if isinstance(collator, EpochAware):
+            collator = copy.deepcopy(collator)
+            collator.set_epoch(0)
+        with self._collating(collator):
+            yield
+
+    @contextmanager
+    def _collating(self, collator: Any) -> Iterator[None]:
+        """Inside, `collator` makes the batches of new data loaders."""
+        own, self.data_collator = self.data_collator, collator
         try:
             yield
         finally:
-            self.data_collator = training_collator
+            self.data_collator = own
 
     def _with_own_generator(self, dataloader: Any) -> DataLoader:
         if self.args.dataloader_persistent_workers:

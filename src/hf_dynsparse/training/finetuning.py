@@ -83,6 +83,11 @@ class FinetuningArguments(DynSparseTrainingArguments):
                 f"`quantization_aware` training keeps the pattern. Got `finetune_mode` {self.finetune_mode}. "
                 "Fine-tune the model first, then start from it with `finetune_mode` locked."
             )
+        for schedule in ("seq_length_schedule", "mlm_probability_schedule"):
+            if getattr(self, schedule) is not None:
+                raise ValueError(
+                    f"`{schedule}` is for pre-training on packed text. Got {getattr(self, schedule)!r}. Leave it out."
+                )
         if self.quantize_embeddings and not self.quantization_aware:
             raise ValueError("`quantize_embeddings` needs `quantization_aware`. Got it alone. Give both or none.")
         if self.finetune_mode == "gradual":

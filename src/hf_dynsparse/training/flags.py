@@ -3,7 +3,7 @@
 import argparse
 import logging
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -146,6 +146,17 @@ class FlagParser(PluginParser):
     def __init__(self, kinds: Any, **kwargs: Any) -> None:
         super().__init__(kinds, formatter_class=_Formatter, usage="%(prog)s [--flag value ...]", **kwargs)
 
+    def given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The arguments that a command line gives: no defaults."""
+        defaults = [action.default for action in self._actions]
+        try:
+            for action in self._actions:
+                action.default = argparse.SUPPRESS
+            return vars(self.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0])
+        finally:
+            for action, default in zip(self._actions, defaults, strict=True):
+                action.default = default
+
     def format_help(self) -> str:
         """The help of `--help`."""
         formatter = self._get_formatter()
@@ -168,6 +179,7 @@ class FlagParser(PluginParser):
         for kind in self.dataclass_types:
             own = [name for cls in kind.__mro__ for name in vars(cls).get("__annotations__", {}) if cls not in _BASES]
             yield (kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip("."), own
+        yield "flags of transformers.TrainingArguments that have another default here", [*self._defaults]
 
 
 _BASES = (TrainingArguments, *TrainingArguments.__mro__[1:])

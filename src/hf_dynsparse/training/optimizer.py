@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, SchedulerType, Trainer, get_scheduler
 
 from ..optim.block_adam import BlockAdamW
 from ..optim.groups import parameter_groups
@@ -14,6 +14,8 @@ from .rewinding import rewinding
 
 
 logger = logging.getLogger(__name__)
+
+DECAY = 0.2  # share of a run in which the rate falls, after it was constant
 
 
 class OptimizerTrainer(Trainer):
@@ -36,7 +38,23 @@ class OptimizerTrainer(Trainer):
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """As in transformers; with rewinds of the learning rate if the arguments ask."""
+        """
+        As in transformers; with rewinds of the learning rate if the arguments ask. The decay of `warmup_stable_decay`
+        takes the last fifth of the run if `lr_scheduler_kwargs` do not give `num_decay_steps`.
+        """
+        options = self.args.lr_scheduler_kwargs or {}
+        constant = self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY
+        if self.lr_scheduler is None and constant and "num_decay_steps" not in options:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            decay = min(max(1, round(DECAY * num_training_steps)), num_training_steps - warmup)
+            self.lr_scheduler = get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer or self.optimizer,
+                num_warmup_steps=warmup,
+                num_training_steps=num_training_steps,
+                scheduler_specific_kwargs={**options, "num_decay_steps": decay},
+            )
+            self._created_lr_scheduler = True
         if self.lr_scheduler is None and self.args.learning_rate_rewinding:
             warmup = self.args.get_warmup_steps(num_training_steps)
             multiplier = rewinding(self.args.topology_settings(), num_training_steps, warmup)

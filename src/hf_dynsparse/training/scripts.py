@@ -3,7 +3,6 @@
 import functools
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from .callbacks.topology import TopologyCallback
 from .finetuning import finish_quantization_, set_final_sparsity_
 from .flags import FinetunedModelArguments, FinetuningRunArguments, FlagParser
 from .plugins import load_plugins
+from .recipes import recipe_defaults
 from .rewinding import check_rewinding, rewinding
 from .summary import summarize_finetuning
 from .threads import default_threads
@@ -45,19 +45,27 @@ _MADE = ExitStack()  # removes what is made in the output folder, until the firs
 TOKENIZER_FOLDER = "tokenizer"  # of the output folder: where a script keeps the one that it trains
 
 
-def parse_arguments(*kinds: Any, description: str | None = None) -> tuple[Any, ...]:
+def parse_arguments(*kinds: Any, description: str | None = None, recipes: bool = False) -> tuple[Any, ...]:
     """
     Dataclasses of `kinds` from the command line, or from one JSON file given as the only argument. Plug-ins are
     imported before: what they register is a valid choice.
 
+    Args:
+        recipes (`bool`): whether `--recipe` decides what is not given, see [`~training.recipes.recipe_defaults`].
+
     Raises:
-        ValueError: see `load_plugins`.
+        ValueError: see `load_plugins`; for a recipe that there is not.
     """
     load_plugins(sys.argv[1:])
     parser = FlagParser(kinds, description=description)
-    if len(sys.argv) == 2 and sys.argv[1].endswith(".json"):
-        return parser.parse_json_file(os.path.abspath(sys.argv[1]))
-    return parser.parse_args_into_dataclasses()
+    from_file = len(sys.argv) == 2 and sys.argv[1].endswith(".json")
+    given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")) if from_file else parser.given(sys.argv[1:])
+    if recipes:
+        defaults = recipe_defaults(given, given.get("max_seq_length", parser.get_default("max_seq_length")))
+        known = {action.dest for action in parser._actions}
+        parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
+        given = {name: parser.get_default(name) for name in known & defaults.keys()} | given
+    return parser.parse_dict(given) if from_file else parser.parse_args_into_dataclasses()
 
 
 def holds_output_dir(main: Callable[[], None]) -> Callable[[], None]:

@@ -25,7 +25,7 @@ RECORDED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
     *("max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "dense_learning_rate", "block_age_adam"),
-    "learning_rate_rewinding",
+    *("learning_rate_rewinding", "recipe", "seq_length_schedule", "mlm_probability_schedule"),
 )
 DISTILLATION = ("distillation_weight", "distillation_temperature", "distillation_positions")
 
@@ -41,10 +41,14 @@ def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_le
     model, folder = trainer.accelerator.unwrap_model(trainer.model), Path(str(trainer.args.output_dir))
     dense_config = DynSparseBertConfig.from_stock(model.config, sparsity=0.0, nnzb=None)
     topology = trainer.topology.metrics if trainer.topology else {}
+    shares = trainer.curriculum.shares(trainer.state.global_step, trainer.state.max_steps, seq_len)
     return {
         "eval_loss": metrics["eval_loss"],
         "perplexity": math.exp(min(metrics["eval_loss"], 700.0)),
-        "dense_flops": trainer.throughput.tokens / seq_len * flops_per_sequence(dense_config, seq_len),
+        "dense_flops": sum(
+            trainer.throughput.tokens * share / length * flops_per_sequence(dense_config, length)
+            for length, share in shares.items()
+        ),
         "sparsity": model_facts(model).sparsity,
         "block_size": model.config.block_size,
         "coverage": topology.get("coverage", 1.0),

@@ -17,6 +17,7 @@ from ..reports.model_card import write_model_card
 from .arguments import DynSparseTrainingArguments
 from .callbacks.epoch import EpochAware, EpochCallback
 from .callbacks.throughput import find_callback
+from .curriculum import Curriculum
 from .dataloaders import DataTrainer
 from .distillation import Distillation
 from .fsdp import ShardedTrainer
@@ -75,12 +76,14 @@ class DynSparseTrainer(ResumingTrainer, LossTrainer, OptimizerTrainer, DataTrain
                 "without any. Load it by `load_pretrained(..., all_blocks=True)`, or leave them out."
             )
         self._losses = []
+        self.curriculum = Curriculum.of(args)
         given = self._with_own_callbacks(model, args, callbacks)
         if args.keep_freed_memory:
             keep_freed_memory()
         if args.seeded_dropout and args.device.type == "cpu":
             seed_dropout_(model)
         super().__init__(model, args, callbacks=given, **kwargs)
+        self.curriculum.collator(self.data_collator)  # refuses one that cannot follow
         if teacher is not None:
             self._move_model_to_device(teacher, args.device)
         if find_callback(self.callback_handler.callbacks, EpochCallback) is None:

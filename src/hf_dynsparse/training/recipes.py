@@ -1,0 +1,125 @@
+"""
+Recipes of pre-training: the defaults of the script `run_mlm_dynsparse.py`. What is given goes before them.
+
+`paper` (arXiv:2108.06277, section 3) is written in the arguments themselves. `small` is for budgets of a few million
+tokens, all of which the paper's would spend on the frequencies of words.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..optim import sparse_learning_rate
+from ..reports.estimate import DENSE_LEARNING_RATES
+from .curriculum import UNCUT, parse_lengths
+
+
+# Tiny and large are not in the paper.
+LEARNING_RATES = {"tiny": 1e-3, **DENSE_LEARNING_RATES, "large": 1e-4}
+
+# Arguments of the recipe for small budgets, and its learning rate at a width of 256. Lengths go with --max_seq_length.
+SMALL = {
+    "distance_bias": "1:0@0.7",
+    "seq_length_schedule": "64:0.5,128",
+    "mlm_probability_schedule": "0.3:0.15",
+    "whole_word_mask": False,
+    "per_device_train_batch_size": 8,
+    "lr_scheduler_type": "warmup_stable_decay",
+    "lr_scheduler_kwargs": {"decay_type": "linear"},
+    "warmup_steps": 0.03,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+}
+SMALL_LEARNING_RATE = 2e-3
+SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
+
+
+@dataclass(frozen=True)
+class PretrainingRecipe:
+    """
+    Defaults of pre-training from first weights.
+
+    Args:
+        arguments (`Callable`): of what is given, and the sequence length: defaults of the arguments.
+        configuration (`Callable`): of the model's configuration: fields of it that are set.
+        learning_rate (`Callable`): of that and the name of the preset: the peak rate.
+    """
+
+    arguments: Callable[[Mapping[str, Any], int], dict[str, Any]]
+    configuration: Callable[[PretrainedConfig], dict[str, Any]]
+    learning_rate: Callable[[PretrainedConfig, str], float]
+
+
+def paper_learning_rate(config: PretrainedConfig, preset: str) -> float:
+    """The dense optimum of the preset, by the rule for the sparsity."""
+    return sparse_learning_rate(LEARNING_RATES[preset], config.sparsity)
+
+
+def small_arguments(given: Mapping[str, Any], seq_length: int) -> dict[str, Any]:
+    """[`SMALL`], without what would contradict something that is given."""
+    left_out = set[str]()
+    if any(given.get(name) for name in UNCUT):
+        left_out.add("seq_length_schedule")
+    if "mlm_probability" in given:
+        left_out.add("mlm_probability_schedule")
+    if given.get("learning_rate_rewinding") or any(name in given for name in SCHEDULE):
+        left_out.update(SCHEDULE)
+    arguments: dict[str, Any] = {name: value for name, value in SMALL.items() if name not in left_out}
+    if "seq_length_schedule" in arguments:
+        arguments["seq_length_schedule"] = scaled_lengths(arguments["seq_length_schedule"], seq_length)
+    return arguments
+
+
+def scaled_lengths(schedule: str, seq_length: int) -> str | None:
+    """The same schedule for another last length; `None` if a length would not be whole."""
+    stages = parse_lengths(schedule)
+    full = stages[-1][0]
+    if any(length * seq_length % full for length, _ in stages):
+        return None
+    return ",".join([*(f"{length * seq_length // full}:{until:g}" for length, until in stages[:-1]), str(seq_length)])
+
+
+def small_configuration(config: PretrainedConfig) -> dict[str, Any]:
+    """First weights that pass on the size of their inputs, and no dropout."""
+    dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    return {"initializer_range": config.hidden_size**-0.5, **dropout}
+
+
+def small_learning_rate(config: PretrainedConfig, preset: str) -> float:
+    """Falls with the root of the width, whatever the sparsity."""
+    return float(SMALL_LEARNING_RATE * (256 / config.hidden_size) ** 0.5)
+
+
+RECIPES = {
+    "small": PretrainingRecipe(small_arguments, small_configuration, small_learning_rate),
+    "paper": PretrainingRecipe(lambda given, seq_length: {}, lambda config: {}, paper_learning_rate),
+}
+
+
+def recipe_defaults(given: Mapping[str, Any], seq_length: int) -> dict[str, Any]:
+    """
+    Defaults of the arguments of a run, its recipe among them: the one that is given, else `paper` for a run that goes
+    on from the weights of `model_name_or_path`, and `small` for first weights.
+
+    Args:
+        given (`Mapping[str, Any]`): the arguments that are given.
+        seq_length (`int`): tokens per sequence of the run.
+
+    Raises:
+        ValueError: for a recipe that there is not.
+    """
+    name = given.get("recipe") or ("paper" if given.get("model_name_or_path") else "small")
+    if name not in RECIPES:
+        raise ValueError(f"`--recipe` must be {' or '.join(RECIPES)}. Got {name!r}. Choose one.")
+    return {**RECIPES[name].arguments(given, seq_length), "recipe": name}
+
+
+def set_first_weights_(config: PretrainedConfig, recipe: str, overrides: str | None) -> None:
+    """Set the fields of a fresh model's configuration that a recipe decides, but for those of `--config_overrides`."""
+    overridden = {pair.split("=")[0].strip() for pair in (overrides or "").split(",")}
+    for name, value in RECIPES[recipe].configuration(config).items():
+        if name not in overridden and name in config.to_dict():
+            setattr(config, name, value)
