@@ -2,6 +2,7 @@
 
 import math
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ import transformers
 from .._transformers import has_length
 from ..models import DynSparseBertConfig
 from ..models.flops import flops_per_sequence
-from ..reports.facts import checkpoint_bytes, dense_bytes, describe_hardware, task_metrics
+from ..reports.facts import PLATEAU, checkpoint_bytes, dense_bytes, describe_hardware, task_metrics
 from ..reports.layers import model_facts
+from .context_gain import plateau_left
 
 
 if TYPE_CHECKING:  # the trainer imports the model card, which imports this
@@ -27,6 +29,7 @@ RECORDED = (
     *("max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "dense_learning_rate", "block_age_adam"),
     "learning_rate_rewinding",
 )
+STILL = "still on their plateau"
 DISTILLATION = ("distillation_weight", "distillation_temperature", "distillation_positions")
 
 
@@ -44,6 +47,8 @@ def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_le
     return {
         "eval_loss": metrics["eval_loss"],
         "perplexity": math.exp(min(metrics["eval_loss"], 700.0)),
+        "context_gain": metrics.get("eval_context_gain"),
+        **plateau_left(trainer.state.log_history),
         "dense_flops": trainer.throughput.tokens / seq_len * flops_per_sequence(dense_config, seq_len),
         "sparsity": model_facts(model).sparsity,
         "block_size": model.config.block_size,
@@ -116,6 +121,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     """The lines a person reads at the end of a run."""
     rows = {
         "evaluation loss": f"{summary['eval_loss']:.4f} (perplexity {summary['perplexity']:.2f})",
+        **_gain_row(summary),
         "training FLOPs": f"{summary['flops']:.3e}, {summary['flops'] / summary['dense_flops']:.1%} of the dense twin",
         "throughput": f"{summary['tokens_per_second']:,.0f} tokens per second on {summary['hardware']}",
         "sparsity": f"{summary['sparsity']:.4f} after {summary['topology_updates']} topology updates",
@@ -124,6 +130,15 @@ def format_summary(summary: dict[str, Any]) -> str:
         "  its encoder": _ratio(summary["encoder_bytes"], summary["dense_encoder_bytes"]),
     }
     return "\n".join(f"  {name:<16} {text}" for name, text in rows.items())
+
+
+def _gain_row(summary: Mapping[str, Any]) -> dict[str, str]:
+    gain, tokens = summary.get("context_gain"), summary.get("plateau_left_tokens")
+    if gain is None:
+        return {}
+    seconds = summary["plateau_left_seconds"]
+    left = f"{PLATEAU} nats reached after {(tokens or 0) / 1e6:.3g} M tokens, {seconds or 0:.3g} s"
+    return {"context gain": f"{gain:.2f} nats over the frequencies of pieces; {left if tokens is not None else STILL}"}
 
 
 def _ratio(size: int, dense: int) -> str:
