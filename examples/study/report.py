@@ -111,8 +111,8 @@ def note(configurations: Sequence[Configuration]) -> str:
         "Loss in nats, mean over the seeds ± their standard deviation. Context gain: nats over the "
         "frequencies of pieces at masked positions; under 0.1 a model has learnt little else. A learning rate with < "
         f"or > is the lowest or highest that was tried. Seconds: {sources}. Ratio: what a configuration costs over "
-        "what the dense family, interpolated in the logarithm of its cost, costs at the same loss. Nothing is extrapolated: “outside” means "
-        "that no dense model is as good, or none as bad."
+        "what the dense family, interpolated in the logarithm of its cost, costs at the same loss. Nothing is "
+        "extrapolated: “outside” means that no dense model is as good, or none as bad."
     )
 
 

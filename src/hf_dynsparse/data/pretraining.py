@@ -46,8 +46,8 @@ class TextArguments:
     max_eval_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Use only so many evaluation sequences. Default: all at the end; in evaluations while pre-training "
-            "so many of the first, at least 64, that these together take 6 %% of the sequences trained on."
+            "help": "Use only so many evaluation sequences. Default: all at the end; while pre-training so many of "
+            "the first, at least 64, that all evaluations together take 6 %% of the sequences trained on."
         },
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})

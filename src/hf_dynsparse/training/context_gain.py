@@ -119,7 +119,7 @@ class ContextGainTrainer(Trainer):
                 )
             if self._gains:
                 nats, positions = torch.cat(self._gains).cpu().double().sum(0).tolist()
-                if positions:
+                if positions and output.metrics is not None:
                     output.metrics[f"{metric_key_prefix}_context_gain"] = nats / positions
         finally:
             self._gains = None

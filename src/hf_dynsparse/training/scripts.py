@@ -18,7 +18,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import IntervalStrategy, PreTrainedModel, set_seed
 
-from .._transformers import has_length
 from ..blocks.sizes import parse_block_size
 from ..checkpoints.run_lock import run_lock
 from ..checkpoints.saved_run import SavedRun, find_run_to_resume
@@ -182,7 +181,7 @@ def rows_while_training(trainer: DynSparseTrainer) -> Any:
         evaluations = max(1, steps // every)
     trained_on = steps * trainer.get_total_train_batch_size(args)
     count = max(EVALUATED_LEAST, int(EVALUATED * trained_on / evaluations))
-    return rows.select(range(min(count, len(rows)))) if has_length(rows) else rows.take(count)
+    return rows.select(range(min(count, len(rows)))) if isinstance(rows, datasets.Dataset) else rows.take(count)
 
 
 def check_model_to_resume(model: PreTrainedModel, checkpoint: str) -> None:

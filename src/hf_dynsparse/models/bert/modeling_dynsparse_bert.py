@@ -492,8 +492,8 @@ def _to_predict(
     labels: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    With `sparse_prediction`, while training or with `sparse_evaluation`: hidden states `(masked, hidden_size)` and labels `(masked,)` at the
-    positions to predict, in reading order; else all.
+    With `sparse_prediction`, while training or with `sparse_evaluation`: hidden states `(masked, hidden_size)` and
+    labels `(masked,)` at the positions to predict, in reading order; else all.
     """
     if labels is None or not (model.config.sparse_prediction and (model.training or model.sparse_evaluation)):
         return hidden_states, labels
