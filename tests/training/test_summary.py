@@ -34,7 +34,7 @@ def test_summary_of_a_run(tmp_path):
     assert "context gain     0.05 nats over the frequencies of pieces; still on their plateau" in text
     left = {"context_gain": 1.234, "plateau_left_tokens": 614_400, "plateau_left_seconds": 107.04}
     text = format_summary(summary | left)
-    assert "1.23 nats over the frequencies of pieces; 0.1 nats reached after 0.614 M tokens, 107 s" in text
+    assert "1.23 nats over the frequencies of pieces; 0.1 reached after 0.614 M tokens, 107 s" in text
     assert "sparsity         0.7500 after 3 topology updates" in text
     assert f"{summary['flops'] / summary['dense_flops']:.1%} of the dense twin" in text
 

@@ -29,7 +29,6 @@ RECORDED = (
     *("max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "dense_learning_rate", "block_age_adam"),
     "learning_rate_rewinding",
 )
-STILL = "still on their plateau"
 DISTILLATION = ("distillation_weight", "distillation_temperature", "distillation_positions")
 
 
@@ -136,9 +135,10 @@ def _gain_row(summary: Mapping[str, Any]) -> dict[str, str]:
     gain, tokens = summary.get("context_gain"), summary.get("plateau_left_tokens")
     if gain is None:
         return {}
-    seconds = summary["plateau_left_seconds"]
-    left = f"{PLATEAU} nats reached after {(tokens or 0) / 1e6:.3g} M tokens, {seconds or 0:.3g} s"
-    return {"context gain": f"{gain:.2f} nats over the frequencies of pieces; {left if tokens is not None else STILL}"}
+    left = "still on their plateau"
+    if tokens is not None:
+        left = f"{PLATEAU} reached after {tokens / 1e6:.3g} M tokens, {summary['plateau_left_seconds']:.3g} s"
+    return {"context gain": f"{gain:.2f} nats over the frequencies of pieces; {left}"}
 
 
 def _ratio(size: int, dense: int) -> str:
