@@ -22,7 +22,7 @@ def main() -> None:
     if missing:
         parser.error(f"every run must be finished and hold a summary.json. Got none in {', '.join(missing)}")
     summaries = {run.name: json.loads((run / "summary.json").read_text()) for run in args.runs}
-    columns = ["run", "B", "evaluation loss", "training FLOPs", "of dense", "coverage", "updates", "encoder bytes"]
+    columns = ["run", "B", "evaluation loss", "context gain", "training FLOPs", "of dense", "coverage", "updates"]
     rows = []
     for name, run in summaries.items():
         block = run["block_size"] if run["sparsity"] else "-"
@@ -31,6 +31,7 @@ def main() -> None:
                 name,
                 block,
                 f"{run['eval_loss']:.4f}",
+                "-" if run.get("context_gain") is None else f"{run['context_gain']:.2f}",
                 f"{run['flops']:.3e}",
                 f"{run['flops'] / run['dense_flops']:.3f}",
                 f"{run['coverage']:.3f}",
@@ -39,7 +40,7 @@ def main() -> None:
                 f"{run['learning_rate']:.3g}",
             ]
         )
-    print(markdown_table([*columns, "learning rate"], rows))
+    print(markdown_table([*columns, "encoder bytes", "learning rate"], rows))
     some = next(iter(summaries.values()))
     versions = ", ".join(f"{package} {version}" for package, version in some["versions"].items())
     print(f"\n{some['steps']} steps, seed {some['seed']}, {some['hardware']}, {versions}.")

@@ -47,6 +47,7 @@ from hf_dynsparse import DynSparseTrainer, EarlyBirdCallback, Ticket, slim, spar
 from hf_dynsparse.blocks.sizes import as_block_shape, parse_block_size
 from hf_dynsparse.checkpoints.saved_run import last_checkpoint
 from hf_dynsparse.compress.slimming import TICKET_SCORES, random_ticket
+from hf_dynsparse.data import count_pieces
 from hf_dynsparse.data.classification import (
     SentenceArguments,
     find_columns,
@@ -445,6 +446,7 @@ def prepare_mlm(model_args: Any, data_args: Any, args: Any) -> Job:
         sequences = make_sequences(raw, tokenizer, data_args, args.seed)
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[model_args.preset]
+    counts = count_pieces(sequences["train"], tokenizer, config.vocab_size)
     teacher = mlm.find_teacher(model_args, data_args, args)
 
     def load() -> Any:
@@ -456,6 +458,7 @@ def prepare_mlm(model_args: Any, data_args: Any, args: Any) -> Job:
             model,
             settings,
             teacher=teacher,
+            piece_counts=counts,
             data_collator=data_args.collator(tokenizer, args.seed),
             train_dataset=sequences["train"],
             eval_dataset=sequences["validation"],

@@ -48,7 +48,7 @@ from hf_dynsparse import (
 from hf_dynsparse.blocks.distributions import DISTRIBUTIONS
 from hf_dynsparse.blocks.sizes import parse_block_size
 from hf_dynsparse.checkpoints.saved_run import SavedRun
-from hf_dynsparse.data import train_wordpiece_tokenizer
+from hf_dynsparse.data import count_pieces, train_wordpiece_tokenizer
 from hf_dynsparse.data.files import DataError
 from hf_dynsparse.data.pretraining import TextArguments, load_text, make_sequences
 from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions, check_tokenizer, vocabulary_size
@@ -182,17 +182,21 @@ def main() -> None:
             model,
             args,
             teacher=find_teacher(model_args, data_args, args),
+            piece_counts=count_pieces(sequences["train"], tokenizer, model.config.vocab_size),
             data_collator=data_args.collator(tokenizer, args.seed),
             train_dataset=sequences["train"],
             eval_dataset=sequences["validation"],
             processing_class=tokenizer,
         )
         scripts.check_run_length(trainer)
+        if data_args.max_eval_samples is None and args.eval_strategy != "no":
+            trainer.eval_dataset = scripts.rows_while_training(trainer)
 
     if trainer.topology is not None:
         trainer.add_callback(TopologyHistory(trainer))
     with scripts.one_line_errors(DataError):  # of a row that --streaming comes upon
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.eval_dataset = sequences["validation"]
         metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()

@@ -15,7 +15,8 @@ from hf_dynsparse.topology.settings import OLD_NAMES
 # Topology arguments that a run records.
 TOPOLOGY = {option.name for option in fields(TopologyOptions)} - {"method", "seed"} | {"group_lasso"}
 RESULTS = (
-    *("eval_loss", "flops", "dense_flops", "steps", "tokens", "epochs", "coverage", "topology_updates"),
+    *("eval_loss", "context_gain", "plateau_left_tokens"),
+    *("flops", "dense_flops", "steps", "tokens", "epochs", "coverage", "topology_updates"),
     *("encoder_bytes", "dense_encoder_bytes", "checkpoint_bytes", "hardware"),
 )
 
@@ -29,8 +30,8 @@ class StudyRun:
         folder (`Path`): where it stands.
         plan (`Mapping[str, Any]`): the settings that the plan gives it.
         settings (`Mapping[str, Any]`): those and the ones that it recorded itself; `method` is `"dense"` for the twin.
-        results (`Mapping[str, Any]`): `eval_loss` (nats), `flops`, `seconds`, `coverage`, `newborn_share`, bytes, and
-            where it was computed.
+        results (`Mapping[str, Any]`): `eval_loss` and `context_gain` (nats), `flops`, `seconds`, `coverage`,
+            `newborn_share`, bytes, and where it was computed.
     """
 
     folder: Path

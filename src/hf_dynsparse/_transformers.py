@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers.trainer_callback import ExportableState
     from transformers.trainer_utils import (
         PREFIX_CHECKPOINT_DIR,
+        EvalLoopOutput,
         HubStrategy,
         SaveStrategy,
         TrainOutput,
@@ -63,6 +64,7 @@ __all__ = [
     "BertPooler",
     "BertPreTrainingHeads",
     "ConversionOps",
+    "EvalLoopOutput",
     "ExportableState",
     "HfQuantizer",
     "HubStrategy",
@@ -129,6 +131,7 @@ OVERRIDDEN = {
 TOUCHED = {
     "_attn_implementation": "configuration_utils",
     "_created_lr_scheduler": "trainer",
+    "_eval_dataloaders": "trainer",
     "_get_output_dir": "trainer",
     "_hf_peft_config_loaded": "integrations.peft",
     "_is_hf_initialized": "initialization",

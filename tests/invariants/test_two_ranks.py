@@ -19,6 +19,8 @@ from launch import two_nodes, two_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from hf_dynsparse.training.context_gain import GAIN
+
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +29,7 @@ UPDATES = max(4, STEPS // 10)
 
 # What is trained.
 MODELS = {
-    "random": {"regrow_rule": "random"},
+    "random": {"regrow_rule": "random", "eval_strategy": "steps", "eval_steps": 10},
     "gradient": {"regrow_rule": "gradient"},
     "double": {"regrow_rule": "gradient", "dtype": "float64"},
     # Three blocks a matrix: one rank holds one more. Some gradients are rounding and nothing else then.
@@ -158,6 +160,8 @@ def assert_equal_to_rounding(reached: Outcome, expected: Outcome, dtype: str) ->
     losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (expected, reached)]
     assert len(losses[0]) == STEPS
     assert losses[1] == pytest.approx(losses[0], abs=TOLERANCE[dtype, "loss"], rel=0)
+    gains = [[entry[GAIN] for entry in run["log"] if GAIN in entry] for run in (expected, reached)]
+    assert gains[1] == pytest.approx(gains[0], abs=TOLERANCE[dtype, "loss"], rel=0)
     worst = {"loss": max(abs(a - b) for a, b in zip(*losses, strict=True))}
     for key, tensor in expected["model"].items():
         kind = "key.bias" if key.endswith("key.bias") else "parameter"

@@ -44,7 +44,7 @@ def read_picture(path):
 
 
 def test_training(tmp_path):
-    """Of a dense model there is one panel instead of two."""
+    """Of a dense model there is one panel instead of two; the context gain has its own."""
     path = tmp_path / "new folder" / "training.png"
     plot_training(run_log(), path, title="BERT-Mini, s = 0.9, B = 16")
     height, width, _ = read_picture(path).shape
@@ -52,6 +52,9 @@ def test_training(tmp_path):
     dense = [{key: entry[key] for key in entry.keys() & {"loss", "step", "dynsparse/flops"}} for entry in run_log()]
     plot_training(dense, tmp_path / "dense.png")
     assert read_picture(tmp_path / "dense.png").shape[0] < 0.7 * height
+    gains = [{"eval_context_gain": step / 99, "step": step} for step in (40, 80, 200)]
+    plot_training(run_log() + gains, tmp_path / "gain.png")
+    assert read_picture(tmp_path / "gain.png").shape[0] > 1.2 * height
 
 
 def test_training_without_evaluation(tmp_path):

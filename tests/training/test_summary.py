@@ -27,7 +27,14 @@ def test_summary_of_a_run(tmp_path):
     assert summary["checkpoint_bytes"] == checkpoint_bytes(tmp_path)
     assert summary["dense_encoder_bytes"] == dense_bytes(trainer.model, ".encoder.")
     assert torch.tensor(summary["perplexity"]).log().item() == pytest.approx(summary["eval_loss"], rel=1e-5)
+    assert summary["context_gain"] is summary["plateau_left_tokens"] is None  # nobody counted pieces
     text = format_summary(summary)
+    assert "context gain" not in text
+    text = format_summary(summary | {"context_gain": 0.05})
+    assert "context gain     0.05 nats over the frequencies of pieces; still on their plateau" in text
+    left = {"context_gain": 1.234, "plateau_left_tokens": 614_400, "plateau_left_seconds": 107.04}
+    text = format_summary(summary | left)
+    assert "1.23 nats over the frequencies of pieces; 0.1 reached after 0.614 M tokens, 107 s" in text
     assert "sparsity         0.7500 after 3 topology updates" in text
     assert f"{summary['flops'] / summary['dense_flops']:.1%} of the dense twin" in text
 

@@ -128,6 +128,16 @@ def test_persistent_workers_that_evaluate_leave_the_generator_of_the_model_alone
     assert_same_end(straight, resumed)
 
 
+@pytest.mark.usefixtures("workers_end_at_once")
+def test_persistent_workers_evaluate_the_rows_that_are_given(tmp_path: Path) -> None:
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    trainer = watched(tmp_path, toy_examples(8), **workers)
+    few = trainer.evaluate()["eval_loss"]
+    trainer.eval_dataset = toy_examples(8, seed=2)
+    assert trainer.evaluate()["eval_loss"] != few
+    assert trainer.evaluate(toy_examples(4, seed=1))["eval_loss"] == few
+
+
 def test_evaluation_and_prediction_have_the_masks_of_the_first_epoch(tmp_path: Path) -> None:
     # Whatever the collator was used for before, and whichever collator the trainer has been given since.
     trainer = watched(tmp_path, toy_examples(8), max_steps=4, learning_rate=0.0, num_topology_updates=0)

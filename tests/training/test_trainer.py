@@ -183,7 +183,7 @@ def test_dense_baseline(tmp_path):
     assert trainer.topology is None
     trainer.train()
     logged = {name for entry in trainer.state.log_history for name in entry if name.startswith("dynsparse/")}
-    assert logged == {"dynsparse/flops", "dynsparse/tokens_per_second"}
+    assert logged == {"dynsparse/flops", "dynsparse/tokens", "dynsparse/tokens_per_second"}
     assert trainer.state.total_flos == 12 * 4 * flops_per_sequence(toy_model(sparsity=0).config, 16)
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from hf_dynsparse.training import scripts
 from hf_dynsparse.training.flags import FinetuningRunArguments, FlagParser
 from tests.scripts import EXAMPLES
+from tests.toy import toy_examples, toy_trainer
 
 
 @pytest.fixture
@@ -142,3 +144,22 @@ def test_the_output_folder_is_as_it_was(had: bool, tmp_path: Path) -> None:
 def test_what_is_left_out_is_not_evaluated(tmp_path: Path) -> None:
     args = FinetuningRunArguments(output_dir=str(tmp_path), use_cpu=True, do_eval=False, do_predict=True)
     assert (args.splits, args.do_eval) == (["train", "test"], False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({"max_steps": 1000, "eval_strategy": "steps", "eval_steps": 300}, 80),  # 6 % of 4000, three times
+        ({"max_steps": 1000, "eval_strategy": "steps", "eval_steps": 0.25}, 64),  # 60 would be too few
+        ({"max_steps": 1000, "eval_strategy": "steps", "eval_steps": 999}, 90),  # all there are
+        ({"max_steps": -1, "num_train_epochs": 500, "eval_strategy": "epoch", "gradient_accumulation_steps": 6}, 64),
+    ],
+)
+def test_evaluations_while_training_are_a_small_share(tmp_path: Path, settings: dict[str, Any], rows: int) -> None:
+    trainer = toy_trainer(tmp_path, num_topology_updates=0, **settings)
+    whole = Dataset.from_list(toy_examples(90))
+    trainer.eval_dataset = whole
+    kept = scripts.rows_while_training(trainer)
+    assert list(kept["input_ids"]) == list(whole["input_ids"])[:rows]
+    trainer.eval_dataset = whole.to_iterable_dataset()
+    assert [row["input_ids"] for row in scripts.rows_while_training(trainer)] == list(whole["input_ids"])[:rows]

@@ -2,6 +2,7 @@
 
 from .collators import DataCollatorForWholeWordMasking
 from .corpus import EmbeddedCorpus, embedded_corpus
+from .frequencies import count_pieces
 from .glue import GLUE_TASKS, GlueTask, glue_metrics, read_glue
 from .next_sentence import build_next_sentence_pairs, split_sentences
 from .pieces import split_line
@@ -14,6 +15,7 @@ __all__ = [
     "EmbeddedCorpus",
     "GlueTask",
     "build_next_sentence_pairs",
+    "count_pieces",
     "embedded_corpus",
     "glue_metrics",
     "read_glue",

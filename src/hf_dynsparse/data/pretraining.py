@@ -46,7 +46,13 @@ class TextArguments:
     whole_word_mask: bool = field(default=True, metadata={"help": "Mask whole words rather than single WordPieces."})
     nsp: bool = field(default=False, metadata={"help": "Next sentence prediction beside masked language modelling."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training sequences."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation sequences."})
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Use only so many evaluation sequences. Default: all at the end; while pre-training so many of "
+            "the first, at least 64, that all evaluations together take 6 %% of the sequences trained on."
+        },
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that prepare the data."})
     overwrite_cache: bool = field(default=False, metadata={"help": "Prepare the data again."})
     language: str | None = field(default=None, metadata={"help": "Language of the text, for the card, e.g. en."})

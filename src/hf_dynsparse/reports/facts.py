@@ -19,6 +19,8 @@ PICTURES = {
     "ticket.png": "Attention heads by their gates, and the intermediate neurons of each layer that stay",
 }
 
+PLATEAU = 0.1  # nats of context gain under which a model is hardly better than the frequencies of pieces
+
 EXPLORED = ("coverage", "topology_updates")
 
 # What is read of the files of a run.
@@ -36,6 +38,7 @@ CALLBACK_KINDS: Kinds = {"TopologyCallback": dict[str, dict[str, Any]]}
 SUMMARY_KINDS: Kinds = {
     **dict.fromkeys(("steps", "seq_len", "topology_updates", "train_sequences", "eval_sequences", "processes"), int),
     **dict.fromkeys(("flops", "dense_flops", "tokens", "epochs", "seconds", "tokens_per_second"), float),
+    **dict.fromkeys(("context_gain", "plateau_left_tokens", "plateau_left_seconds"), float),
     **dict.fromkeys(("perplexity", "eval_loss", "pruned_to", "learning_rate", "seed"), float),
     **dict.fromkeys(("model_name", "repo_id", "license", "base_model", "pipeline_tag", "start", "pattern"), str),
     **dict.fromkeys(("teacher", "hardware", "mode"), str),

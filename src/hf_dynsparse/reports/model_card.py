@@ -22,7 +22,7 @@ from ..models.flops import inference_flops_per_sequence
 from ..models.heads import body_modules
 from ..nn.linear import LinearLayer
 from ..optim.recipes import FINETUNE_MODES
-from .facts import EXPLORED, PICTURES, read_facts, task_metrics
+from .facts import EXPLORED, PICTURES, PLATEAU, read_facts, task_metrics
 from .layers import LayerFacts, ModelFacts, model_facts
 from .tables import markdown_table
 
@@ -157,6 +157,7 @@ def create_model_card(model: PreTrainedModel, **facts: Any) -> ModelCard:
             }
             for result in results
         ),
+        plateau=PLATEAU,
         training=_training(facts),
         topology=_named(facts.get("topology") or {}),
         evaluations=_table(evaluations) if len(evaluations) > 1 else [],
@@ -269,7 +270,7 @@ def _metadata(facts: Mapping[str, Any], results: list[EvalResult]) -> ModelCardD
         tags=facts["tags"],
         base_model=facts.get("base_model"),
         datasets=facts.get("datasets") or ([data["id"]] if data.get("id") else None),
-        metrics=sorted(scores - {"loss", "combined_score"}) or None,
+        metrics=sorted(scores - {"loss", "context_gain", "combined_score"}) or None,
         eval_results=results if known else None,
         model_name=facts["model_name"] if known else None,
     )

@@ -22,6 +22,7 @@ class DataTrainer(Trainer):
     data_collator: Any
     state: Any
     curriculum: Curriculum
+    _evaluated: Any = None  # the data set of the last evaluation
 
     def get_train_dataloader(self) -> DataLoader:
         """As in transformers; the masks are those of the highest rate of the run."""
@@ -38,7 +39,12 @@ class DataTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in transformers; the masks are those of epoch 0."""
+        """As in transformers; the masks are those of epoch 0, and the rows those of the data set that is given."""
+        wanted = self.eval_dataset if eval_dataset is None else eval_dataset
+        if wanted is not self._evaluated and not isinstance(wanted, str):
+            # Persistent workers are kept by a name that says nothing of the data set.
+            vars(self).pop("_eval_dataloaders", None)
+        self._evaluated = wanted
         with self._evaluation_masks():
             return self._with_own_generator(super().get_eval_dataloader(eval_dataset))
 

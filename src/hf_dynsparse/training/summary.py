@@ -2,6 +2,7 @@
 
 import math
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ import transformers
 from .._transformers import has_length
 from ..models import DynSparseBertConfig
 from ..models.flops import flops_per_sequence
-from ..reports.facts import checkpoint_bytes, dense_bytes, describe_hardware, task_metrics
+from ..reports.facts import PLATEAU, checkpoint_bytes, dense_bytes, describe_hardware, task_metrics
 from ..reports.layers import model_facts
+from .context_gain import plateau_left
 
 
 if TYPE_CHECKING:  # the trainer imports the model card, which imports this
@@ -45,6 +47,8 @@ def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_le
     return {
         "eval_loss": metrics["eval_loss"],
         "perplexity": math.exp(min(metrics["eval_loss"], 700.0)),
+        "context_gain": metrics.get("eval_context_gain"),
+        **plateau_left(trainer.state.log_history),
         "dense_flops": sum(
             trainer.throughput.tokens * share / length * flops_per_sequence(dense_config, length)
             for length, share in shares.items()
@@ -120,6 +124,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     """The lines a person reads at the end of a run."""
     rows = {
         "evaluation loss": f"{summary['eval_loss']:.4f} (perplexity {summary['perplexity']:.2f})",
+        **_gain_row(summary),
         "training FLOPs": f"{summary['flops']:.3e}, {summary['flops'] / summary['dense_flops']:.1%} of the dense twin",
         "throughput": f"{summary['tokens_per_second']:,.0f} tokens per second on {summary['hardware']}",
         "sparsity": f"{summary['sparsity']:.4f} after {summary['topology_updates']} topology updates",
@@ -128,6 +133,16 @@ def format_summary(summary: dict[str, Any]) -> str:
         "  its encoder": _ratio(summary["encoder_bytes"], summary["dense_encoder_bytes"]),
     }
     return "\n".join(f"  {name:<16} {text}" for name, text in rows.items())
+
+
+def _gain_row(summary: Mapping[str, Any]) -> dict[str, str]:
+    gain, tokens = summary.get("context_gain"), summary.get("plateau_left_tokens")
+    if gain is None:
+        return {}
+    left = "still on their plateau"
+    if tokens is not None:
+        left = f"{PLATEAU} reached after {tokens / 1e6:.3g} M tokens, {summary['plateau_left_seconds']:.3g} s"
+    return {"context gain": f"{gain:.2f} nats over the frequencies of pieces; {left}"}
 
 
 def _ratio(size: int, dense: int) -> str:

@@ -17,6 +17,7 @@ from ..reports.model_card import write_model_card
 from .arguments import DynSparseTrainingArguments
 from .callbacks.epoch import EpochAware, EpochCallback
 from .callbacks.throughput import find_callback
+from .context_gain import ContextGainTrainer
 from .curriculum import Curriculum
 from .dataloaders import DataTrainer
 from .distillation import Distillation
@@ -31,16 +32,21 @@ from .summary import describe_training
 logger = logging.getLogger(__name__)
 
 
-class DynSparseTrainer(ResumingTrainer, LossTrainer, OptimizerTrainer, DataTrainer, ShardedTrainer):
+class DynSparseTrainer(
+    ResumingTrainer, ContextGainTrainer, LossTrainer, OptimizerTrainer, DataTrainer, ShardedTrainer
+):
     """
     [`~transformers.Trainer`] for models with `BlockSparseLinear` layers; the arguments are the same.
 
-    Adds to every log entry `dynsparse/flops` and `dynsparse/tokens_per_second`, and the metrics of
+    Adds to every log entry `dynsparse/flops`, `dynsparse/tokens` and `dynsparse/tokens_per_second`, and the metrics of
     [`TopologyCallback`] under `dynsparse/`. A model without sparse layers trains as usual: the dense baseline.
 
     Args:
         teacher (`nn.Module`, *optional*): a model with the same head to learn from beside the labels, weighted by
             `args.distillation_weight`; training only, evaluation measures the task.
+        piece_counts (tensor or array of shape `(vocab_size,)`, *optional*): how often each piece of the vocabulary
+            occurs in the training text: see [`~hf_dynsparse.data.count_pieces`]. Evaluations of a masked language
+            model then give `eval_context_gain`: nats by which it beats these frequencies where `[MASK]` is shown.
 
     Attributes:
         topology (`TopologyCallback` or `None`): the callback that updates the topology; `None` for a dense model.
@@ -60,6 +66,7 @@ class DynSparseTrainer(ResumingTrainer, LossTrainer, OptimizerTrainer, DataTrain
         args: DynSparseTrainingArguments | None = None,
         *,
         teacher: nn.Module | None = None,
+        piece_counts: Any = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -84,6 +91,8 @@ class DynSparseTrainer(ResumingTrainer, LossTrainer, OptimizerTrainer, DataTrain
             seed_dropout_(model)
         super().__init__(model, args, callbacks=given, **kwargs)
         self.curriculum.collator(self.data_collator)  # refuses one that cannot follow
+        if piece_counts is not None:
+            self._compare_with(piece_counts)
         if teacher is not None:
             self._move_model_to_device(teacher, args.device)
         if find_callback(self.callback_handler.callbacks, EpochCallback) is None:
@@ -117,6 +126,7 @@ class DynSparseTrainer(ResumingTrainer, LossTrainer, OptimizerTrainer, DataTrain
         if "loss" in logs or "eval_loss" in logs:
             self.store_flos()
             logs["dynsparse/flops"] = self.state.total_flos
+            logs["dynsparse/tokens"] = self.throughput.tokens
             logs["dynsparse/tokens_per_second"] = self.throughput.tokens_per_second
             distilled = self.distillation.take_mean() if self.distillation and "loss" in logs else None
             if distilled is not None:

@@ -269,6 +269,7 @@ class DynSparseBertForMaskedLM(DynSparseBertPreTrainedModel, BertForMaskedLM):
     `(masked_positions, vocab_size)`, in reading order. Otherwise `(batch_size, sequence_length, vocab_size)`.
     """
 
+    sparse_evaluation = False  # the same while evaluating: see `predicting_labelled`
     # This forward divides by `num_items_in_batch` itself.
     accepts_loss_kwargs = True
 
@@ -317,6 +318,8 @@ class DynSparseBertForPreTraining(DynSparseBertPreTrainedModel, BertForPreTraini
 
     While training with `config.sparse_prediction`, `prediction_logits` hold the masked positions only.
     """
+
+    sparse_evaluation = False
 
     def __init__(self, config: DynSparseBertConfig) -> None:
         BertPreTrainedModel.__init__(self, config)
@@ -484,13 +487,15 @@ def _init_classifier(model: Any, config: DynSparseBertConfig, outputs: int, add_
 
 
 def _to_predict(
-    model: DynSparseBertPreTrainedModel, hidden_states: torch.Tensor, labels: torch.Tensor | None
+    model: DynSparseBertForMaskedLM | DynSparseBertForPreTraining,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    While training with `sparse_prediction`, hidden states `(masked, hidden_size)` and labels `(masked,)` at the
-    positions to predict, in reading order; else all.
+    With `sparse_prediction`, while training or with `sparse_evaluation`: hidden states `(masked, hidden_size)` and
+    labels `(masked,)` at the positions to predict, in reading order; else all.
     """
-    if labels is None or not (model.training and model.config.sparse_prediction):
+    if labels is None or not (model.config.sparse_prediction and (model.training or model.sparse_evaluation)):
         return hidden_states, labels
     labels = labels.reshape(-1)  # [batch * sequence]
     masked = (labels != IGNORED).nonzero().squeeze(1)

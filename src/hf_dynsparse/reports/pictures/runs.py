@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..facts import PLATEAU
 from .style import COLOURS, DASHES, label_ends, picture
 
 
@@ -19,15 +20,16 @@ LOG_RATIO = 10.0  # runs whose total FLOPs differ by more share a logarithmic ax
 
 def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | PathLike[str], title: str = "") -> None:
     """
-    Draw one run against its training FLOPs: loss above, exploration of the topology below (Section 6). A run without
-    sparse layers, the dense baseline, logs no coverage and gets the upper panel alone.
+    Draw one run against its training FLOPs: loss above, then context gain with the end of the plateau of word
+    frequencies, and exploration of the topology below (Section 6). What a run does not log has no panel: a dense
+    baseline has no coverage.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`):
             The trainer's log: `trainer.state.log_history`, or the list of that name in `trainer_state.json`. Entries
-            with `loss` are training, with `eval_loss` evaluation; `dynsparse/coverage`, `dynsparse/newborn_share` and
-            `dynsparse/pruning_ratio` are drawn where present. An entry without `dynsparse/flops` is placed by its
-            `step`.
+            with `loss` are training, with `eval_loss` evaluation; `eval_context_gain`, `dynsparse/coverage`,
+            `dynsparse/newborn_share` and `dynsparse/pruning_ratio` are drawn where present. An entry without
+            `dynsparse/flops` is placed by its `step`.
         path (`str` or `PathLike`):
             File to write; its suffix chooses the format. Missing folders are made.
         title (`str`, *optional*, defaults to `""`):
@@ -47,14 +49,23 @@ def plot_training(log_history: Sequence[Mapping[str, Any]], path: str | PathLike
         if len(steps):
             axes.plot(_flops_of(log_history, steps) / scale, factor * values, label=label, color=color, **style)
 
-    explores = any("dynsparse/coverage" in entry for entry in log_history)
-    layout: dict[str, Any] = {"sharex": True, "squeeze": False, "height_ratios": (3, 2) if explores else (1,)}
-    with picture(path, 1 + explores, 1, (6.6, 5.2 if explores else 3.4), title, **layout) as (_, panels):
+    gains, explores = (
+        any(key in entry for entry in log_history) for key in ("eval_context_gain", "dynsparse/coverage")
+    )
+    rows = 1 + gains + explores
+    layout: dict[str, Any] = {"sharex": True, "squeeze": False, "height_ratios": (3, 2, 2)[:rows]}
+    with picture(path, rows, 1, (6.6, 1.6 + 1.8 * rows), title, **layout) as (_, panels):
         upper, lower = panels[0, 0], panels[-1, 0]
         draw(upper, "loss", "training", COLOURS[4], linewidth=1.2)
         draw(upper, "eval_loss", "evaluation", COLOURS[0], marker="o")
         upper.set_ylabel("loss (nats)")
         label_ends(upper)
+        if gains:
+            middle = panels[1, 0]
+            draw(middle, "eval_context_gain", "context gain", COLOURS[0], marker="o")
+            middle.axhline(PLATEAU, color="#707070", linestyle="--", linewidth=1.2)
+            middle.set_ylabel("gain (nats)")
+            label_ends(middle)
         if explores:
             draw(lower, "dynsparse/coverage", "DOF coverage", COLOURS[2], 100)
             draw(lower, "dynsparse/newborn_share", "newborn share", COLOURS[1], 100)
