@@ -7,6 +7,7 @@ from transformers import SchedulerType, TrainingArguments
 from .._transformers import OptimizerNames
 from ..ops.choice import TUNING_MODES
 from ..topology import TopologyOptions
+from .callbacks.distance_bias import parse_distance_bias
 from .distillation import DISTILLATION_POSITIONS, check_distillation
 from .rewinding import check_rewinding, rewinding
 
@@ -58,6 +59,15 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
     new_block_warmup: int = field(
         default=0,
         metadata={"help": "With --block_age_adam: steps over which the learning rate of a new block rises."},
+    )
+
+    distance_bias: str | None = field(
+        default=None,
+        metadata={
+            "help": "A bias of minus slope times distance in attention: with absolute positions alone a BERT stays "
+            "at the frequencies of words for long. START:END@SHARE, or START: 1:0@0.7 falls from strength 1 to nothing "
+            "at 0.7 of the run, and leaves a stock BERT; 1 stays, and is a part of the model."
+        },
     )
 
     teacher: str | None = field(
@@ -131,6 +141,8 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
                 "Give `num_topology_updates` or `topology_update_every`, not both. "
                 f"Got {self.num_topology_updates} and {self.topology_update_every}."
             )
+        if self.distance_bias is not None:
+            parse_distance_bias(self.distance_bias)
         if self.kernel_tuning not in TUNING_MODES:
             raise ValueError(f"`kernel_tuning` must be one of {', '.join(TUNING_MODES)}. Got {self.kernel_tuning!r}.")
         how = self.distillation_temperature, self.distillation_weight, self.distillation_positions

@@ -25,7 +25,7 @@ RECORDED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
     *("max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "dense_learning_rate", "block_age_adam"),
-    "learning_rate_rewinding",
+    *("learning_rate_rewinding", "distance_bias"),
 )
 DISTILLATION = ("distillation_weight", "distillation_temperature", "distillation_positions")
 
