@@ -11,6 +11,7 @@ from toy import toy_batch, toy_model, toy_trainer
 from transformers import AutoModelForMaskedLM, BertForMaskedLM
 
 from hf_dynsparse import DynSparseTrainer, DynSparseTrainingArguments
+from hf_dynsparse.models.auto import load_pretrained
 from hf_dynsparse.models.position_bias import strength_of
 from hf_dynsparse.training.callbacks.distance_bias import fall, parse_distance_bias
 
@@ -122,11 +123,18 @@ def test_a_run_that_has_ended_is_loaded_without_one(run: DynSparseTrainer, tmp_p
     assert strength_of(trainer.model.config) == 0
 
 
-def test_what_takes_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_takes_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="for fixed slopes. Got a model with position_bias='t5'"):
         toy_trainer(tmp_path, toy_model(position_bias="t5"), distance_bias="1")
     with pytest.raises(ValueError, match="for a whole model of transformers.*Got Linear"):
         toy_trainer(tmp_path, torch.nn.Linear(2, 2), distance_bias="1")
+
+
+def test_a_dense_stock_model_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        toy_trainer(tmp_path, toy_model().to_dense(), distance_bias="1")
+        trainer = toy_trainer(tmp_path, toy_model(initializer_range=0.3).to_dense(), distance_bias="0.5")
     assert "A dense BertForMaskedLM is loaded by transformers alone" in caplog.text
+    trainer.save_model()
+    ours = load_pretrained(AutoModelForMaskedLM, str(tmp_path))
+    assert torch.equal(outputs(ours), outputs(trainer.model))
+    assert not torch.equal(outputs(AutoModelForMaskedLM.from_pretrained(tmp_path)), outputs(trainer.model))

@@ -167,6 +167,13 @@ def bias_of(model: PreTrainedModel) -> PositionBias | None:
     return getattr(model.base_model, "position_bias", None)
 
 
+def restore_position_bias_(model: Any) -> Any:
+    """Give a model of a stock class, which has just been loaded, the bias that its configuration asks for."""
+    if getattr(model.config, "position_bias", None) == "alibi" and bias_of(model) is None:
+        set_position_bias_(model, strength_of(model.config))
+    return model
+
+
 def add_position_bias_(base: PreTrainedModel, kind: str, strength: float) -> None:
     """
     Put a bias into a base model, in place.

@@ -65,8 +65,8 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
         default=None,
         metadata={
             "help": "A bias of minus slope times distance in attention: with absolute positions alone a BERT stays "
-            "at the frequencies of words for long. START:END@SHARE, or START: 1:0@0.7 falls from strength 1 to nothing "
-            "at 0.7 of the run, and leaves a stock BERT; 1 stays, and is a part of the model."
+            "at the frequencies of words for long. START:END@SHARE, or START: 1:0@0.7 falls from strength 1 to "
+            "nothing at 0.7 of the run, and leaves a stock BERT; 1 stays, and is a part of the model."
         },
     )
 

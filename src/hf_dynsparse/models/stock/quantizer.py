@@ -22,7 +22,7 @@ from ...nn.replace import plan_blocks, replace_by_dense_, replace_by_sparse_
 from ..bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..checksums import separate_, verify_weights, with_checksums
 from ..heads import body_modules
-from ..position_bias import check_stock, set_position_bias_, strength_of
+from ..position_bias import check_stock, restore_position_bias_
 from ..readme import write_readmes_
 from ..verify import GIVEN, Report, held_after_loading, layers_without_place, verify, verify_values
 from .configuration import METHOD, DynSparseQuantizationConfig, LayersConfig
@@ -109,8 +109,7 @@ class LayerQuantizer(HfQuantizer):
         if not isinstance(model, DynSparseBertPreTrainedModel):
             model.register_load_state_dict_pre_hook(_drop_markers)
             write_readmes_(model)
-            if strength := strength_of(model.config):
-                set_position_bias_(model, strength)
+            restore_position_bias_(model)
 
     def _verify(self, model: PreTrainedModel, source: str) -> None:
         held = held_after_loading(model, source, self._files)

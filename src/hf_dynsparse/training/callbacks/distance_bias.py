@@ -106,7 +106,8 @@ class DistanceBiasCallback(TrainerCallback):
         if not isinstance(model, DynSparseBertPreTrainedModel) and "hf_quantizer" not in vars(model):
             logger.warning(
                 "A dense %s is loaded by transformers alone, which leaves a distance bias out: what is saved while "
-                "there is one gives other outputs. `DynSparseBertConfig(sparsity=0)` is a dense BERT that keeps it.",
+                "there is one gives other outputs, but by the scripts and commands of hf_dynsparse. "
+                "`DynSparseBertConfig(sparsity=0)` is a dense BERT that keeps it.",
                 type(model).__name__,
             )
 
@@ -144,7 +145,7 @@ def check_resumed(
         raise ValueError(
             "A resumed run must have the distance bias of its checkpoint, over as many steps. Got strength "
             f"{here:g} at step {state.global_step} of {state.max_steps} (distance_bias: {given}), but {checkpoint} "
-            f"has {saved:g}. Give the `distance_bias` and `max_steps` of that run, or start a new one in another folder."
+            f"has {saved:g}. Give the `distance_bias` and `max_steps` of that run, or begin in another folder."
         )
 
 
