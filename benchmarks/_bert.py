@@ -35,12 +35,14 @@ class Arm:
     preset: str
     sparsity: float = 0.0
     block_size: BlockSize | None = None
+    position_bias: str | None = None
 
     @property
     def name(self) -> str:
         """As printed."""
         block = "" if self.block_size is None else f" B={label(self.block_size)}"
-        return f"{self.preset} {self.kind}" + (f" s={self.sparsity:g}{block}" if self.sparsity else "")
+        bias = "" if self.position_bias is None else f" + {self.position_bias}"
+        return f"{self.preset} {self.kind}" + (f" s={self.sparsity:g}{block}" if self.sparsity else "") + bias
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, preset: str, sizes: list[int]) -> None:
@@ -59,6 +61,8 @@ def make_config(arm: Arm, vocab_size: int, seq_len: int, dropout: float | None) 
     options: dict[str, Any] = {} if arm.block_size is None else {"block_size": arm.block_size}
     if dropout is not None:
         options |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    if arm.position_bias is not None:
+        options["position_bias"] = arm.position_bias
     sparsity = arm.sparsity if arm.kind == "sparse" else 0.0
     length = max(512, seq_len)
     return DynSparseBertConfig.preset(

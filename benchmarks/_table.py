@@ -19,7 +19,8 @@ def _faster(name: str) -> Callable[[Row], str]:
 
 def _model(row: Row) -> str:
     block = "" if row["block_size"] is None else f" B={row['block_size']}"
-    return f"{row['preset']} {row['kind']}" + (f" s={row['sparsity']:g}{block}" if row["sparsity"] else "")
+    bias = f" + {row['position_bias']}" if row.get("position_bias") else ""
+    return f"{row['preset']} {row['kind']}" + (f" s={row['sparsity']:g}{block}" if row["sparsity"] else "") + bias
 
 
 COLUMNS: dict[str, Columns] = {

@@ -11,12 +11,14 @@ stock does neither. So what is gained over the twin comes from sparsity, and the
     python benchmarks/bench_step.py --preset base --dropout 0 --batch_size 8 --keep_freed_memory
     python benchmarks/bench_step.py --preset base --memory            # peak memory too, each side in its own process
     python benchmarks/bench_step.py --equal_flops --block_size 16     # sparse Base against dense Small
+    python benchmarks/bench_step.py --preset mini --position_bias alibi --vocab_size 8192 --seq_len 64 --batch_size 16
 """
 
 import argparse
 import gc
 import multiprocessing
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from _timing import Samples, choose_clock, median_ratio, median_seconds, time_in
 from transformers import PreTrainedModel
 
 from hf_dynsparse import flops_per_sequence, seed_dropout_
+from hf_dynsparse.models.position_bias import KINDS
 
 
 QUICK = {"preset": "mini", "batch_size": 8, "vocab_size": 8192, "repeats": 5}
@@ -46,11 +49,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--equal_flops", action="store_true", help="sparse Base against dense Small, tokens per second"
     )
+    parser.add_argument(
+        "--position_bias", choices=KINDS, help="also what a distance bias costs: the dense twin and sparse with one"
+    )
     run(parser, measure, argv, QUICK)
 
 
 def choose_arms(args: argparse.Namespace) -> list[Arm]:
-    """The dense twin comes first."""
+    """The dense twin comes first; those with a distance bias last."""
+    arms = _choose_arms(args)
+    biased = [arm for arm in arms if args.position_bias and arm.kind in ("dense", "sparse")]
+    return [*arms, *(replace(arm, position_bias=args.position_bias) for arm in biased)]
+
+
+def _choose_arms(args: argparse.Namespace) -> list[Arm]:
     sparse = [Arm("sparse", args.preset, sparsity, size) for sparsity in args.sparsity for size in args.block_size]
     if args.equal_flops:
         return [Arm("dense", "small"), *(Arm("sparse", "base", arm.sparsity, arm.block_size) for arm in sparse)]
@@ -65,7 +77,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     steps, models = {}, {}
     for arm in arms:
         models[arm], steps[arm] = prepare_step(args, arm)
-        if arm.kind == "sparse":
+        if arm.kind == "sparse" and arm.position_bias is None:  # stock classes have no bias to compare with
             batch = make_batch(args.batch_size, args.seq_len, args.vocab_size, args.device)
             check_training(models[arm], batch, args.dtype)
     samples = time_in_turn({arm: (step,) for arm, step in steps.items()}, choose_clock(args.device), args.repeats)
@@ -73,6 +85,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
     print(f"{args.batch_size} x {args.seq_len} tokens, vocabulary {args.vocab_size}, {args.dtype}; how much faster:")
     print(f"over dense {arms[0].preset} with its head at masked positions, over stock with its head at all positions")
     print("\n".join([heading(COLUMNS["bench_step"]), *(line(row, COLUMNS["bench_step"]) for row in rows)]))
+    for arm, row in zip(arms, rows, strict=True):
+        if arm.position_bias is not None:
+            print(f"{arm.name}: {row['ratio_without_bias']:.3f} of the time without a distance bias")
     return rows
 
 
@@ -114,12 +129,14 @@ def make_row(
         "torch_dropout": args.torch_dropout,
         "sparsity": arm.sparsity,
         "block_size": None if arm.block_size is None else label(arm.block_size),
+        "position_bias": arm.position_bias,
         "backend": backend_of(model),
         "seconds": seconds,
         "tokens_per_second": args.batch_size * args.seq_len / seconds,
         "dense_preset": dense.preset,
         "ratio_dense": median_ratio(samples[arm], samples[dense]),
         "ratio_stock": median_ratio(samples[arm], samples[stock]) if stock else None,
+        "ratio_without_bias": median_ratio(samples[arm], samples[replace(arm, position_bias=None)]),
         "flops_per_sequence": flops,
         "flops_ratio": flops / arm_flops(args, dense),
         "peak_memory_bytes": memory,

@@ -98,7 +98,9 @@ def test_step_measures_the_memory_of_each_side(run):
 def test_step_at_equal_flops(run, monkeypatch):
     for large, little in {"base": "mini", "small": "tiny"}.items():
         monkeypatch.setitem(PRESETS, large, PRESETS[little])
-    dense, sparse = run("bench_step", "--equal_flops")["rows"]
+    dense, sparse, *biased = run("bench_step", "--equal_flops --position_bias alibi")["rows"]
+    assert [(row["kind"], row["position_bias"]) for row in biased] == [("dense", "alibi"), ("sparse", "alibi")]
+    assert sparse["ratio_without_bias"] == 1 != biased[1]["ratio_without_bias"]
     assert (dense["preset"], sparse["preset"], sparse["dense_preset"]) == ("small", "base", "small")
     assert sparse["flops_ratio"] == sparse["flops_per_sequence"] / dense["flops_per_sequence"]
     assert sparse["tokens_per_second"] == pytest.approx(32 / sparse["seconds"])

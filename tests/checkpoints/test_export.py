@@ -216,7 +216,7 @@ def test_another_file_is_no_file_of_bsr_tensors(saved):
 
 
 def test_a_program_is_sparse_and_takes_any_shape():
-    model = toy_model(cls=DynSparseBertForMultipleChoice, num_hidden_layers=1).eval()
+    model = toy_model(cls=DynSparseBertForMultipleChoice, num_hidden_layers=1, position_bias="alibi").eval()
     program = export_program(model)
     assert str(program.graph).count("hf_dynsparse.linear") == len(sparse_layers(model))
     assert program.state_dict.keys() == model.state_dict().keys()

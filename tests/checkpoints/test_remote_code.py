@@ -55,8 +55,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     answers = {}
     for number, (auto, head) in enumerate(HEADS.items()):
         block_size = (1, 4, 8, (2, 8))[number % 4]
-        slimmed = {"heads_per_layer": [1, 2], "intermediate_sizes": [16, 64]} if number % 2 else {}
-        model = toy_model(number, head, block_size=block_size, sparsity=0.5, **slimmed)
+        more: dict[str, Any] = {"position_bias": ("alibi", "t5")[number // 2 % 2]}
+        if number % 2:
+            more = {"heads_per_layer": [1, 2], "intermediate_sizes": [16, 64]}
+        model = toy_model(number, head, block_size=block_size, sparsity=0.5, **more)
         save_with_code(model, work / auto)
         answers[auto] = answers_of(model)
     torch.save(answers, work / "answers.pt")

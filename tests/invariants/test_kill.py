@@ -33,6 +33,7 @@ RUN = {
     "save_steps": 1,
     "save_total_limit": 2,
     "group_lasso": 0.1,
+    "distance_bias": "1:0@0.7",
 }
 RULES = ("random", "gradient")
 

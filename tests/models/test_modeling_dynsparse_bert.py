@@ -36,6 +36,7 @@ from hf_dynsparse import (
     sparse_layers,
     use_backend,
 )
+from hf_dynsparse.models.position_bias import set_position_bias_
 from tests.toy import toy_batch, toy_config, toy_model, toy_tokenizer
 
 
@@ -299,10 +300,11 @@ def test_the_old_name_of_activation_checkpointing():
 
 def test_compile_makes_one_graph():
     torch._dynamo.reset()
-    model = toy_model(cls=DynSparseBertForPreTraining, num_hidden_layers=1).train()
+    model = toy_model(cls=DynSparseBertForPreTraining, num_hidden_layers=1, position_bias="alibi").train()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for masked in (3, 5, 1, 8):
+        set_position_bias_(model, 1 / masked)
         batch = {**toy_batch(masked=masked, seed=masked), "next_sentence_label": FOUR}
         expected = model(**batch).loss
         loss = compiled(**batch).loss

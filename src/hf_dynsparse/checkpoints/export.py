@@ -19,6 +19,7 @@ from ..files import written_aside
 from ..models.auto import is_dense
 from ..models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..models.checksums import once_each
+from ..models.position_bias import check_stock
 from ..models.sparsify import densify_
 from ..models.stock.configuration import DynSparseQuantizationConfig
 from ..nn.linear import sparse_layers
@@ -78,6 +79,7 @@ def export_dense(source: Source, target: str | Path) -> None:
 
     Raises:
         FileExistsError: if `target` exists and is more than an empty folder.
+        ValueError: if the model has a distance bias, which stock classes leave out.
 
     Example:
         ```python
@@ -180,9 +182,11 @@ def export_bsr(source: Source, file: str | Path) -> None:
 
     Raises:
         FileExistsError: if `file` exists.
+        ValueError: if the model has a distance bias, which no tensor says.
     """
     with written_aside(file) as aside:
         model = _loaded(source)
+        check_stock(model.config, "A model to become BSR tensors")
         layers = sparse_layers(model)
         tensors = {
             key: tensor.contiguous()

@@ -18,6 +18,7 @@ from .._transformers import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file, e
 from ..compress.int8.quantizer import METHOD as INT8_METHOD
 from ..compress.int8.quantizer import DynSparseInt8Config, put_int8_layers_
 from ..files import parse_object, read_object
+from ..models.position_bias import restore_position_bias_
 from ..models.stock.configuration import METHOD, DynSparseQuantizationConfig
 from ..models.stock.quantizer import DynSparseQuantizer
 
@@ -146,6 +147,7 @@ def load_model(source: str | Path, cls: Any = None, **kwargs: Any) -> PreTrained
         model: PreTrainedModel = architecture.from_pretrained(
             name, revision=revision, trust_remote_code=False, **kwargs
         )
+        restore_position_bias_(model)
     return model
 
 

@@ -8,6 +8,7 @@ from ..blocks.distributions import active_blocks
 from ..blocks.sizes import BlockSize, block_shapes_of
 from . import DynSparseBertConfig
 from .bert.configuration_dynsparse_bert import encoder_shapes
+from .position_bias import restore_position_bias_
 from .stock.configuration import DynSparseQuantizationConfig
 
 
@@ -42,7 +43,8 @@ def load_pretrained(
     if sparsity is None:
         if block_size is not None:
             raise ValueError(f"`block_size` needs a `sparsity`. Got block size {block_size} alone. Give both or none.")
-        return auto_class.from_pretrained(name_or_path, config=config, **kwargs)
+        given = auto_class.from_pretrained(name_or_path, config=config, **kwargs)
+        return cast(PreTrainedModel, restore_position_bias_(given))
     known = config or AutoConfig.from_pretrained(
         name_or_path, **{name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
     )
@@ -93,4 +95,4 @@ def load_teacher(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTraine
             f"`teacher` must be a model trained for this task. Got {name_or_path}, which lacks "
             f"{', '.join(sorted(info['missing_keys']))}. Fine-tune it first."
         )
-    return teacher
+    return cast(PreTrainedModel, restore_position_bias_(teacher))

@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from .._transformers import sdpa_attention_forward, sdpa_mask
 from ..ops.dropout import dropout as seeded
+from .position_bias import SUFFIX, bias_of, keep_in_force_, register_biased
 
 
 ATTENTION = "sdpa_seeded_dropout"
@@ -40,7 +41,7 @@ def attention_forward(
     Args:
         query, key, value (`torch.Tensor` of shape `(batch, heads, tokens, head_size)`).
         attention_mask (`torch.Tensor` broadcast to `(batch, heads, tokens, tokens)`, *optional*): `True` where a query
-            may look.
+            may look; or numbers to add to the scores.
 
     Returns:
         `torch.Tensor` of shape `(batch, tokens, heads, head_size)`, and `None` for the weights.
@@ -50,14 +51,17 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs
         )
     scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(2, 3)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
     weights = seeded(scores.softmax(dim=-1), dropout)
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, attention_forward)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+register_biased(ATTENTION)
 
 
 def seed_dropout_(model: nn.Module) -> int:
@@ -76,9 +80,11 @@ def seed_dropout_(model: nn.Module) -> int:
     if (
         isinstance(model, PreTrainedModel)
         and model.config.model_type in MODEL_TYPES
-        and model.config._attn_implementation == "sdpa"
+        and model.config._attn_implementation in ("sdpa", f"sdpa{SUFFIX}")
         and model.config.attention_probs_dropout_prob > 0
     ):
         model.set_attn_implementation(ATTENTION)
+        if bias_of(model) is not None:
+            keep_in_force_(model.base_model)
         changed += 1
     return changed

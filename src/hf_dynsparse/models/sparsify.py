@@ -1,7 +1,7 @@
 """`sparsify_` and `densify_`, for models of transformers and any other `nn.Module`."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,6 +11,7 @@ from ..nn.replace import DENSE_PARTS, plan_blocks, replace_by_dense_, replace_by
 from .bert.configuration_dynsparse_bert import encoder_shapes
 from .bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from .density import tell_config_
+from .position_bias import check_stock
 from .stock.configuration import DynSparseQuantizationConfig
 from .stock.quantizer import DynSparseQuantizer, check_one_block_size, plan_stock
 
@@ -83,9 +84,13 @@ def densify_(model: nn.Module) -> nn.Module:
     one again, and saves as such. Optimiser state must be made anew.
 
     Raises:
-        ValueError: if the model has no sparse layer, or is quantised.
+        ValueError: if the model has no sparse layer, is quantised, or is of a stock class with a distance bias, which
+            would be lost.
     """
     _our_quantizer(model, "densify_", "Call `model.dequantize()` first.")
+    for module in model.modules():
+        if isinstance(vars(module).get("hf_quantizer"), DynSparseQuantizer):
+            check_stock(cast(PreTrainedModel, module).config, "A model to become stock")
     replace_by_dense_(model)
     for module in model.modules():  # the transformers model may be a part of another, such as PEFT's
         quantizer = vars(module).get("hf_quantizer")

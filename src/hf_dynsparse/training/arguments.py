@@ -7,6 +7,7 @@ from transformers import SchedulerType, TrainingArguments
 from .._transformers import OptimizerNames
 from ..ops.choice import TUNING_MODES
 from ..topology import TopologyOptions
+from .callbacks.distance_bias import parse_distance_bias
 from .curriculum import Curriculum
 from .distillation import DISTILLATION_POSITIONS, check_distillation
 from .rewinding import check_rewinding, rewinding
@@ -73,6 +74,14 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
         metadata={
             "help": "Share of words to predict in training, along a line from the start to the end of the run, such "
             "as 0.3:0.15; or one rate. Evaluation keeps to that of its collator."
+        },
+    )
+    distance_bias: str | None = field(
+        default=None,
+        metadata={
+            "help": "A bias of minus slope times distance in attention: with absolute positions alone a BERT stays "
+            "at the frequencies of words for long. START:END@SHARE, or START: 1:0@0.7 falls from strength 1 to "
+            "nothing at 0.7 of the run, and leaves a stock BERT; 1 stays, and is a part of the model."
         },
     )
 
@@ -148,6 +157,8 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
                 "Give `num_topology_updates` or `topology_update_every`, not both. "
                 f"Got {self.num_topology_updates} and {self.topology_update_every}."
             )
+        if self.distance_bias is not None:
+            parse_distance_bias(self.distance_bias)
         if self.kernel_tuning not in TUNING_MODES:
             raise ValueError(f"`kernel_tuning` must be one of {', '.join(TUNING_MODES)}. Got {self.kernel_tuning!r}.")
         how = self.distillation_temperature, self.distillation_weight, self.distillation_positions

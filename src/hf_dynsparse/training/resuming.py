@@ -8,6 +8,7 @@ from transformers import TrainerState
 
 from .._transformers import TrainOutput, has_length
 from ..checkpoints.saved_run import SavedRun, last_checkpoint
+from .callbacks.distance_bias import check_resumed
 from .callbacks.throughput import pass_and_step
 from .callbacks.trainer import CallbackTrainer
 from .saving import SavingTrainer, warn_of_later_checkpoints
@@ -61,6 +62,8 @@ class ResumingTrainer(CallbackTrainer, SavingTrainer):
         self._load_from_checkpoint(resume_from_checkpoint)
         self.state = state
         self.throughput.restore(state)
+        if self.distance_bias is not None:
+            self.distance_bias.follow_(self.accelerator.unwrap_model(self.model), state)
         if self.topology is not None:
             self.topology.restore(state, self.args.max_steps)
             model = self.accelerator.unwrap_model(self.model)
@@ -79,7 +82,12 @@ class ResumingTrainer(CallbackTrainer, SavingTrainer):
             where = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
             )
-        if resume_from_checkpoint is None or has_length(self.train_dataset):
+        if resume_from_checkpoint is None:
+            return where
+        check_resumed(
+            self.distance_bias, self.accelerator.unwrap_model(self.model), resume_from_checkpoint, self.state
+        )
+        if has_length(self.train_dataset):
             return where
         # All steps would be looked for in the first pass, and not found if the run had made more than one.
         epoch, steps = pass_and_step(SavedRun(resume_from_checkpoint).state)
@@ -98,8 +106,10 @@ class ResumingTrainer(CallbackTrainer, SavingTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # A denser model on the way would win, and is not what the run is to give.
+        # A denser model on the way would win, or one with more of a bias, and is not what the run is to give.
         if self.topology is not None and not self.topology.has_final_density:
+            return False
+        if self.distance_bias is not None and not self.distance_bias.is_final(self.state):
             return False
         return super()._determine_best_metric(metrics, trial)
 

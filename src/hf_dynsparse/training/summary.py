@@ -27,7 +27,7 @@ RECORDED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
     *("max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "dense_learning_rate", "block_age_adam"),
-    *("learning_rate_rewinding", "recipe", "seq_length_schedule", "mlm_probability_schedule"),
+    *("learning_rate_rewinding", "recipe", "distance_bias", "seq_length_schedule", "mlm_probability_schedule"),
 )
 DISTILLATION = ("distillation_weight", "distillation_temperature", "distillation_positions")
 

@@ -1,6 +1,7 @@
 """What a DynSparse BERT is: the stock configuration plus sparsity, block size and distribution."""
 
 import logging
+import math
 from math import prod
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import BertConfig, PretrainedConfig
 from ...blocks.distributions import DISTRIBUTIONS, active_blocks
 from ...blocks.sizes import BlockSize, as_block_shape, block_grid, block_shapes_of, check_sparsity
 from ...nn.linear import INITIAL_TOPOLOGIES, SPARSE_INITS
+from ..position_bias import KINDS
 
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,11 @@ class DynSparseBertConfig(BertConfig):
         initial_topology (`str`, defaults to `"random"`):
             Where the first blocks are: anywhere (the paper), or `"balanced"`: as many in each block row, and in each
             block column.
+        position_bias (`str`, *optional*):
+            A distance bias in attention beside the absolute positions: `"alibi"`, fixed slopes (arXiv:2108.12409), or
+            `"t5"`, learned buckets of distances that all layers share (arXiv:1910.10683). Stock classes have none.
+        position_bias_strength (`float`, defaults to 1.0):
+            A factor of the bias.
 
     Raises:
         StrictDataclassError: from construction, for a value of the wrong type or out of range.
@@ -110,6 +117,8 @@ class DynSparseBertConfig(BertConfig):
     initial_topology: str = "random"
     heads_per_layer: list[int] | None = None
     intermediate_sizes: list[int] | None = None
+    position_bias: str | None = None
+    position_bias_strength: float | int = 1.0
 
     def validate_heads(self) -> None:
         """Check that the heads share the hidden size evenly."""
@@ -151,6 +160,22 @@ class DynSparseBertConfig(BertConfig):
         for name, known in (("sparse_init", SPARSE_INITS), ("initial_topology", INITIAL_TOPOLOGIES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}. Got {getattr(self, name)!r}.")
+
+    def validate_position_bias(self) -> None:
+        """Check the distance bias: every head has a slope of its own, in all layers."""
+        if self.position_bias is None:
+            return
+        if self.position_bias not in KINDS:
+            raise ValueError(f"`position_bias` must be one of {', '.join(KINDS)}. Got {self.position_bias!r}.")
+        if not 0 <= self.position_bias_strength < math.inf:
+            raise ValueError(
+                f"`position_bias_strength` must be a number from 0 on. Got {self.position_bias_strength}. 1 is usual."
+            )
+        if self.heads_per_layer is not None:
+            raise ValueError(
+                "`position_bias` needs as many heads in every layer: each has its own slope. Got heads_per_layer="
+                f"{self.heads_per_layer}. Train on with --distance_bias 1:0@0.7 before heads are taken out."
+            )
 
     def validate_nnzb(self) -> None:
         """Check numbers of active blocks against the shapes of the encoder."""
@@ -224,9 +249,12 @@ class DynSparseBertConfig(BertConfig):
         return super().from_dict({**config_dict, **ours}, **_without_identity(kwargs))
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; of a model whose layers have one size as ever, without lists of sizes."""
-        sizes = {"heads_per_layer", "intermediate_sizes"}
-        return {key: value for key, value in super().to_dict().items() if value is not None or key not in sizes}
+        """As in transformers; what a model does not have, such as lists of sizes or a distance bias, is left out."""
+        optional = {"heads_per_layer", "intermediate_sizes", "position_bias"}
+        fields = {key: value for key, value in super().to_dict().items() if value is not None or key not in optional}
+        if self.position_bias is None:
+            fields.pop("position_bias_strength", None)
+        return fields
 
     def to_stock(self) -> BertConfig:
         """

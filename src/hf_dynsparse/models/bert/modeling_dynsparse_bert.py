@@ -47,6 +47,7 @@ from ...nn.linear import (
 from ..checksums import ChecksumWriter, order_metadata
 from ..loading import check_readable, count_nonzero_blocks, load_whole, refuse_pickles
 from ..losses import IGNORED, span_loss, token_loss, zero_if_unlabelled
+from ..position_bias import PositionBias, add_position_bias_, check_stock
 from ..readme import write_readme
 from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes, layer_sizes
 
@@ -75,6 +76,8 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
                 init.copy_(module.values, module.values * by_slot.to(module.values))
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, PositionBias):
+            module.reset_()
         else:
             super()._init_weights(module)
 
@@ -220,14 +223,19 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
 
         Layers with fewer heads or neurons than `num_attention_heads` and `intermediate_size` get zero rows and columns
         for those that they lack, after their own: stock classes know layers of one size only.
+
+        Raises:
+            ValueError: if the weights are int8, or there is a distance bias, which stock classes leave out.
         """
+        check_stock(self.config, "A model to become stock")
         if "hf_quantizer" in vars(self):
             raise ValueError("`to_dense` needs weights in floating point. Got int8: call `model.dequantize()` first.")
         stock = type(self).__mro__[2]
         # Built on meta and filled: the dense weights exist once.
         with torch.device("meta"):
             dense: BertPreTrainedModel = stock(self.config.to_stock())
-        state = {key: tensor for key, tensor in self.state_dict().items() if not re.search(TRAINING_BUFFER, key)}
+        ours = rf"{TRAINING_BUFFER}|\bposition_bias\."
+        state = {key: tensor for key, tensor in self.state_dict().items() if not re.search(ours, key)}
         for name, layer in sparse_layers(self).items():
             for key in [key for key in state if key.startswith(f"{name}.") and not key.endswith(".bias")]:
                 del state[key]
@@ -258,6 +266,8 @@ class DynSparseBertModel(DynSparseBertPreTrainedModel, BertModel):
         self.embeddings = BertEmbeddings(config)
         self.encoder = _build_encoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
+        if config.position_bias is not None:
+            add_position_bias_(self, config.position_bias, config.position_bias_strength)
         self.post_init()
 
 

@@ -22,6 +22,7 @@ from ...nn.replace import plan_blocks, replace_by_dense_, replace_by_sparse_
 from ..bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..checksums import separate_, verify_weights, with_checksums
 from ..heads import body_modules
+from ..position_bias import check_stock, restore_position_bias_
 from ..readme import write_readmes_
 from ..verify import GIVEN, Report, held_after_loading, layers_without_place, verify, verify_values
 from .configuration import METHOD, DynSparseQuantizationConfig, LayersConfig
@@ -108,6 +109,7 @@ class LayerQuantizer(HfQuantizer):
         if not isinstance(model, DynSparseBertPreTrainedModel):
             model.register_load_state_dict_pre_hook(_drop_markers)
             write_readmes_(model)
+            restore_position_bias_(model)
 
     def _verify(self, model: PreTrainedModel, source: str) -> None:
         held = held_after_loading(model, source, self._files)
@@ -141,6 +143,8 @@ class LayerQuantizer(HfQuantizer):
 
     def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """The model with layers in floating point, in place; `model.dequantize()` comes here."""
+        if not isinstance(model, DynSparseBertPreTrainedModel):
+            check_stock(model.config, "A model to become stock")
         self.restore_layers_(model)
         self.remove_quantization_config(model)
         return model if dtype is None else model.to(dtype)

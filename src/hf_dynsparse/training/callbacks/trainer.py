@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from ...nn.linear import trainable_layers
 from ..arguments import DynSparseTrainingArguments
 from ..ddp import rebuild_reducer_
+from .distance_bias import DistanceBiasCallback
 from .epoch import EpochCallback
 from .kernels import KernelCallback
 from .slimming import EarlyBirdCallback
@@ -19,7 +20,8 @@ from .topology import TopologyCallback
 
 
 # Two of a kind would both act on the model, or be told apart by nobody.
-ONE_OF_EACH = (TopologyCallback, EarlyBirdCallback, KernelCallback, ThroughputCallback, EpochCallback)
+ONE_OF_EACH: tuple[type[TrainerCallback], ...] = (TopologyCallback, EarlyBirdCallback, DistanceBiasCallback)
+ONE_OF_EACH += (KernelCallback, ThroughputCallback, EpochCallback)
 
 Given = Sequence[TrainerCallback | type[TrainerCallback]] | None
 
@@ -39,6 +41,11 @@ class CallbackTrainer(Trainer):
     def early_bird(self) -> EarlyBirdCallback | None:
         """The callback that searches for a ticket."""
         return find_callback(self.callback_handler.callbacks, EarlyBirdCallback)
+
+    @property
+    def distance_bias(self) -> DistanceBiasCallback | None:
+        """The callback that lets a distance bias fall."""
+        return find_callback(self.callback_handler.callbacks, DistanceBiasCallback)
 
     @property
     def kernels(self) -> KernelCallback:
@@ -76,6 +83,8 @@ class CallbackTrainer(Trainer):
     ) -> list[TrainerCallback]:
         """The callbacks that were given, and those that this trainer needs beside them."""
         given = [_made(callback, args) for callback in callbacks or ()]
+        if args.distance_bias is not None and find_callback(given, DistanceBiasCallback) is None:
+            given.append(DistanceBiasCallback(args.distance_bias))
         # Throughput last, so that the time of a topology update counts.
         for kind in (*([TopologyCallback] if trainable_layers(model) else []), KernelCallback, ThroughputCallback):
             if find_callback(given, kind) is None:
