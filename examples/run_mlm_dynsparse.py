@@ -193,6 +193,8 @@ def main() -> None:
         }
         if args.time_budget is not None and checkpoint is None:
             args.max_steps = plan_steps(model, args, **parts)
+        elif args.time_budget is not None:
+            logger.info("%d steps, as planned when the run began", args.max_steps)
         trainer = DynSparseTrainer(model, args, **parts)
         scripts.check_run_length(trainer)
         scripts.warn_of_plateau(trainer, data_args.max_seq_length)

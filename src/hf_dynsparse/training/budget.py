@@ -131,6 +131,4 @@ def plan_steps(model: PreTrainedModel, args: Any, **parts: Any) -> int:
 
 def planned_steps(checkpoint: str) -> int:
     """The number of steps with which the run of a `checkpoint` was begun: it goes on with those, whatever the time."""
-    steps = SavedRun(checkpoint).state.max_steps
-    logger.info("%s steps, as planned when the run began.", f"{steps:,}")
-    return steps
+    return SavedRun(checkpoint).state.max_steps

@@ -168,7 +168,7 @@ def warn_of_plateau(trainer: DynSparseTrainer, seq_len: int) -> None:
     args = trainer.args
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     warning = plateau_warning(_steps(trainer) * sequences * seq_len)
-    if warning is not None:
+    if warning is not None and args.process_index == 0:
         logger.warning("%s", warning)
 
 
