@@ -7,6 +7,7 @@ Pre-train an always-sparse BERT by masked language modelling, with a topology th
         --train_file train.txt.gz --validation_file valid.txt.gz \
         --preset medium --sparsity 0.9 --block_size 16 --max_steps 100000 --output_dir runs/medium-s90-b16
     accelerate launch examples/run_mlm_dynsparse.py ... --resume_from_checkpoint last # go on after an interruption
+    accelerate launch examples/run_mlm_dynsparse.py examples/plans/eight_hours.yaml   # flags of a file, --time_budget
     accelerate launch examples/run_mlm_dynsparse.py ... --dense_baseline              # the dense twin
     accelerate launch examples/run_mlm_dynsparse.py ... --static                      # sparse, pattern fixed
     accelerate launch examples/run_mlm_dynsparse.py ... --teacher runs/dense          # learn from a dense model too

@@ -56,11 +56,17 @@ def test_it_saves_and_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("signals", "overrides"), [([signal.SIGINT] * 2, {}), ([signal.SIGINT], {"save_strategy": "no"})]
+    ("signals", "overrides", "saved"),
+    [
+        ([signal.SIGINT] * 2, {}, []),
+        ([signal.SIGINT], {"save_strategy": "no"}, []),
+        ([signal.SIGINT], {"max_steps": 5, "num_topology_updates": 0}, ["checkpoint-5"]),
+    ],
+    ids=["second", "nothing saved", "last step"],
 )
-def test_it_ends_at_once(tmp_path: Path, signals: list[int], overrides: dict[str, Any]) -> None:
-    """At a second Ctrl-C, and where nothing is saved."""
+def test_it_ends_as_usual(tmp_path: Path, signals: list[int], overrides: dict[str, Any], saved: list[str]) -> None:
+    """At once at a second Ctrl-C, and where nothing is saved; a run that has done all its steps has nothing left."""
     trainer = trainer_of(tmp_path, *signals, **overrides)
     with pytest.raises(KeyboardInterrupt), saves_when_stopped(trainer):
         trainer.train()
-    assert not list(tmp_path.glob("checkpoint-*"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == saved

@@ -62,18 +62,24 @@ def saves_when_stopped(trainer: Trainer) -> Iterator[None]:
         yield
         return
     trainer.add_callback(stop := StopCallback())
-    before = {number: signal.signal(number, stop.note) for number in SIGNALS}
+    # What is ignored already (nohup, jobs in the background) stays so.
+    before = {number: handler for number in SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN}
     try:
+        for number in before:
+            signal.signal(number, stop.note)
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         trainer.remove_callback(stop)
-    if stop.is_stopping and stop.received is not None:
-        if trainer.is_world_process_zero():
-            logger.warning(
-                "Stopped by %s after step %d of %d, which is saved. The same command with --resume_from_checkpoint "
-                "last goes on.",
-                *(signal.Signals(stop.received).name, trainer.state.global_step, trainer.state.max_steps),
-            )
-        raise SystemExit(128 + stop.received)
+    if stop.received is None:
+        return
+    if not stop.is_stopping:  # it came with the last step, which is saved anyway
+        signal.raise_signal(stop.received)
+    if trainer.is_world_process_zero():
+        logger.warning(
+            "Stopped by %s after step %d of %d, which is saved. The same command with --resume_from_checkpoint last "
+            "goes on.",
+            *(signal.Signals(stop.received).name, trainer.state.global_step, trainer.state.max_steps),
+        )
+    raise SystemExit(128 + stop.received)

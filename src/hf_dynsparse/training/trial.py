@@ -1,6 +1,7 @@
 """A short trial: how long a step of a run takes on this machine, with all that a real step does."""
 
 import copy
+import gc
 import logging
 import random
 import time
@@ -91,6 +92,8 @@ def run_trial(
             _evaluation_seconds(trainer) if parts.get("eval_dataset") is not None else 0.0,
             _saving_seconds(trainer) if args.save_strategy != SaveStrategy.NO else 0.0,
         )
+    del trainer
+    gc.collect()  # the run needs the memory
     return broadcast_object_list([found])[0]
 
 
