@@ -283,6 +283,7 @@ def test_animate(tmp_path, capsys):
         ),
         (["estimate", "--preset", "base", "--tokens", "60M"], "give --batch_size too. Got none"),
         (["estimate", "--preset", "base", "--tokens", "many"], "must be a number such as 900000, 60M or 1.5G. Got"),
+        (["estimate", "--preset", "base", "--bf16"], "--bf16 is for the steps of a --trial. Got none"),
         (["estimate", "--preset", "base", "--trial", "0"], "argument --trial: must be positive and finite"),
         (["estimate", "--preset", "base", "--dense_learning_rate", "nan"], "must be positive and finite. Got 'nan'"),
         (["convert", "SAVED", "TARGET"], "the following arguments are required: --to"),

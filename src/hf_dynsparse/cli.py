@@ -179,6 +179,8 @@ def _estimate(args: argparse.Namespace) -> None:
     config = DynSparseBertConfig.preset(args.preset, vocab_size=args.vocab_size, **_sparsity(args))
     batch_size = args.batch_size or (32 if args.trial else None)
     max_steps = args.max_steps
+    if args.bf16 and not args.trial:
+        raise ValueError("--bf16 is for the steps of a --trial. Got none. Give it too, or leave --bf16 out.")
     if args.tokens is not None:
         if batch_size is None:
             raise ValueError("--tokens are shared out over steps: give --batch_size too. Got none.")
@@ -197,7 +199,7 @@ def _estimate(args: argparse.Namespace) -> None:
     _say(estimate)
     report = estimate.to_dict()
     if args.trial:
-        from .training.trial import describe_twins, format_twins, try_twins
+        from .training.twins import describe_twins, format_twins, try_twins
 
         length = {"batch_size": batch_size, "seq_len": args.max_seq_length}
         report["trial"] = describe_twins(try_twins(config, args.trial, bf16=args.bf16, **length), max_steps)

@@ -36,10 +36,10 @@ def test_format_time() -> None:
     ("costs", "steps"),
     [
         ([], 200),
-        ([(10.0, inf)], 180),  # once
-        ([(10.0, inf), (10.0, 0.2)], 80),  # at each fifth of the run, and once
+        ([(10.0, inf)], 200),  # never
+        ([(10.0, 0.2)], 100),  # at each fifth of the run
         ([(2.0, 4.0)], 100),  # half a second a step
-        ([(2.0, 4.0), (10.0, inf), (0.0, 0.01)], 90),
+        ([(2.0, 4.0), (10.0, 0.3)], 70),
     ],
 )
 def test_steps_within_a_hundred_seconds(costs: list[tuple[float, float]], steps: int) -> None:
@@ -48,7 +48,7 @@ def test_steps_within_a_hundred_seconds(costs: list[tuple[float, float]], steps:
 
 def test_too_little_time() -> None:
     with pytest.raises(ValueError, match=r"must hold a trial, a step of 0.5 s, and the evaluations. Got too little"):
-        steps_within(10.0, 0.5, [(10.0, inf)])
+        steps_within(10.0, 0.5, [(5.0, 0.5)])
 
 
 @dataclass
@@ -107,9 +107,8 @@ def test_the_run_does_not_know_of_the_trial(tmp_path: Path, monkeypatch: pytest.
     assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
     assert planned_steps(str(tmp_path / "planned" / "checkpoint-4")) == 7
     ((seconds, step, costs),) = found
-    assert seconds == pytest.approx(0.97 * 10 - 0.2)  # without a reserve and the trial
+    (evaluation, eval_every), (saving, save_every) = costs
+    assert seconds < 0.97 * 10 - evaluation  # without a reserve, the trial, and an evaluation at the end
     assert 0 < step < 5
-    (once, never_ending), (evaluation, eval_every), (saving, save_every) = costs
-    assert (never_ending, eval_every, save_every) == (inf, 4, 0.5)
-    assert once == evaluation > 0
-    assert saving > 0
+    assert (eval_every, save_every) == (4, 0.5)
+    assert min(evaluation, saving) > 0

@@ -4,10 +4,12 @@ import logging
 import math
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from ..checkpoints.saved_run import SavedRun
@@ -73,7 +75,7 @@ def steps_within(seconds: float, step: float, costs: Iterable[tuple[float, float
         seconds (`float`): of the run.
         step (`float`): seconds of a step.
         costs (iterable of `(float, float)`): seconds of what comes every so many steps, and how many: below 1 a share
-            of the run, as `eval_steps` of transformers; infinite for what comes once.
+            of the run, as `eval_steps` of transformers; infinite for never.
 
     Raises:
         ValueError: if not one fits.
@@ -81,8 +83,6 @@ def steps_within(seconds: float, step: float, costs: Iterable[tuple[float, float
     for cost, every in costs:
         if every < 1.0:
             seconds -= cost * math.floor(1.0 / every)
-        elif every == math.inf:
-            seconds -= cost
         else:
             step += cost / every
     if seconds < step:
@@ -104,7 +104,7 @@ def plan_steps(model: PreTrainedModel, args: Any, **parts: Any) -> int:
     Raises:
         ValueError: if the time is too short for a step.
     """
-    budget, folder = parse_time(args.time_budget), Path(args.output_dir, TRIAL_FOLDER)
+    budget, folder, began = parse_time(args.time_budget), Path(args.output_dir, TRIAL_FOLDER), time.perf_counter()
     seconds = min(TRIAL_SHARE * budget, TRIAL_SECONDS)
     logger.info("a trial of %.3g s tells how many steps fit into %s", seconds, format_time(budget))
     try:
@@ -113,17 +113,16 @@ def plan_steps(model: PreTrainedModel, args: Any, **parts: Any) -> int:
         if args.process_index == 0:
             shutil.rmtree(folder, ignore_errors=True)
     periods = {"no": math.inf, "epoch": trial.epoch_steps}
-    evaluations = periods.get(str(args.eval_strategy.value), args.eval_steps)
-    saves = periods.get(str(args.save_strategy.value), args.save_steps)
     costs = [
-        (trial.evaluation_seconds, math.inf),  # after the last step
-        (trial.evaluation_seconds * (evaluations != math.inf), evaluations),
-        (trial.saving_seconds, saves),
+        (trial.evaluation_seconds, periods.get(args.eval_strategy.value, args.eval_steps)),
+        (trial.saving_seconds, periods.get(args.save_strategy.value, args.save_steps)),
     ]
-    steps = steps_within((1.0 - RESERVE) * budget - seconds, trial.step_seconds, costs)
+    left = broadcast_object_list([budget - (time.perf_counter() - began)])[0]
+    # A script evaluates once more, at the end.
+    steps = steps_within(left - RESERVE * budget - trial.evaluation_seconds, trial.step_seconds, costs)
     logger.info(
         "%s: %s steps, %.3g M tokens, until %s (%.4g s a step, %s tokens per second, %.3g s an evaluation)",
-        *(format_time(budget), f"{steps:,}", steps * trial.step_tokens / 1e6, clock_time(budget)),
+        *(format_time(budget), f"{steps:,}", steps * trial.step_tokens / 1e6, clock_time(left)),
         *(trial.step_seconds, f"{trial.tokens_per_second:,.0f}", trial.evaluation_seconds),
     )
     return steps
