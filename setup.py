@@ -87,6 +87,7 @@ install_requires = [
     "fsspec",  # the range is the one datasets asks for
     "jinja2",  # reports; the range is the one torch asks for
     "numpy",
+    "pyyaml",  # plan files; the range is the one transformers asks for
     "tqdm",
 ]
 
@@ -96,8 +97,8 @@ extras["monitoring"] = ["tensorboard>=2.20"]  # with Pillow, for the pictures
 extras["onnx"] = ["onnx>=1.23", "onnxruntime>=1.30", "onnxscript>=0.7.2"]  # export, and running what was exported
 extras["peft"] = ["peft>=0.21.2,<0.22"]  # LoRA layers build on how this minor version registers them
 extras["plots"] = ["matplotlib>=3.8"]
-# examples/pareto_study.py; transformers asks for the first, datasets for the two others.
-extras["study"] = ["pyyaml", "pandas", "pyarrow", *extras["plots"]]
+# examples/pareto_study.py; datasets asks for the first two.
+extras["study"] = ["pandas", "pyarrow", *extras["plots"]]
 extras["triton"] = ["triton>=3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 extras["test"] = [
     *("pytest>=9.0", "pytest-xdist"),
@@ -108,7 +109,10 @@ extras["quality"] = ["ruff>=0.17", "mypy>=2.4"]
 # The scripts go along in the wheel, for `hf-dynsparse train`; a checkout has them where they are.
 EXAMPLES = [
     "hf_dynsparse.examples",
-    *(f"hf_dynsparse.examples.{folder}" for folder in ("accelerate", "plugins", "prune_ofa", "studies", "study")),
+    *(
+        f"hf_dynsparse.examples.{folder}"
+        for folder in ("accelerate", "plans", "plugins", "prune_ofa", "studies", "study")
+    ),
 ]
 
 setup(

@@ -7,6 +7,7 @@ Pre-train an always-sparse BERT by masked language modelling, with a topology th
         --train_file train.txt.gz --validation_file valid.txt.gz \
         --preset medium --sparsity 0.9 --block_size 16 --max_steps 100000 --output_dir runs/medium-s90-b16
     accelerate launch examples/run_mlm_dynsparse.py ... --resume_from_checkpoint last # go on after an interruption
+    accelerate launch examples/run_mlm_dynsparse.py examples/plans/eight_hours.yaml   # flags of a file, --time_budget
     accelerate launch examples/run_mlm_dynsparse.py ... --dense_baseline              # the dense twin
     accelerate launch examples/run_mlm_dynsparse.py ... --static                      # sparse, pattern fixed
     accelerate launch examples/run_mlm_dynsparse.py ... --teacher runs/dense          # learn from a dense model too
@@ -56,9 +57,11 @@ from hf_dynsparse.models.auto import load_teacher
 from hf_dynsparse.models.pretraining import continued_config, first_pattern, preset_config
 from hf_dynsparse.reports.facts import describe_data, describe_start
 from hf_dynsparse.training import scripts
+from hf_dynsparse.training.budget import check_budget, plan_steps, planned_steps
 from hf_dynsparse.training.curriculum import Curriculum
 from hf_dynsparse.training.finetuning import set_final_sparsity_
 from hf_dynsparse.training.flags import HubArguments, ScriptArguments
+from hf_dynsparse.training.interruption import saves_when_stopped
 from hf_dynsparse.training.recipes import RECIPES, set_first_weights_
 from hf_dynsparse.training.summary import format_summary, summarize_run
 
@@ -137,6 +140,11 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
         default=None, help="Optimiser steps. Default: 500, or what --num_train_epochs makes; goes before these."
     )
     num_train_epochs: float | None = HfArg(default=None, help="Passes over the training text, instead of --max_steps.")
+    time_budget: str | None = HfArg(
+        default=None,
+        help="Time for training and evaluations, instead of --max_steps: 8h, 90m, 300s, or minutes. A trial of some "
+        "seconds tells how many steps that makes; a resumed run keeps them.",
+    )
     warmup_steps: float = HfArg(default=0.1, help="Steps of linear warm-up, or below 1 a share of the run.")
     per_device_train_batch_size: int = HfArg(default=32, help="Sequences per process and micro-batch.")
     per_device_eval_batch_size: int = HfArg(default=32, help="The same for evaluation.")
@@ -147,6 +155,12 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     logging_steps: float = HfArg(default=0.02, help="Steps between log entries, or a share of the run.")
     default_steps: ClassVar[int | None] = 500
 
+    def __post_init__(self) -> None:
+        if self.time_budget is not None:
+            check_budget(self)
+            self.max_steps = -1  # until the trial
+        super().__post_init__()
+
 
 @scripts.holds_output_dir
 def main() -> None:
@@ -156,6 +170,8 @@ def main() -> None:
         check(model_args, data_args, args)
         scripts.check_topology(args)
         checkpoint = scripts.find_checkpoint(args, model_args.token)
+        if args.time_budget is not None and checkpoint is not None:
+            args.max_steps = planned_steps(checkpoint)
         config = build_config(model_args, args, checkpoint)
         check_positions(config, data_args.max_seq_length)
         pattern = first_pattern(model_args.model_name_or_path, **model_args.hub)
@@ -178,25 +194,30 @@ def main() -> None:
             logger.info("learning rate %.3g, by the recipe %s", args.learning_rate, args.recipe)
         if checkpoint is not None:
             scripts.check_model_to_resume(model, checkpoint)
-        trainer = DynSparseTrainer(
-            model,
-            args,
-            teacher=find_teacher(model_args, data_args, args),
-            piece_counts=count_pieces(sequences["train"], tokenizer, model.config.vocab_size),
-            data_collator=data_args.collator(tokenizer, args.seed),
-            train_dataset=sequences["train"],
-            eval_dataset=sequences["validation"],
-            processing_class=tokenizer,
-        )
+        parts = {
+            "teacher": find_teacher(model_args, data_args, args),
+            "piece_counts": count_pieces(sequences["train"], tokenizer, model.config.vocab_size),
+            "data_collator": data_args.collator(tokenizer, args.seed),
+            "train_dataset": sequences["train"],
+            "eval_dataset": sequences["validation"],
+            "processing_class": tokenizer,
+        }
+        if args.time_budget is not None and checkpoint is None:
+            args.max_steps = plan_steps(model, args, **parts)
+        elif args.time_budget is not None:
+            logger.info("%d steps, as planned when the run began", args.max_steps)
+        trainer = DynSparseTrainer(model, args, **parts)
         scripts.check_run_length(trainer)
+        scripts.warn_of_plateau(trainer, data_args.max_seq_length)
         if data_args.max_eval_samples is None and args.eval_strategy != "no":
             trainer.eval_dataset = scripts.rows_while_training(trainer)
 
     if trainer.topology is not None:
         trainer.add_callback(TopologyHistory(trainer))
-    with scripts.one_line_errors(DataError):  # of a row that --streaming comes upon
+    with scripts.one_line_errors(DataError), saves_when_stopped(trainer):  # of a row that --streaming comes upon
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.eval_dataset = sequences["validation"]
+    with scripts.one_line_errors(DataError):
         metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
@@ -219,7 +240,7 @@ def check(model_args: ModelArguments, data_args: TextArguments, args: RunArgumen
     if model_args.untrained_rest and not model_args.static:
         raise ValueError("--untrained_rest fills a pattern that stays: give --static too.")
     check_first_weights(model_args)
-    data_args.check(args.max_steps)
+    data_args.check(args.max_steps if args.time_budget is None else 1)
     Curriculum.of(args).check_text(data_args)
 
 

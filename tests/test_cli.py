@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import constants
 from loopback import loopback_hub
 from safetensors import safe_open
@@ -157,6 +158,27 @@ def test_estimate(tmp_path, capsys):
     assert json.loads(file.read_text()) == expected.to_dict()
 
 
+def test_estimate_by_a_trial(tmp_path, capsys, caplog):
+    """A step of either twin takes time here; 1,000 tokens are 16 steps of 64."""
+    file = tmp_path / "estimate.json"
+    options = ["--vocab_size", "64", "--max_seq_length", "16", "--batch_size", "4", "--num_topology_updates", "0"]
+    threads = torch.get_num_threads()
+    printed = run(
+        capsys, "estimate", "--preset", "tiny", *options, "--tokens", "1k", "--trial", "0.01", "--json", file
+    )
+    torch.set_num_threads(threads)
+    report = json.loads(file.read_text())
+    for twin in ("sparse", "dense"):
+        trial = report["trial"][twin]
+        assert trial["seconds_of_the_run"] == pytest.approx(16 * trial["seconds_per_step"])
+        assert trial["tokens_per_second"] == pytest.approx(64 / trial["seconds_per_step"])
+        assert trial["seconds_per_checkpoint"] > 0
+        assert report[twin]["training_flops"] == 64 * report[twin]["flops_per_sequence"]
+    assert "\n\ntrial on this machine" in printed
+    assert "\n  begun now, until" in printed
+    assert "A run of 1,024 tokens is likely to end as a table of word frequencies" in caplog.text
+
+
 def test_estimate_needs_no_more_than_a_size(capsys):
     printed = run(capsys, "estimate", "--preset", "base")
     assert printed == f"{hf_dynsparse.estimate_run(hf_dynsparse.DynSparseBertConfig.preset('base'))}\n"
@@ -259,6 +281,10 @@ def test_animate(tmp_path, capsys):
             ["estimate", "--preset", "base", "--num_topology_updates", "-5"],
             "must be a number from 0 to 1,000,000. Got",
         ),
+        (["estimate", "--preset", "base", "--tokens", "60M"], "give --batch_size too. Got none"),
+        (["estimate", "--preset", "base", "--tokens", "many"], "must be a number such as 900000, 60M or 1.5G. Got"),
+        (["estimate", "--preset", "base", "--bf16"], "--bf16 is for the steps of a --trial. Got none"),
+        (["estimate", "--preset", "base", "--trial", "0"], "argument --trial: must be positive and finite"),
         (["estimate", "--preset", "base", "--dense_learning_rate", "nan"], "must be positive and finite. Got 'nan'"),
         (["convert", "SAVED", "TARGET"], "the following arguments are required: --to"),
         (["convert", "SAVED", "SAVED", "--to", "dense"], "The target must not exist yet"),

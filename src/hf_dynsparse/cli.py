@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from .models.bert.configuration_dynsparse_bert import PRESETS
 from .topology import SCHEDULES
 
 
+logger = logging.getLogger(__name__)
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 SOURCE = "a folder, or a repository of the Hub as user/name or user/name@revision"
 
 
@@ -72,6 +75,13 @@ def _write_json(content: dict[str, Any], file: Path | None) -> None:
 
 def _positive(text: str) -> int:
     return _whole(text, 1, 10**12)
+
+
+def _tokens(text: str) -> int:
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in UNITS else (text, "")
+    if not number.replace(".", "", 1).isdecimal() or not 1 <= float(number) * UNITS[unit] <= 10**15:
+        raise argparse.ArgumentTypeError(f"must be a number such as 900000, 60M or 1.5G. Got {text[:40]!r}.")
+    return round(float(number) * UNITS[unit])
 
 
 def _rate(text: str) -> float:
@@ -136,14 +146,20 @@ def _add_estimate(commands: Any) -> None:
     examples = [
         "--preset base --sparsity 0.9 --block_size 16",
         "--preset medium --block_size 1 --num_topology_updates 160 --max_steps 757000 --batch_size 512",
+        "--preset mini --vocab_size 8192 --batch_size 32 --tokens 60M --trial",
     ]
     parser = _command(commands, _estimate, examples)
     parser.add_argument("--preset", choices=list(PRESETS), required=True, help="size of the BERT")
     _add_sparsity(parser)
     parser.add_argument("--vocab_size", type=_positive, default=30522, help="default: %(default)s")
     parser.add_argument("--max_seq_length", type=_positive, default=128, help="tokens a sequence (default: 128)")
-    parser.add_argument("--max_steps", type=_positive, help="optimiser steps of the run")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--max_steps", type=_positive, help="optimiser steps of the run")
+    length.add_argument("--tokens", type=_tokens, help="of the run, such as 60M; instead of --max_steps")
     parser.add_argument("--batch_size", type=_positive, help="sequences in each step, of all processes")
+    trial = "train on made-up text for so many seconds (default: 20), and tell how long steps and the run take here"
+    parser.add_argument("--trial", type=_rate, nargs="?", const=20.0, metavar="SECONDS", help=trial)
+    parser.add_argument("--bf16", action="store_true", help="mixed precision, in the trial")
     parser.add_argument("--num_topology_updates", type=_updates, help="default: 80, or one in 100 steps; 0 is static")
     parser.add_argument("--pruning_ratio", type=float, default=0.5, help="of the first update (default: 0.5)")
     parser.add_argument("--pruning_schedule", choices=list(SCHEDULES), default="cosine", help="default: cosine")
@@ -153,15 +169,27 @@ def _add_estimate(commands: Any) -> None:
 
 
 def _estimate(args: argparse.Namespace) -> None:
-    """Estimate sizes, FLOPs, coverage and learning rate of a pre-training run. Nothing is allocated or trained."""
+    """
+    Estimate sizes, FLOPs, coverage and learning rate of a pre-training run. Nothing is allocated or trained, but in a
+    --trial.
+    """
     from .models import DynSparseBertConfig
-    from .reports.estimate import estimate_run
+    from .reports.estimate import estimate_run, plateau_warning
 
+    config = DynSparseBertConfig.preset(args.preset, vocab_size=args.vocab_size, **_sparsity(args))
+    batch_size = args.batch_size or (32 if args.trial else None)
+    max_steps = args.max_steps
+    if args.bf16 and not args.trial:
+        raise ValueError("--bf16 is for the steps of a --trial. Got none. Give it too, or leave --bf16 out.")
+    if args.tokens is not None:
+        if batch_size is None:
+            raise ValueError("--tokens are shared out over steps: give --batch_size too. Got none.")
+        max_steps = ceil(args.tokens / (batch_size * args.max_seq_length))
     estimate = estimate_run(
-        DynSparseBertConfig.preset(args.preset, vocab_size=args.vocab_size, **_sparsity(args)),
+        config,
         seq_len=args.max_seq_length,
-        max_steps=args.max_steps,
-        batch_size=args.batch_size,
+        max_steps=max_steps,
+        batch_size=batch_size,
         num_topology_updates=args.num_topology_updates,
         pruning_ratio=args.pruning_ratio,
         pruning_schedule=args.pruning_schedule,
@@ -169,7 +197,17 @@ def _estimate(args: argparse.Namespace) -> None:
         dense_learning_rate=args.dense_learning_rate,
     )
     _say(estimate)
-    _write_json(estimate.to_dict(), args.json)
+    report = estimate.to_dict()
+    if args.trial:
+        from .training.twins import describe_twins, format_twins, try_twins
+
+        length = {"batch_size": batch_size, "seq_len": args.max_seq_length}
+        report["trial"] = describe_twins(try_twins(config, args.trial, bf16=args.bf16, **length), max_steps)
+        _say(f"\n{format_twins(report['trial'])}")
+    warning = plateau_warning(estimate.sequences * args.max_seq_length)
+    if warning is not None:
+        logger.warning("%s", warning)
+    _write_json(report, args.json)
 
 
 def _add_convert(commands: Any) -> None:

@@ -153,10 +153,11 @@ def test_resume_of_a_finished_run(run: Callable[..., Path], finished: Path, tmp_
         assert summary_of(again)[name] == summary_of(finished)[name], name
 
 
-def test_resume_of_an_interrupted_run(run: Callable[..., Path], finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", ["--max_steps 4", "--time_budget 1s"])  # the checkpoint says how many steps
+def test_resume_of_an_interrupted_run(run: Callable[..., Path], finished: Path, tmp_path: Path, length: str) -> None:
     again = Path(shutil.copytree(finished, tmp_path / "again", ignore=shutil.ignore_patterns("checkpoint-4", "*.*")))
     shutil.copytree(finished / "checkpoint-2", again / "checkpoint-2", dirs_exist_ok=True)
-    run(again, "--resume_from_checkpoint last")
+    run(again, "--resume_from_checkpoint last", toy=TOY.replace("--max_steps 4", length))
     assert_same_weights(again, finished)
     assert_same_weights(again / "checkpoint-4", finished / "checkpoint-4")
     for name in ("eval_loss", "flops", "coverage", "topology_updates", "steps"):

@@ -62,15 +62,67 @@ def test_flags_come_from_the_command_line_or_from_a_file(
     arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"sparsity": 0.5, "max_steps": 4, "output_dir": "a", "nsp": True}))
+    (tmp_path / "run.yaml").write_text("sparsity: 5e-1\nmax_steps: 9\noutput_dir: b  # as said below\nnsp: true\n")
     found = []
     for given in (
         ["--sparsity", "0.5", "--max-steps", "4", "--output_dir", "a", "--nsp"],
         [str(tmp_path / "run.json")],
+        [str(tmp_path / "run.yaml"), "--max_steps", "4", "--output_dir", "a"],
     ):
         monkeypatch.setattr(sys, "argv", ["script.py", *given])
         model_args, data_args, args = scripts.parse_arguments(*arguments("run_mlm_dynsparse"))
         found.append((model_args.sparsity, data_args.nsp, args.max_steps, args.output_dir))
-    assert found == [(0.5, True, 4, "a")] * 2
+    assert found == [(0.5, True, 4, "a")] * 3
+
+
+def test_what_yaml_means_otherwise(arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are those of the command line: `no` is a strategy, 1x4 and 16 are block sizes; null leaves nothing."""
+    plan = "eval_strategy: no\nblock_size: 16\ntime_budget: 90\nsave_total_limit: null\nlearning_rate: 1e-3\n"
+    (tmp_path / "plan.yml").write_text(f"{plan}accelerator_config: {{even_batches: false}}\nreport_to: [none]\n")
+    monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / "plan.yml"), "--output_dir", str(tmp_path)])
+    model_args, _, args = scripts.parse_arguments(*arguments("run_mlm_dynsparse"))
+    assert (model_args.block_size, args.time_budget, args.save_total_limit) == ("16", "90", None)
+    assert (args.eval_strategy, args.learning_rate, args.report_to) == ("no", 1e-3, [])
+    assert args.accelerator_config.even_batches is False
+
+
+def test_the_plan_for_eight_hours(arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [str(EXAMPLES / "plans" / "eight_hours.yaml"), "--output_dir", str(tmp_path), "--block_size=4"]
+    monkeypatch.setattr(sys, "argv", ["script.py", *given])
+    model_args, data_args, args = scripts.parse_arguments(*arguments("run_mlm_dynsparse"))
+    assert (model_args.preset, model_args.block_size, data_args.max_seq_length) == ("mini", "4", 128)
+    assert (args.time_budget, args.max_steps, args.resume_from_checkpoint) == ("8h", -1, "last")
+    data_args.streaming = True  # whose steps are not known yet
+    sys.modules["run_mlm_dynsparse"].check(model_args, data_args, args)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("plan.yaml", "presett: mini", r"must hold flags of --help, without their dashes. Got `presett`"),
+        ("plan.yaml", "- preset", r"must be a table of flags, .* Got .*plan.yaml, which holds none"),
+        ("plan.yml", "preset: [", r"must be YAML or JSON. Got .*plan.yml: while parsing"),
+        ("plan.json", "{", r"must be YAML or JSON. Got .*plan.json: Expecting property name"),
+        ("plan.yaml", "time_budget: 8h\nmax_steps: 4", r"Got 8h and --max_steps 4"),
+    ],
+)
+def test_plans_that_cannot_be_read(
+    arguments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, error: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / name)])
+    with pytest.raises(ValueError, match=error):
+        scripts.parse_arguments(*arguments("run_mlm_dynsparse"))
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(7_031, True), (7_032, False)])
+def test_a_run_below_the_plateau_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, warned: bool
+) -> None:
+    """Steps of twice four sequences of 16 tokens: 900,000 in all, or less."""
+    trainer = toy_trainer(tmp_path, max_steps=steps, gradient_accumulation_steps=2)
+    scripts.warn_of_plateau(trainer, 16)
+    assert ("A run of 899,968 tokens is likely to end as a table of word frequencies" in caplog.text) is warned
 
 
 def test_a_recipe_is_what_is_not_given(

@@ -21,6 +21,10 @@ from .tables import plain_table
 # Best of the paper's sweeps for its dense models (arXiv:2108.06277, appendix), by preset.
 DENSE_LEARNING_RATES = {"mini": 8e-4, "small": 4e-4, "medium": 2e-4, "base": 2e-4}
 
+# Tokens that a pre-training run needs to learn more than the frequencies of words. Measured: BERT-Mini, sparsity 0.9,
+# a vocabulary of 8,192, with the distance bias in attention; without the bias it takes more.
+PLATEAU_TOKENS = 900_000
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -177,6 +181,17 @@ def estimate_run(
         fmean([expected_coverage(nnzb[name], blocks[name], *updates) for name in nnzb] or [1.0]),
         factor,
         None if dense_learning_rate is None else factor * dense_learning_rate,
+    )
+
+
+def plateau_warning(tokens: int) -> str | None:
+    """One line for a run of so many tokens that is likely to learn nothing but how frequent words are, or `None`."""
+    if not 0 < tokens < PLATEAU_TOKENS:
+        return None
+    return (
+        f"A run of {tokens:,} tokens is likely to end as a table of word frequencies: BERT-Mini with a vocabulary of "
+        f"8k and the distance bias needs about {PLATEAU_TOKENS:,} before it uses the words around. Give more steps or "
+        "a larger batch."
     )
 
 

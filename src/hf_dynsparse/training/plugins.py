@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -11,6 +10,7 @@ from typing import NoReturn
 from transformers import HfArgumentParser
 
 from ..topology.scores import OWN_NAMES
+from .plans import split_plan
 
 
 PLUGIN_HELP = (
@@ -23,18 +23,16 @@ _LOADED: set[Path] = set()
 
 def load_plugins(argv: Sequence[str]) -> None:
     """
-    Import what `--plugin` names in the arguments of a script, or in the JSON file that is its only one. A file that
-    was imported before is not imported again.
+    Import what `--plugin` names in the arguments of a script, or in its plan file. A file that was imported before is
+    not imported again.
 
     Raises:
         ValueError: for a module or file that does not exist, or one that registers a name that is taken.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plugin", nargs="+", action="extend", default=[])
-    names = parser.parse_known_args(argv)[0].plugin
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        names = json.loads(Path(argv[0]).read_text(encoding="utf-8")).get("plugin") or []
-    for name in names:
+    plan, flags = split_plan(argv)
+    for name in parser.parse_known_args(flags)[0].plugin or plan.get("plugin") or []:
         if name.endswith(".py"):
             _load_file(Path(name))
         else:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..checkpoints.saved_run import SavedRun, find_run_to_resume
 from ..files import write_atomically
 from ..hub import fetch_checkpoint
 from ..hub.trainer import open_hub_repository
+from ..reports.estimate import plateau_warning
 from ..reports.pictures.layers import plot_block_map
 from ..reports.pictures.runs import plot_training
 from ..topology.frames import read_history
@@ -30,6 +32,7 @@ from .arguments import DynSparseTrainingArguments
 from .callbacks.topology import TopologyCallback
 from .finetuning import finish_quantization_, set_final_sparsity_
 from .flags import FinetunedModelArguments, FinetuningRunArguments, FlagParser
+from .plans import check_plan, split_plan
 from .plugins import load_plugins
 from .recipes import recipe_defaults
 from .rewinding import check_rewinding, rewinding
@@ -51,25 +54,26 @@ TOKENIZER_FOLDER = "tokenizer"  # of the output folder: where a script keeps the
 
 def parse_arguments(*kinds: Any, description: str | None = None, recipes: bool = False) -> tuple[Any, ...]:
     """
-    Dataclasses of `kinds` from the command line, or from one JSON file given as the only argument. Plug-ins are
-    imported before: what they register is a valid choice.
+    Dataclasses of `kinds` from the command line, and from the plan file that may be its first argument, for what the
+    others do not say. Plug-ins are imported before: what they register is a valid choice.
 
     Args:
         recipes (`bool`): whether `--recipe` decides what is not given, see [`~training.recipes.recipe_defaults`].
 
     Raises:
-        ValueError: see `load_plugins`; for a recipe that there is not.
+        ValueError: see `load_plugins` and `split_plan`; for a recipe that there is not.
     """
     load_plugins(sys.argv[1:])
     parser = FlagParser(kinds, description=description)
-    from_file = len(sys.argv) == 2 and sys.argv[1].endswith(".json")
-    given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")) if from_file else parser.given(sys.argv[1:])
+    plan, flags = split_plan(sys.argv[1:])
+    check_plan(plan, {each.name for kind in kinds for each in fields(kind)})
     if recipes:
-        defaults = recipe_defaults(given, given.get("max_seq_length", parser.get_default("max_seq_length")))
+        given = plan | parser.given(flags)
+        defaults = recipe_defaults(given, int(given.get("max_seq_length", parser.get_default("max_seq_length"))))
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
-        given = {name: parser.get_default(name) for name in known & defaults.keys()} | given
-    return parser.parse_dict(given) if from_file else parser.parse_args_into_dataclasses()
+    parser.set_defaults(**plan)
+    return parser.parse_args_into_dataclasses(flags)
 
 
 def holds_output_dir(main: Callable[[], None]) -> Callable[[], None]:
@@ -165,9 +169,7 @@ def check_run_length(trainer: DynSparseTrainer) -> None:
     fixed, none = settings.say_when, settings.num_topology_updates == 0
     if trainer.train_dataset is None or none or not (fixed or args.learning_rate_rewinding):
         return
-    steps = args.max_steps
-    if steps <= 0:
-        *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    steps = _steps(trainer)
     if fixed:
         check_updates_fit(args, steps)
     if args.learning_rate_rewinding:
@@ -190,6 +192,21 @@ def rows_while_training(trainer: DynSparseTrainer) -> Any:
     trained_on = steps * trainer.get_total_train_batch_size(args)
     count = max(EVALUATED_LEAST, int(EVALUATED * trained_on / evaluations))
     return rows.select(range(min(count, len(rows)))) if isinstance(rows, datasets.Dataset) else rows.take(count)
+def warn_of_plateau(trainer: DynSparseTrainer, seq_len: int) -> None:
+    """Say so if the run, of sequences of `seq_len` tokens, is too short to learn more than how frequent words are."""
+    args = trainer.args
+    sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    warning = plateau_warning(_steps(trainer) * sequences * seq_len)
+    if warning is not None and args.process_index == 0:
+        logger.warning("%s", warning)
+
+
+def _steps(trainer: DynSparseTrainer) -> int:
+    """Of the run, by its arguments and the data."""
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return steps
 
 
 def check_model_to_resume(model: PreTrainedModel, checkpoint: str) -> None:
