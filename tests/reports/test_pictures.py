@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_dynsparse.reports.pictures.layers import plot_block_map, plot_layer_maps
-from hf_dynsparse.reports.pictures.runs import _flops_of, plot_comparison, plot_training
+from hf_dynsparse.reports.pictures.runs import _flops_of, plot_comparison, plot_over_seconds, plot_training
 
 
 image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed")
@@ -52,6 +52,18 @@ def test_training(tmp_path):
     dense = [{key: entry[key] for key in entry.keys() & {"loss", "step", "dynsparse/flops"}} for entry in run_log()]
     plot_training(dense, tmp_path / "dense.png")
     assert read_picture(tmp_path / "dense.png").shape[0] < 0.7 * height
+
+
+def test_over_seconds(tmp_path):
+    """A panel of its own for the context gain, if a run has logged it."""
+    runs = {"sparse": (run_log(), 140.0), "dense": (run_log(flops_per_step=9e12), 141.0)}
+    plot_over_seconds(runs, tmp_path / "loss.png")
+    height = read_picture(tmp_path / "loss.png").shape[0]
+    runs["dense"][0][4]["eval_context_gain"] = 0.1
+    plot_over_seconds(runs, tmp_path / "gain.png", title="Two models")
+    assert read_picture(tmp_path / "gain.png").shape[0] > 1.3 * height
+    with pytest.raises(ValueError, match="of run 'dense' must hold at least one entry with `dynsparse/flops`"):
+        plot_over_seconds({"dense": ([{"loss": 1.0, "step": 1}], 1.0)}, tmp_path / "no.png")
 
 
 def test_training_without_evaluation(tmp_path):
