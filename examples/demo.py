@@ -22,6 +22,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ SENTENCES = (
 ROWS = {
     "evaluation loss (nats)": ("eval_loss", "{:.3f}", 1),
     "perplexity": ("perplexity", "{:,.1f}", 1),
-    "context gain (nats)": ("eval_context_gain", "{:.3f}", 1),
+    "context gain (nats)": ("context_gain", "{:.3f}", 1),
     "seconds of training": ("seconds", "{:,.0f}", 1),
     "steps": ("steps", "{:,.0f}", 1),
     "tokens": ("tokens", "{:,.0f}", 1),
@@ -114,7 +115,7 @@ def check(flags: list[str], output: Path) -> None:
         ValueError: naming what does not fit.
     """
     load_plugins(flags)
-    for more in ([], ["--dense_baseline"]):
+    for more in ([], ["--dense_baseline", "--max_steps=1"]):
         model_args, data_args, args = StudyParser(mlm.ARGUMENTS).parse_args_into_dataclasses([*flags, *more])
         mlm.check(model_args, data_args, args)
         check_topology(args)
@@ -146,9 +147,12 @@ def train(folder: Path, flags: Sequence[str]) -> dict[str, Any]:
 
 def start(flags: Sequence[str]) -> None:
     """run_mlm_dynsparse.py in a process of its own: nothing of one run is left for the next. Its failure is ours."""
-    done = subprocess.run([sys.executable, mlm.__file__, *flags])
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.Popen([sys.executable, mlm.__file__, *flags])
+    while process.poll() is None:
+        with suppress(KeyboardInterrupt):  # Ctrl-C tells it too: it ends in its own way
+            process.wait()
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def report(summaries: dict[str, dict[str, Any]], output: Path) -> None:

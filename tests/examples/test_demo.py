@@ -79,7 +79,7 @@ def test_the_demo(demo: Any, toy: str, tmp_path: Path, capsys: pytest.CaptureFix
         assert f"{runs['sparse']['encoder_bytes'] / 1e6:.2f}" in shown
         assert "newborn share" in shown
         assert all(sentence in shown for sentence in demo.SENTENCES)
-        assert "context gain" not in shown or "eval_context_gain" in runs["sparse"]
+        assert "context gain" not in shown or runs["sparse"]["context_gain"]
 
     # Again: nothing is trained twice, and what is missing is.
     before = (output / "demo.md").read_bytes()

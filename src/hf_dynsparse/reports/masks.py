@@ -115,7 +115,7 @@ def _fill(
         best = logits.float().softmax(-1).topk(top)
         found.append(
             [
-                [Guess(tokenizer.decode([piece]).strip(), share) for piece, share in zip(*each, strict=True)]
+                [Guess(str(tokenizer.decode([piece])).strip(), share) for piece, share in zip(*each, strict=True)]
                 for each in zip(best.indices.tolist(), best.values.tolist(), strict=True)
             ]
         )
