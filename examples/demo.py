@@ -167,8 +167,11 @@ def report(summaries: dict[str, dict[str, Any]], output: Path) -> None:
     guesses = mask_rows(fill_masks({name: output / name for name in summaries}, SENTENCES))
     pictures = draw({name: (log, summaries[name]["seconds"]) for name, log in logs.items()}, output)
     table = [["", *summaries], *rows]
+    versions = ", ".join(f"{package} {version}" for package, version in summaries["sparse"]["versions"].items())
+    where = f"Seed {summaries['sparse']['seed']}, {summaries['sparse']['hardware']}, {versions}."
     text = [
         "# A sparse BERT beside its dense twin, trained for the same time",
+        where,
         *(markdown_table(table[0], rows, right=(1, 2)), markdown_table(guesses[0], guesses[1:])),
         *(f"![{about}]({picture})" for picture, about in pictures.items()),
     ]
