@@ -137,27 +137,28 @@ def plot_over_seconds(
     for name, (log_history, _) in runs.items():
         _require_keys(log_history, "loss", "eval_loss", run=name)
         _require_keys(log_history, "dynsparse/flops", run=name)
+
+    def draw(axes: Axes, name: str, key: str, **style: Any) -> None:
+        log_history, seconds = runs[name]
+        steps, values = _series(log_history, key)
+        if len(steps):
+            total = _flops_of(log_history, _series(log_history, "step")[0]).max()
+            axes.plot(_flops_of(log_history, steps) / total * seconds, values, **style)
+
     gains = any("eval_context_gain" in entry for log_history, _ in runs.values() for entry in log_history)
     with picture(path, 1 + gains, 1, (6.6, 5.2 if gains else 3.4), title, sharex=True, squeeze=False) as (_, panels):
-        for (name, (log_history, seconds)), colour in zip(runs.items(), cycle(COLOURS)):
-            ends = _flops_of(log_history, _series(log_history, "step")[0]).max()
-
-            def draw(axes: Axes, key: str, **style: Any) -> None:
-                steps, values = _series(log_history, key)  # noqa: B023
-                if len(steps):
-                    axes.plot(_flops_of(log_history, steps) / ends * seconds, values, color=colour, **style)  # noqa: B023
-
-            draw(panels[0, 0], "loss", label=f"{name}, training", linewidth=0.8, alpha=0.6)
-            draw(panels[0, 0], "eval_loss", label=f"{name}, evaluation", marker="o")
+        upper, lower = panels[0, 0], panels[-1, 0]
+        for name, colour in zip(runs, cycle(COLOURS), strict=False):
+            draw(upper, name, "loss", label=f"{name}, training", color=colour, linewidth=0.8, alpha=0.6)
+            draw(upper, name, "eval_loss", label=f"{name}, evaluation", color=colour, marker="o")
             if gains:
-                draw(panels[1, 0], "eval_context_gain", label=name, marker="o")
-        panels[0, 0].set_ylabel("loss (nats)")
-        if gains:
-            panels[1, 0].set_ylabel("context gain (nats)")
+                draw(lower, name, "eval_context_gain", label=name, color=colour, marker="o")
+                lower.set_ylabel("context gain (nats)")
+        upper.set_ylabel("loss (nats)")
         for axes in panels[:, 0]:
             label_ends(axes)
-        panels[-1, 0].set_xlabel("seconds of training")
-        panels[-1, 0].set_xlim(left=0)
+        lower.set_xlabel("seconds of training")
+        lower.set_xlim(left=0)
 
 
 def plot_sparsity_sweep(
