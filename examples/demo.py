@@ -41,8 +41,8 @@ from hf_dynsparse.training.scripts import check_topology, one_line_errors
 
 logger = logging.getLogger("demo")
 
-# Judged by use, blocks that an update has brought survive the next one; by their norm they leave first.
-TOPOLOGY = ["--prune_score=weight_gradient"]
+# Once the model has learnt some, blocks are judged by use: those of small norm are new rather than useless.
+TOPOLOGY = ["--topology_first_step=0.3", "--pruning_ratio=0.3", "--prune_score=weight_gradient"]
 TRIAL = 20  # the trial of the dense twin has so many times fewer steps
 
 # In each of them the neighbours of the mask say what the frequencies of words do not.

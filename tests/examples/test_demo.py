@@ -95,7 +95,7 @@ def test_the_demo(demo: Any, toy: str, tmp_path: Path, capsys: pytest.CaptureFix
 BAD = {
     "sparsity": ("--sparsity 1.0", "1.0"),
     "unknown flag": ("--sparsness 0.5", "--sparsness"),
-    "other flags": ("--seed 5", "begun with: --prune_score=weight_gradient --seed=4"),
+    "other flags": ("--seed 5", "begun with: --seed=4"),
     "push": ("--push_to_hub", "push one: hf-dynsparse push"),
 }
 
@@ -106,7 +106,7 @@ def test_bad_flags_are_one_line(demo: Any, tmp_path: Path, case: str) -> None:
     output = tmp_path / "out"
     if case == "other flags":
         output.mkdir()
-        (output / "demo.json").write_text('{"flags": ["--prune_score=weight_gradient", "--seed=4"]}')
+        (output / "demo.json").write_text('{"flags": ["--seed=4"]}')
     with pytest.raises(SystemExit) as ended:
         run(demo, output, flags)
     assert str(ended.value.code).startswith("demo.py: error: ")
@@ -118,15 +118,16 @@ def test_bad_flags_are_one_line(demo: Any, tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("given", "passed"),
     [
-        ("--seed 1", ["--prune_score=weight_gradient", "--seed", "1"]),
-        ("--method set", ["--method", "set"]),
-        ("--method=set", ["--method=set"]),
+        ("--seed 1", [True, "--seed", "1"]),
+        ("--method set", [False, "--method", "set"]),
+        ("--method=set", [False, "--method=set"]),
     ],
 )
 def test_the_dense_model_alone(
-    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, passed: list[str]
+    demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, passed: list[Any]
 ) -> None:
     """For the steps of the sparse one. A method of the user's prunes as it does."""
     monkeypatch.setattr(demo, "train", lambda folder, flags: demo.started.append([folder.name, *flags]))
     run(demo, tmp_path / "out", f"{given} --dense_baseline")
-    assert demo.started == [["dense_baseline", *passed, "--dense_baseline"]]
+    own, *flags = passed
+    assert demo.started == [["dense_baseline", *(demo.TOPOLOGY if own else []), *flags, "--dense_baseline"]]
