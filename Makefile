@@ -27,8 +27,8 @@ $(READY): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,quality,plots]'
 	@touch $@
 
-demo: venv  ## pre-train a small sparse BERT on this machine; results in demo-output; goes on where it stopped
-	$(LAUNCH) examples/run_mlm_dynsparse.py --output_dir demo-output --resume_from_checkpoint last $(ARGS)
+demo: venv  ## pre-train a small sparse BERT and its dense twin here; results in demo-output; goes on where it stopped
+	$(LAUNCH) examples/demo.py $(ARGS)
 
 test: quality  ## style, types and every test
 	$(BIN)/python -m pytest $(ARGS)

@@ -22,11 +22,13 @@ COMMANDS = {
     "push": "put a saved model on the Hub",
     "card": "write the model card again",
     "animate": "a moving picture of a run's topology",
+    "fill": "the words that models put in the place of a mask",
     "train": "pre-train or fine-tune a model",
 }
 
 # What `train` trains, by which script of `examples/`.
 TASKS = {
+    "demo": ("demo", "pre-train a small sparse BERT, its dense twin in the same time, and compare them"),
     "mlm": ("run_mlm_dynsparse", "pre-train a sparse BERT by masked language modelling"),
     "glue": ("run_glue_dynsparse", "fine-tune on a GLUE task, or on sentences of your own"),
     "qa": ("run_qa_dynsparse", "fine-tune on SQuAD, or on questions of your own"),

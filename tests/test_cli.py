@@ -112,7 +112,7 @@ def test_train_runs_the_script(task, installed, tmp_path, monkeypatch):
     assert ended.value.code == [str(examples / f"{script}.py"), f"hf-dynsparse train {task}", "--output_dir", "--help"]
 
 
-@pytest.mark.parametrize("command", ["inspect", "estimate", "convert", "push", "card", "animate"])
+@pytest.mark.parametrize("command", ["inspect", "estimate", "convert", "push", "card", "animate", "fill"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as ended:
         hf_dynsparse_cli.main([command, "--help"])
@@ -132,6 +132,32 @@ def test_inspect(saved, tmp_path, capsys):
     assert table == f"{inspect_checkpoint(saved)}\n"
     assert json.loads(report.read_text()) == inspect_checkpoint(saved).to_dict()
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_fill(saved, tmp_path, capsys):
+    shutil.copytree(saved, tmp_path / "copy")
+    arguments = [saved, "--beside", tmp_path / "copy", "w1 [MASK]", "[MASK] w2", "--top", "2"]
+    heading, *rows = run(capsys, "fill", *arguments).splitlines()
+    assert heading.split() == ["text", str(saved), str(tmp_path / "copy")]
+    for row, text in zip(rows, ("w1 [MASK]", "[MASK] w2"), strict=True):
+        assert row.startswith(text)
+        ours, theirs = re.findall(r"\S+ 0\.\d\d, \S+ 0\.\d\d", row)
+        assert ours == theirs
+    assert "must hold [MASK]" in fail(capsys, "fill", saved, "w1 w2")
+
+
+def test_a_card_with_its_weights(saved, tmp_path, capsys):
+    """In another folder, after which the model is named; over what stands there."""
+    target = tmp_path / "model_cards" / "toy-card"
+    target.mkdir(parents=True)
+    (target / "tokenizer.json").write_text("old")
+    assert run(capsys, "card", saved, "--to", target, "--with_weights") == f"{target / 'README.md'}\n"
+    assert "# toy-card\n" in (target / "README.md").read_text()
+    copied = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    assert {path.name for path in target.iterdir()} == {*copied, "README.md"}
+    for name in copied:
+        assert (target / name).read_bytes() == (saved / name).read_bytes()
+    assert "Give --to too" in fail(capsys, "card", saved, "--with_weights")
 
 
 def test_estimate(tmp_path, capsys):

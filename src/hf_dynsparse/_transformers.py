@@ -130,6 +130,7 @@ OVERRIDDEN = {
 # Private attributes that this package reads or sets, and the module of transformers that gives them their meaning.
 TOUCHED = {
     "_attn_implementation": "configuration_utils",
+    "_auto_class": "modeling_utils",
     "_created_lr_scheduler": "trainer",
     "_eval_dataloaders": "trainer",
     "_get_output_dir": "trainer",

@@ -49,7 +49,7 @@ def run_command(argv: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="hf-dynsparse")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_inspect, _add_estimate, _add_convert, _add_push, _add_card, _add_animate):
+    for add in (_add_inspect, _add_estimate, _add_convert, _add_push, _add_card, _add_animate, _add_fill):
         add(commands)
     return parser
 
@@ -269,15 +269,23 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def _add_card(commands: Any) -> None:
-    parser = _command(commands, _card, ["runs/medium-s90-b16"])
+    examples = ["runs/medium-s90-b16", "demo-output/sparse --to model_cards/mini-s90 --with_weights"]
+    parser = _command(commands, _card, examples)
     parser.add_argument("folder", metavar="FOLDER", help="a saved model")
+    parser.add_argument(
+        "--to", type=Path, metavar="FOLDER", help="another folder, which names the model (default: its own)"
+    )
+    parser.add_argument("--with_weights", action="store_true", help="put the model there too; needs --to")
 
 
 def _card(args: argparse.Namespace) -> None:
     """Write README.md of a saved model from its configuration and the history of its run."""
     from .reports.model_card import write_model_card
 
-    _say(write_model_card(args.folder))
+    if args.with_weights and args.to is None:
+        raise ValueError(f"--with_weights copies the model to another folder. Got {args.folder} alone. Give --to too.")
+    named = {} if args.to is None else {"model_name": args.to.resolve().name}
+    _say(write_model_card(args.folder, args.to, with_weights=args.with_weights, **named))
 
 
 def _add_animate(commands: Any) -> None:
@@ -302,3 +310,27 @@ def _animate(args: argparse.Namespace) -> None:
     output = args.output or Path(args.folder, "topology.gif")
     animate_block_map(frames, output, seconds=args.seconds)
     _say(output)
+
+
+def _add_fill(commands: Any) -> None:
+    examples = [
+        'runs/medium-s90-b16 "If the file does not [MASK], an error is raised."',
+        'demo-output/sparse --beside demo-output/dense --top 5 "Whether or [MASK] to sort."',
+    ]
+    parser = _command(commands, _fill, examples)
+    parser.add_argument("model", metavar="MODEL", help=SOURCE)
+    parser.add_argument("texts", metavar="TEXT", nargs="+", help="text with [MASK] where a word is missing")
+    parser.add_argument(
+        "--beside", metavar="MODEL", action="append", default=[], help="another one; as often as you like"
+    )
+    parser.add_argument("--top", type=_positive, default=3, help="pieces at each mask (default: %(default)d)")
+
+
+def _fill(args: argparse.Namespace) -> None:
+    """Fill the masks of texts by one or more masked language models, sparse or dense, side by side."""
+    from .reports.masks import fill_masks, mask_rows
+    from .reports.tables import plain_table
+
+    models = {source: source for source in (args.model, *args.beside)}
+    rows = mask_rows(fill_masks(models, args.texts, args.top))
+    _say(plain_table(rows, left=range(len(rows[0]))))

@@ -220,6 +220,22 @@ def test_the_example_works(
     assert ModelCard(text).data.pipeline_tag == task.get(kind, kind if kind in CLASSES else "fill-mask")
 
 
+def test_kept_models_load_by_the_lines_of_their_cards(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those in model_cards/ that have weights, and one put into such a folder as they are."""
+    write_model_card(finished, tmp_path / finished.name, with_weights=True)
+    for file in (*ROOT.glob("model_cards/*/*.safetensors"), *tmp_path.glob("*/*.safetensors")):
+        (example,) = re.findall(r"```python\n(.*?)```", (file.parent / "README.md").read_text(), re.DOTALL)
+        monkeypatch.chdir(file.parents[1])
+        names: dict[str, Any] = {}
+        exec(example, names)
+        assert capsys.readouterr().out.strip()
+        facts = json.loads((file.parent / "summary.json").read_text())
+        assert facts["checkpoint_bytes"] == checkpoint_bytes(file.parent)
+        assert all(value.device.type == "cpu" for value in names["model"].state_dict().values())
+
+
 @pytest.mark.parametrize("kind", ["fill-mask", "roberta", "gpt2"])
 def test_an_empty_model_is_the_saved_one_without_weights(kind: str, tmp_path: Path) -> None:
     model = MODELS[kind]()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_dynsparse.reports.pictures.layers import plot_block_map, plot_layer_maps
-from hf_dynsparse.reports.pictures.runs import _flops_of, plot_comparison, plot_training
+from hf_dynsparse.reports.pictures.runs import _flops_of, plot_comparison, plot_over_seconds, plot_training
 
 
 image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed")
@@ -55,6 +55,18 @@ def test_training(tmp_path):
     gains = [{"eval_context_gain": step / 99, "step": step} for step in (40, 80, 200)]
     plot_training(run_log() + gains, tmp_path / "gain.png")
     assert read_picture(tmp_path / "gain.png").shape[0] > 1.2 * height
+
+
+def test_over_seconds(tmp_path):
+    """A panel of its own for the context gain, if a run has logged it."""
+    runs = {"sparse": (run_log(), 140.0), "dense": (run_log(flops_per_step=9e12), 141.0)}
+    plot_over_seconds(runs, tmp_path / "loss.png")
+    height = read_picture(tmp_path / "loss.png").shape[0]
+    runs["dense"][0][4]["eval_context_gain"] = 0.1
+    plot_over_seconds(runs, tmp_path / "gain.png", title="Two models")
+    assert read_picture(tmp_path / "gain.png").shape[0] > 1.3 * height
+    with pytest.raises(ValueError, match="of run 'dense' must hold at least one entry with `dynsparse/flops`"):
+        plot_over_seconds({"dense": ([{"loss": 1.0, "step": 1}], 1.0)}, tmp_path / "no.png")
 
 
 def test_training_without_evaluation(tmp_path):

@@ -15,6 +15,7 @@ from hf_dynsparse import BlockSparseLinear, TopologyUpdater
 from hf_dynsparse.ops.operators import _observers
 from hf_dynsparse.topology import TopologyReport, dof_coverage
 from hf_dynsparse.topology.dense_gradient import DenseGradientProbe
+from hf_dynsparse.topology.report import ChurnWarning
 
 
 pytestmark = pytest.mark.usefixtures("deterministic")
@@ -174,6 +175,14 @@ def test_a_topology_that_churns_in_place_is_told_once(
     said = [record.message for record in caplog.records if "New blocks do not live" in record.message]
     assert len(said) == warnings
     assert all("updates 2 and 3" in message and "fewer updates" in message for message in said)
+
+
+@pytest.mark.parametrize("prune_score", ["l1", "weight_gradient"])
+def test_the_advice_is_another_score_than_that_of_the_run(caplog: pytest.LogCaptureFixture, prune_score: str) -> None:
+    warning = ChurnWarning(prune_score)
+    for update in (2, 3):
+        warning.look_at(TopologyReport(update, 0.5, 10, 1.0, 0.5, 1.0, {}))
+    assert ("prune by 'weight_gradient' instead of 'l1'" in caplog.text) == (prune_score == "l1")
 
 
 def test_the_dense_gradient_is_collected_at_update_steps_only() -> None:

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 from transformers import Conv1D, PreTrainedModel
 
-from ..checkpoints.loading import empty_model, one_error
+from ..checkpoints.loading import COMPANIONS, empty_model, one_error
 from ..compress.int8.embedding import Int8Embedding
 from ..compress.int8.quantizer import int8_modules
 from ..files import write_atomically
@@ -28,6 +28,9 @@ from .tables import markdown_table
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
+
+# What `with_weights` puts beside a card, with what travels with any model.
+MODEL_FILES = ("config.json", "summary.json", "*.safetensors", "*.safetensors.index.json")
 
 # What a model is for, by the Auto class that loads it. Where two classes would do, the first is meant.
 TASKS = {
@@ -50,6 +53,7 @@ def write_model_card(
     destination: str | Path | None = None,
     *,
     model: PreTrainedModel | None = None,
+    with_weights: bool = False,
     **facts: Any,
 ) -> Path:
     """
@@ -60,6 +64,8 @@ def write_model_card(
             training.png, block_map.png.
         destination (`str` or `Path`, *optional*): the folder to write the card and its pictures to, if not `folder`.
         model (`PreTrainedModel`, *optional*): the model of `folder`, if it is at hand.
+        with_weights (`bool`): whether `destination` gets the model too: configuration, weights, tokenizer and
+            summary.json, over what stands there, so that the lines of the card load it.
         facts: see [`create_model_card`]; they overrule those of the files.
 
     Returns:
@@ -82,6 +88,9 @@ def write_model_card(
         target.mkdir(parents=True, exist_ok=True)
         for picture in known["pictures"]:
             shutil.copy(source / picture, target)
+        for file in (file for pattern in (*MODEL_FILES, *COMPANIONS) for file in source.glob(pattern)):
+            if with_weights and file.is_file():
+                shutil.copy(file, target)
     write_atomically(target / "README.md", str(card))
     return target / "README.md"
 
@@ -117,7 +126,7 @@ def create_model_card(model: PreTrainedModel, **facts: Any) -> ModelCard:
     Returns:
         `ModelCard`: its `validate` asks the Hub.
     """
-    auto_class, size, int8 = _auto_class(model), model_facts(model), int8_modules(model).values()
+    auto_class, size, int8 = auto_class_of(model), model_facts(model), int8_modules(model).values()
     needs_package = bool(size.layers or int8) or isinstance(model.config, DynSparseBertConfig)
     known = ("dynsparse", needs_package), ("block-sparse", size.layers), ("int8", int8)
     tags = [tag for tag, fits in known if fits]
@@ -214,7 +223,7 @@ def _costs(model: PreTrainedModel, size: ModelFacts, facts: Mapping[str, Any]) -
     return cells if size.layers or int8_modules(model) else [row[:2] for row in cells]
 
 
-def _auto_class(model: PreTrainedModel) -> str:
+def auto_class_of(model: PreTrainedModel) -> str:
     """The Auto class that loads `model`; else its own class."""
     for auto_class in TASKS:
         found = getattr(transformers, auto_class)._model_mapping.get(type(model.config), ())

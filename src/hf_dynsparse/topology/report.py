@@ -77,13 +77,13 @@ class ChurnWarning:
         self._newborn_shares.append(report.newborn_share)
         churns = [min(pair) > CHURN for pair in pairwise(self._newborn_shares)]
         if churns and churns[-1] and sum(churns) == 1:
+            by_use = f"; or prune by 'weight_gradient' instead of {self._prune_score!r}"
             logger.warning(
                 "New blocks do not live: topology updates %d and %d removed hardly anything but what the update just "
                 "before had brought (newborn shares %.2f and %.2f): the topology churns in place. Give new blocks "
-                "more steps to grow: fewer updates, or a longer interval; or prune by 'weight_gradient' instead of "
-                "%r.",
+                "more steps to grow: fewer updates, or a longer interval%s.",
                 report.update,
                 report.update + 1,
                 *self._newborn_shares[-2:],
-                self._prune_score,
+                "" if self._prune_score == "weight_gradient" else by_use,
             )

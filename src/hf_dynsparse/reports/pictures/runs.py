@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,53 @@ def plot_comparison(
         else:
             left.set_xlim(left=0)
         label_ends(right)
+
+
+def plot_over_seconds(
+    runs: Mapping[str, tuple[Sequence[Mapping[str, Any]], float]], path: str | PathLike[str], title: str = ""
+) -> None:
+    """
+    Draw the loss of several runs against the seconds of their training, and below it their context gain where they
+    have logged it. A log tells FLOPs, not seconds: between start and end they are taken to pass alike.
+
+    Args:
+        runs (`Mapping[str, tuple[Sequence[Mapping[str, Any]], float]]`):
+            Name of each run -> its log, as for [`plot_training`], and how many seconds it has trained.
+        path (`str` or `PathLike`):
+            File to write; its suffix chooses the format. Missing folders are made.
+        title (`str`, *optional*, defaults to `""`):
+            Title of the picture.
+
+    Raises:
+        ValueError: if there is no run, or a run without loss or FLOPs.
+    """
+    if not runs:
+        raise ValueError("`runs` must name at least one run. Got none. Pass `{'sparse': (log_history, 140.0), ...}`.")
+    for name, (log_history, _) in runs.items():
+        _require_keys(log_history, "loss", "eval_loss", run=name)
+        _require_keys(log_history, "dynsparse/flops", run=name)
+
+    def draw(axes: Axes, name: str, key: str, **style: Any) -> None:
+        log_history, seconds = runs[name]
+        steps, values = _series(log_history, key)
+        if len(steps):
+            total = _flops_of(log_history, _series(log_history, "step")[0]).max()
+            axes.plot(_flops_of(log_history, steps) / total * seconds, values, **style)
+
+    gains = any("eval_context_gain" in entry for log_history, _ in runs.values() for entry in log_history)
+    with picture(path, 1 + gains, 1, (6.6, 5.2 if gains else 3.4), title, sharex=True, squeeze=False) as (_, panels):
+        upper, lower = panels[0, 0], panels[-1, 0]
+        for name, colour in zip(runs, cycle(COLOURS), strict=False):
+            draw(upper, name, "loss", label=f"{name}, training", color=colour, linewidth=0.8, alpha=0.6)
+            draw(upper, name, "eval_loss", label=f"{name}, evaluation", color=colour, marker="o")
+            if gains:
+                draw(lower, name, "eval_context_gain", label=name, color=colour, marker="o")
+                lower.set_ylabel("context gain (nats)")
+        upper.set_ylabel("loss (nats)")
+        for axes in panels[:, 0]:
+            label_ends(axes)
+        lower.set_xlabel("seconds of training")
+        lower.set_xlim(left=0)
 
 
 def plot_sparsity_sweep(
