@@ -33,7 +33,7 @@ SMALL = {
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
 }
-SMALL_LEARNING_RATE = 2e-3
+SMALL_LEARNING_RATE = 4e-3
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
 
 

@@ -33,6 +33,7 @@ QUIET: dict[str, Any] = {
     **dict.fromkeys(("push_to_hub", "load_best_model_at_end", "eval_on_start"), False),
     **{"max_steps": ENDLESS, "report_to": [], "disable_tqdm": True},
     **{"num_topology_updates": 0, "topology_update_every": None},
+    "seq_length_schedule": None,  # a trial has no end: the longest sequences, which take longest
 }
 
 
