@@ -136,9 +136,12 @@ def _add_estimate(commands: Any) -> None:
     examples = [
         "--preset base --sparsity 0.9 --block_size 16",
         "--preset medium --block_size 1 --num_topology_updates 160 --max_steps 757000 --batch_size 512",
+        "--model_type modernbert --preset mini --block_size 4",
     ]
     parser = _command(commands, _estimate, examples)
     parser.add_argument("--preset", choices=list(PRESETS), required=True, help="size of the BERT")
+    known = "architecture, such as modernbert, roberta, electra or distilbert (default: %(default)s)"
+    parser.add_argument("--model_type", default="dynsparse_bert", help=known)
     _add_sparsity(parser)
     parser.add_argument("--vocab_size", type=_positive, default=30522, help="default: %(default)s")
     parser.add_argument("--max_seq_length", type=_positive, default=128, help="tokens a sequence (default: 128)")
@@ -154,11 +157,10 @@ def _add_estimate(commands: Any) -> None:
 
 def _estimate(args: argparse.Namespace) -> None:
     """Estimate sizes, FLOPs, coverage and learning rate of a pre-training run. Nothing is allocated or trained."""
-    from .models import DynSparseBertConfig
     from .reports.estimate import estimate_run
 
     estimate = estimate_run(
-        DynSparseBertConfig.preset(args.preset, vocab_size=args.vocab_size, **_sparsity(args)),
+        _preset(args),
         seq_len=args.max_seq_length,
         max_steps=args.max_steps,
         batch_size=args.batch_size,
@@ -170,6 +172,26 @@ def _estimate(args: argparse.Namespace) -> None:
     )
     _say(estimate)
     _write_json(estimate.to_dict(), args.json)
+
+
+def _preset(args: argparse.Namespace) -> Any:
+    """The model of `--preset`: the configuration of a BERT; of another architecture the model, on the meta device."""
+    from .models import DynSparseBertConfig
+
+    if args.model_type == DynSparseBertConfig.model_type:
+        return DynSparseBertConfig.preset(args.preset, vocab_size=args.vocab_size, **_sparsity(args))
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    from .models.fresh import sparse_from_config
+    from .models.presets import encoder_preset
+
+    config: Any = encoder_preset(args.model_type, args.preset, 16 if args.block_size is None else args.block_size)
+    config.vocab_size, config.pad_token_id = args.vocab_size, 0
+    if args.sparsity == 0:
+        return config
+    with torch.device("meta"):
+        return sparse_from_config(AutoModelForMaskedLM, config, **_sparsity(args))
 
 
 def _add_convert(commands: Any) -> None:

@@ -1,9 +1,12 @@
 """Heads and the rest of a transformers model: what starts afresh, what may become sparse, what FLOP counts cover."""
 
 from fnmatch import fnmatchcase
+from os.path import commonprefix
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Conv1D, PreTrainedModel
+
+from ..nn.linear import LinearLayer
 
 
 # Poolers, and the heads of models that have no base model. Not "*head*": attention is "multi_head_attention" in CTRL,
@@ -43,3 +46,14 @@ def body_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
         and module is not head
         and not any(fnmatchcase(name.removeprefix(prefix), pattern) for pattern in DENSE_IN_BODY)
     }
+
+
+def body_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear layers between embeddings and head by name, sparse ones among them."""
+    kinds = nn.Linear | Conv1D | LinearLayer
+    return {name: module for name, module in body_modules(model).items() if isinstance(module, kinds)}
+
+
+def stack_name(model: PreTrainedModel) -> str:
+    """What the names of all linear layers of the body begin with, such as `"bert.encoder.layer."`."""
+    return commonprefix(list(body_linears(model))).rpartition(".")[0] + "."

@@ -10,8 +10,9 @@ import torch
 import transformers
 
 from .._transformers import has_length
-from ..models import DynSparseBertConfig
-from ..models.flops import flops_per_sequence
+from ..models.density import block_size_of
+from ..models.flops import dense_flops_per_sequence
+from ..models.heads import stack_name
 from ..reports.facts import checkpoint_bytes, dense_bytes, describe_hardware, task_metrics
 from ..reports.layers import model_facts
 
@@ -39,20 +40,20 @@ def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_le
         seq_len (`int`): tokens per training sequence, for the dense twin's FLOPs.
     """
     model, folder = trainer.accelerator.unwrap_model(trainer.model), Path(str(trainer.args.output_dir))
-    dense_config = DynSparseBertConfig.from_stock(model.config, sparsity=0.0, nnzb=None)
+    size, encoder = model_facts(model), stack_name(model)
     topology = trainer.topology.metrics if trainer.topology else {}
     return {
         "eval_loss": metrics["eval_loss"],
         "perplexity": math.exp(min(metrics["eval_loss"], 700.0)),
-        "dense_flops": trainer.throughput.tokens / seq_len * flops_per_sequence(dense_config, seq_len),
-        "sparsity": model_facts(model).sparsity,
-        "block_size": model.config.block_size,
+        "dense_flops": trainer.throughput.tokens / seq_len * dense_flops_per_sequence(model, seq_len),
+        "sparsity": size.sparsity,
+        "block_size": block_size_of(model),
         "coverage": topology.get("coverage", 1.0),
         "topology_updates": topology.get("topology_updates", 0),
         "checkpoint_bytes": checkpoint_bytes(folder),
-        "dense_checkpoint_bytes": dense_bytes(model),
-        "encoder_bytes": checkpoint_bytes(folder, ".encoder."),
-        "dense_encoder_bytes": dense_bytes(model, ".encoder."),
+        "dense_checkpoint_bytes": size.dense_bytes,
+        "encoder_bytes": checkpoint_bytes(folder, encoder),
+        "dense_encoder_bytes": dense_bytes(model, encoder),
         "seq_len": seq_len,
         **describe_training(trainer),
     }
