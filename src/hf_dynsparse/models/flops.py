@@ -53,7 +53,9 @@ def _attention_width(config: Any) -> int:
 
 def dense_flops_per_sequence(model: PreTrainedModel, seq_len: int) -> int:
     """[`flops_per_sequence`] of the same model with dense layers."""
-    return flops_per_sequence(model, seq_len) + 6 * seq_len * (matrix_entries(model, dense=True) - matrix_entries(model))
+    return flops_per_sequence(model, seq_len) + 6 * seq_len * (
+        matrix_entries(model, dense=True) - matrix_entries(model)
+    )
 
 
 def matrix_entries(model: PreTrainedModel, dense: bool = False) -> int:

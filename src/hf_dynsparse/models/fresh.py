@@ -52,14 +52,14 @@ def sparse_from_config(
 
     Example:
         ```python
-        >>> config = ModernBertConfig(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4)
+        >>> config = RobertaConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4)
         >>> model = sparse_from_config(AutoModelForMaskedLM, config, block_size=16, sparsity=0.9)
         ```
     """
     if isinstance(config, DynSparseBertConfig):
         raise ValueError(
-            "`config` must be that of a dense model. Got a DynSparseBertConfig, which says itself how sparse its model "
-            "is: call `from_config` of the Auto class."
+            "`config` must be that of a dense model. Got a DynSparseBertConfig, which says itself how sparse its "
+            "model is: call `from_config` of the Auto class."
         )
     device = torch.get_default_device()
     with torch.device("meta"):
@@ -75,7 +75,7 @@ def sparse_from_config(
 
 @torch.no_grad()
 def _draw_(model: Any, layers: dict[str, tuple[Any, BlockSparseLinear]]) -> None:
-    """Draw all of a model whose memory is not filled yet; `layers` by name: the dense ones, and those in their place."""
+    """Draw all that a model holds; `layers` by name: the dense ones on meta, and the sparse ones in their place."""
     for tensor in _floats(model).values():
         tensor.fill_(torch.nan)
     # The rules know dense layers: these stand in, and hold the memory of the sparse ones.
@@ -91,8 +91,8 @@ def _draw_(model: Any, layers: dict[str, tuple[Any, BlockSparseLinear]]) -> None
     missed = [name for name, tensor in _floats(model).items() if tensor.isnan().any()]
     if missed:
         raise ValueError(
-            f"An architecture must say how its weights begin. Got {type(model).__name__}, whose `_init_weights` leaves "
-            f"out {', '.join(missed[:3])}. Build it dense by `from_config`, and call `sparsify_`."
+            f"An architecture must say how its weights begin. Got {type(model).__name__}, whose `_init_weights` "
+            f"leaves out {', '.join(missed[:3])}. Build it dense by `from_config`, and call `sparsify_`."
         )
 
 

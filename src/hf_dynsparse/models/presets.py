@@ -3,10 +3,10 @@
 from math import lcm
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..blocks.sizes import as_block_shape
-from ..data.tokenizer_checks import OFFSET_POSITIONS
+from ..data.tokenizer_checks import OFFSET_POSITIONS, vocabulary_size
 from .bert.configuration_dynsparse_bert import PRESETS, DynSparseBertConfig
 
 
@@ -63,7 +63,7 @@ def encoder_preset(
     if model_type == "modernbert":
         step = lcm(16, *as_block_shape(block_size))
         fields["intermediate_size"] = max(1, round(bert.intermediate_size * 2 / 3 / step)) * step
-        fields |= {"initializer_range": bert.hidden_size**-0.5, "sparse_prediction": True}
+        fields["sparse_prediction"] = True
     renamed = {RENAMED.get(model_type, {}).get(name, name): value for name, value in fields.items()}
     known = {*default.to_dict(), *default.attribute_map}
     lacking = [name for name in sizes if RENAMED.get(model_type, {}).get(name, name) not in known]
@@ -74,7 +74,10 @@ def encoder_preset(
             "--config_name."
         )
     given = {name: value for name, value in renamed.items() if name in known}
-    return overridden(AutoConfig.for_model(model_type, **given), overrides, given)
+    config = overridden(AutoConfig.for_model(model_type, **given), overrides, given)
+    if model_type == "modernbert" and "initializer_range" not in (overrides or ""):
+        config.initializer_range = config.hidden_size**-0.5
+    return config
 
 
 def overridden(config: PretrainedConfig, overrides: str | None, given: dict[str, Any] | None = None) -> Any:
@@ -103,9 +106,18 @@ def check_encoder(config: PretrainedConfig, source: str) -> None:
     Raises:
         ValueError: for a configuration whose architecture is no encoder with a masked-language-modelling head.
     """
-    # `_model_mapping` has the classes that others have registered too.
     if type(config) not in AutoModelForMaskedLM._model_mapping or config.is_encoder_decoder:
         raise ValueError(
             f"Masked language modelling needs an encoder with a head for it. Got {source}, a {config.model_type}. "
             "Choose for instance modernbert, roberta, electra or distilbert."
         )
+
+
+def tell_vocabulary_(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the configuration of a fresh encoder the size of a vocabulary, and the ids of the tokens that it names."""
+    config.vocab_size, config.pad_token_id = vocabulary_size(tokenizer), tokenizer.pad_token_id
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    ids = {"cls": cls, "sep": sep, "bos": cls, "eos": sep, "mask": tokenizer.mask_token_id}
+    for name, id in ids.items():
+        if getattr(config, f"{name}_token_id", None) is not None:
+            setattr(config, f"{name}_token_id", id)

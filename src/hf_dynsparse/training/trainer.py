@@ -21,6 +21,7 @@ from .dataloaders import DataTrainer
 from .distillation import Distillation
 from .fsdp import ShardedTrainer
 from .losses import LossTrainer
+from .masked_positions import MaskedPositions, predicts_masked
 from .memory import keep_freed_memory
 from .optimizer import OptimizerTrainer
 from .resuming import ResumingTrainer
@@ -81,6 +82,9 @@ class DynSparseTrainer(ResumingTrainer, LossTrainer, OptimizerTrainer, DataTrain
         if args.seeded_dropout and args.device.type == "cpu":
             seed_dropout_(model)
         super().__init__(model, args, callbacks=given, **kwargs)
+        if self.compute_loss_func is None and not args.label_smoothing_factor and predicts_masked(model):
+            self.masked_positions = MaskedPositions(model)
+            self.compute_loss_func = self.masked_positions.loss
         if teacher is not None:
             self._move_model_to_device(teacher, args.device)
         if find_callback(self.callback_handler.callbacks, EpochCallback) is None:
