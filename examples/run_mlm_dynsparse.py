@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 r"""
-Pre-train an always-sparse BERT by masked language modelling, with a topology that evolves (arXiv:2108.06277).
+Pre-train an always-sparse encoder by masked language modelling, with a topology that evolves (arXiv:2108.06277).
 
     accelerate launch examples/run_mlm_dynsparse.py                                   # built-in text, small model
     accelerate launch examples/run_mlm_dynsparse.py \
         --train_file train.txt.gz --validation_file valid.txt.gz \
         --preset medium --sparsity 0.9 --block_size 16 --max_steps 100000 --output_dir runs/medium-s90-b16
+    accelerate launch examples/run_mlm_dynsparse.py --model_type modernbert --preset mini --block_size 4 ...
     accelerate launch examples/run_mlm_dynsparse.py ... --resume_from_checkpoint last # go on after an interruption
     accelerate launch examples/run_mlm_dynsparse.py ... --dense_baseline              # the dense twin
     accelerate launch examples/run_mlm_dynsparse.py ... --static                      # sparse, pattern fixed

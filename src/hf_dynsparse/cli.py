@@ -157,10 +157,11 @@ def _add_estimate(commands: Any) -> None:
 
 def _estimate(args: argparse.Namespace) -> None:
     """Estimate sizes, FLOPs, coverage and learning rate of a pre-training run. Nothing is allocated or trained."""
+    from .models.presets import preset_on_meta
     from .reports.estimate import estimate_run
 
     estimate = estimate_run(
-        _preset(args),
+        preset_on_meta(args.model_type, args.preset, args.vocab_size, **_sparsity(args)),
         seq_len=args.max_seq_length,
         max_steps=args.max_steps,
         batch_size=args.batch_size,
@@ -172,26 +173,6 @@ def _estimate(args: argparse.Namespace) -> None:
     )
     _say(estimate)
     _write_json(estimate.to_dict(), args.json)
-
-
-def _preset(args: argparse.Namespace) -> Any:
-    """The model of `--preset`: the configuration of a BERT; of another architecture the model, on the meta device."""
-    from .models import DynSparseBertConfig
-
-    if args.model_type == DynSparseBertConfig.model_type:
-        return DynSparseBertConfig.preset(args.preset, vocab_size=args.vocab_size, **_sparsity(args))
-    import torch
-    from transformers import AutoModelForMaskedLM
-
-    from .models.fresh import sparse_from_config
-    from .models.presets import encoder_preset
-
-    config: Any = encoder_preset(args.model_type, args.preset, 16 if args.block_size is None else args.block_size)
-    config.vocab_size, config.pad_token_id = args.vocab_size, 0
-    if args.sparsity == 0:
-        return config
-    with torch.device("meta"):
-        return sparse_from_config(AutoModelForMaskedLM, config, **_sparsity(args))
 
 
 def _add_convert(commands: Any) -> None:

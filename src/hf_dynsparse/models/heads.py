@@ -2,6 +2,7 @@
 
 from fnmatch import fnmatchcase
 from os.path import commonprefix
+from typing import Any
 
 from torch import nn
 from transformers import Conv1D, PreTrainedModel
@@ -48,7 +49,7 @@ def body_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def body_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+def body_linears(model: PreTrainedModel) -> dict[str, Any]:
     """The linear layers between embeddings and head by name, sparse ones among them."""
     kinds = nn.Linear | Conv1D | LinearLayer
     return {name: module for name, module in body_modules(model).items() if isinstance(module, kinds)}

@@ -3,11 +3,13 @@
 from math import lcm
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..blocks.sizes import as_block_shape
 from ..data.tokenizer_checks import OFFSET_POSITIONS, vocabulary_size
 from .bert.configuration_dynsparse_bert import PRESETS, DynSparseBertConfig
+from .fresh import sparse_from_config
 
 
 # What an architecture calls a field of BERT's, where its configuration does not know that name itself.
@@ -121,3 +123,21 @@ def tell_vocabulary_(config: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     for name, id in ids.items():
         if getattr(config, f"{name}_token_id", None) is not None:
             setattr(config, f"{name}_token_id", id)
+
+
+def preset_on_meta(model_type: str, preset: str, vocab_size: int, **how: Any) -> PreTrainedModel:
+    """
+    The sparse model of a preset, with a head for masked language modelling, on the meta device: for its sizes.
+
+    Args:
+        how: sparsity, block size and distribution, where given.
+    """
+    with torch.device("meta"):
+        if model_type == DynSparseBertConfig.model_type:
+            ours = DynSparseBertConfig.preset(preset, vocab_size=vocab_size, **how)
+            return AutoModelForMaskedLM.from_config(ours)
+        config: Any = encoder_preset(model_type, preset, how.get("block_size", 16))
+        config.vocab_size, config.pad_token_id = vocab_size, 0
+        if how.get("sparsity") == 0:
+            return AutoModelForMaskedLM.from_config(config)
+        return sparse_from_config(AutoModelForMaskedLM, config, **how)

@@ -61,5 +61,5 @@ def predicts_masked(model: nn.Module) -> bool:
     """Whether a model is a stock encoder with a head for masked language modelling."""
     if not isinstance(model, PreTrainedModel) or isinstance(model, DynSparseBertPreTrainedModel):
         return False
-    is_masked_lm = AutoModelForMaskedLM._model_mapping.get(type(model.config), None) is type(model)
-    return is_masked_lm and not model.config.is_encoder_decoder and bool(model.config.return_dict)
+    known: Any = AutoModelForMaskedLM._model_mapping.get(type(model.config), None)
+    return known is type(model) and not model.config.is_encoder_decoder and bool(model.config.return_dict)
