@@ -247,6 +247,8 @@ def build_config(
         )
     else:
         config = AutoConfig.from_pretrained(source, **model_args.hub)
+        if model_args.config_name:
+            check_encoder(config, source)
         config = overridden(config, model_args.config_overrides)
     if model_args.model_name_or_path:
         gradual = args.topology_settings().density_schedule != "constant"
@@ -255,7 +257,6 @@ def build_config(
         if gradual and not model_args.dense_baseline:
             set_final_sparsity_(args, sparsity)
     elif not isinstance(config, DynSparseBertConfig):
-        check_encoder(config, source or model_args.model_type)
         if data_args.nsp or model_args.untrained_rest:
             raise ValueError(
                 f"--nsp and --untrained_rest need a dynsparse_bert. Got a {config.model_type}: leave them out."

@@ -138,8 +138,8 @@ def test_another_architecture_resumes(run: Callable[..., Path], tmp_path: Path) 
     assert 0.5 < summary_of(whole)["encoder_bytes"] / summary_of(whole)["dense_encoder_bytes"] < 0.52
     assert "`ModernBertForMaskedLM`, block-sparse." in (whole / "README.md").read_text()
     shutil.copytree(whole / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+    heads = "--config_overrides hidden_size=32,intermediate_size=64,num_attention_heads=4"
     with pytest.raises(SystemExit, match="Got num_attention_heads = 4, but .* has 2"):
-        heads = "--config_overrides hidden_size=32,intermediate_size=64,num_attention_heads=4"
         run(tmp_path / "part", f"{flags} {heads} --resume_from_checkpoint last")
     assert_same_weights(whole, run(tmp_path / "part", f"{flags} --resume_from_checkpoint last"))
     assert len(sparse_layers(AutoModelForMaskedLM.from_pretrained(whole))) == 8

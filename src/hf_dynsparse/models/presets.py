@@ -106,8 +106,14 @@ def overridden(config: PretrainedConfig, overrides: str | None, given: dict[str,
 def check_encoder(config: PretrainedConfig, source: str) -> None:
     """
     Raises:
-        ValueError: for a configuration whose architecture is no encoder with a masked-language-modelling head.
+        ValueError: for a configuration whose architecture is no encoder with a masked-language-modelling head, or of a
+            saved sparse or quantised model of transformers.
     """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"A fresh encoder needs the configuration of a dense one. Got {source} with a `quantization_config`. "
+            "Take that out of its config.json, and give its sparsity and block size."
+        )
     if type(config) not in AutoModelForMaskedLM._model_mapping or config.is_encoder_decoder:
         raise ValueError(
             f"Masked language modelling needs an encoder with a head for it. Got {source}, a {config.model_type}. "
