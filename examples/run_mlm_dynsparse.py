@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 r"""
-Pre-train an always-sparse BERT by masked language modelling, with a topology that evolves (arXiv:2108.06277).
+Pre-train an always-sparse encoder by masked language modelling, with a topology that evolves (arXiv:2108.06277).
 
     accelerate launch examples/run_mlm_dynsparse.py                                   # built-in text, small model
     accelerate launch examples/run_mlm_dynsparse.py \
         --train_file train.txt.gz --validation_file valid.txt.gz \
         --preset medium --sparsity 0.9 --block_size 16 --max_steps 100000 --output_dir runs/medium-s90-b16
+    accelerate launch examples/run_mlm_dynsparse.py --model_type modernbert --preset mini --block_size 4 ...
     accelerate launch examples/run_mlm_dynsparse.py ... --resume_from_checkpoint last # go on after an interruption
     accelerate launch examples/run_mlm_dynsparse.py examples/plans/eight_hours.yaml   # flags of a file, --time_budget
     accelerate launch examples/run_mlm_dynsparse.py ... --dense_baseline              # the dense twin
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from datasets import DatasetDict
 from study.untrained import add_untrained_rest_
 from transformers import (
@@ -31,6 +33,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -43,6 +46,7 @@ from hf_dynsparse import (
     DynSparseTrainer,
     DynSparseTrainingArguments,
     TopologyHistory,
+    sparse_from_config,
     sparse_layers,
     topology_summary,
 )
@@ -52,8 +56,9 @@ from hf_dynsparse.checkpoints.saved_run import SavedRun
 from hf_dynsparse.data import count_pieces, train_wordpiece_tokenizer
 from hf_dynsparse.data.files import DataError
 from hf_dynsparse.data.pretraining import TextArguments, load_text, make_sequences
-from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions, check_tokenizer, vocabulary_size
+from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions, check_tokenizer
 from hf_dynsparse.models.auto import load_teacher
+from hf_dynsparse.models.presets import check_encoder, encoder_preset, overridden, tell_vocabulary_
 from hf_dynsparse.models.pretraining import continued_config, first_pattern, preset_config
 from hf_dynsparse.reports.facts import describe_data, describe_start
 from hf_dynsparse.training import scripts
@@ -73,7 +78,12 @@ logger = logging.getLogger("run_mlm_dynsparse")
 class ModelArguments(HubArguments):
     """What is trained."""
 
-    preset: str = HfArg(default="mini", help="Size of the BERT: tiny, mini, small, medium, base or large.")
+    model_type: str = HfArg(
+        default="dynsparse_bert",
+        help="Architecture of the encoder: the BERT of this package, or one of transformers, such as modernbert, "
+        "roberta, electra or distilbert.",
+    )
+    preset: str = HfArg(default="mini", help="Size of the encoder: tiny, mini, small, medium, base or large.")
     sparsity: float | None = HfArg(
         default=None,
         help="Share of inactive positions in every encoder matrix. Default: 0.9, or that of "
@@ -98,10 +108,12 @@ class ModelArguments(HubArguments):
         default=None, help="Go on from the weights of a BERT, dense or sparse: a folder or Hub name."
     )
     config_name: str | None = HfArg(
-        default=None, help="A dynsparse_bert's folder or Hub name: instead of a preset, sparsity and block size."
+        default=None,
+        help="Instead of a preset: the folder or Hub name of a configuration, of a dense encoder of any architecture, "
+        "or of a dynsparse_bert with its sparsity and block size.",
     )
     config_overrides: str | None = HfArg(
-        default=None, help="Changes to the preset, e.g. num_hidden_layers=6,hidden_dropout_prob=0.1."
+        default=None, help="Changes to the configuration, e.g. num_hidden_layers=6,hidden_dropout_prob=0.1."
     )
     initializer_range: float | None = HfArg(
         default=None,
@@ -172,7 +184,7 @@ def main() -> None:
         checkpoint = scripts.find_checkpoint(args, model_args.token)
         if args.time_budget is not None and checkpoint is not None:
             args.max_steps = planned_steps(checkpoint)
-        config = build_config(model_args, args, checkpoint)
+        config = build_config(model_args, data_args, args, checkpoint)
         check_positions(config, data_args.max_seq_length)
         pattern = first_pattern(model_args.model_name_or_path, **model_args.hub)
         if checkpoint is not None:
@@ -190,7 +202,7 @@ def main() -> None:
             add_untrained_rest_(model, config.initializer_range, args.seed)
         logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
         if args.learning_rate is None:
-            args.learning_rate = RECIPES[args.recipe].learning_rate(model.config, model_args.preset)
+            args.learning_rate = RECIPES[args.recipe].learning_rate(model, model_args.preset)
             logger.info("learning rate %.3g, by the recipe %s", args.learning_rate, args.recipe)
         if checkpoint is not None:
             scripts.check_model_to_resume(model, checkpoint)
@@ -239,6 +251,11 @@ def check(model_args: ModelArguments, data_args: TextArguments, args: RunArgumen
         raise ValueError(f"`--vocab_size` must leave room for letters: at least 64. Got {model_args.vocab_size}.")
     if model_args.untrained_rest and not model_args.static:
         raise ValueError("--untrained_rest fills a pattern that stays: give --static too.")
+    if model_args.config_name and model_args.model_name_or_path:
+        raise ValueError(
+            "A run begins with the configuration of --config_name or the weights of --model_name_or_path. Got both: "
+            "leave one out."
+        )
     check_first_weights(model_args)
     data_args.check(args.max_steps if args.time_budget is None else 1)
     Curriculum.of(args).check_text(data_args)
@@ -258,13 +275,15 @@ def check_first_weights(model_args: ModelArguments) -> None:
         )
 
 
-def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str | None) -> DynSparseBertConfig:
-    """The model's configuration: of a preset, or that of a checkpoint to go on from."""
+def build_config(
+    model_args: ModelArguments, data_args: TextArguments, args: RunArguments, checkpoint: str | None
+) -> Any:
+    """The model's configuration: of a preset, of `--config_name`, or that of a checkpoint to go on from."""
     source = model_args.config_name or model_args.model_name_or_path
     sparsity = 0.0 if model_args.dense_baseline and not source else model_args.sparsity
     block_size = None if model_args.block_size is None else parse_block_size(model_args.block_size)
     how = {"sparsity": sparsity, "block_size": block_size, "distribution": model_args.distribution}
-    if not source:
+    if not source and model_args.model_type == DynSparseBertConfig.model_type:
         config = preset_config(model_args.preset, overrides=model_args.config_overrides, **how)
         set_first_weights_(config, args.recipe, model_args.config_overrides)
         config.initializer_range = model_args.initializer_range or config.initializer_range
@@ -273,10 +292,15 @@ def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str
                 f"`--final_sparsity` leads on from the blocks of a model. Got {args.final_sparsity} for a dense one. "
                 "Give the sparsity of the end as --sparsity."
             )
-        if checkpoint is not None:
-            SavedRun(checkpoint).check_config(config)
-        return config
-    config = AutoConfig.from_pretrained(source, **model_args.hub)
+    elif not source:
+        config = encoder_preset(
+            model_args.model_type, model_args.preset, block_size or 16, model_args.config_overrides
+        )
+    else:
+        config = AutoConfig.from_pretrained(source, **model_args.hub)
+        if model_args.config_name:
+            check_encoder(config, source)
+        config = overridden(config, model_args.config_overrides)
     if model_args.model_name_or_path:
         gradual = args.topology_settings().density_schedule != "constant"
         name, keep_dense = model_args.model_name_or_path, model_args.dense_baseline
@@ -284,23 +308,37 @@ def build_config(model_args: ModelArguments, args: RunArguments, checkpoint: str
         if gradual and not model_args.dense_baseline:
             set_final_sparsity_(args, sparsity)
     elif not isinstance(config, DynSparseBertConfig):
-        raise ValueError(
-            f"`--config_name` must name a configuration of dynsparse_bert. Got {source}, of {config.model_type}. "
-            "Give its sizes as --preset and --config_overrides, or its weights as --model_name_or_path."
-        )
+        if data_args.nsp or model_args.untrained_rest:
+            raise ValueError(
+                f"--nsp and --untrained_rest need a dynsparse_bert. Got a {config.model_type}: leave them out."
+            )
+        set_first_weights_(config, args.recipe, model_args.config_overrides)
+        with torch.device("meta"):  # whether the blocks fit
+            fresh_encoder(model_args, config)
     config.initializer_range = model_args.initializer_range or config.initializer_range
+    if checkpoint is not None and not model_args.model_name_or_path:
+        SavedRun(checkpoint).check_config(config)
     return config
 
 
-def load_model(
-    model_args: ModelArguments, data_args: TextArguments, config: DynSparseBertConfig
-) -> DynSparseBertForMaskedLM | DynSparseBertForPreTraining:
+def load_model(model_args: ModelArguments, data_args: TextArguments, config: Any) -> PreTrainedModel:
     """The model of `config`: of a checkpoint if there is one, else fresh."""
+    if not isinstance(config, DynSparseBertConfig):
+        return fresh_encoder(model_args, config)
     architecture = DynSparseBertForPreTraining if data_args.nsp else DynSparseBertForMaskedLM
     if model_args.model_name_or_path:
         source, dtype = model_args.model_name_or_path, model_args.dtype
         return architecture.from_pretrained(source, config=config, dtype=dtype, **model_args.hub)
     return architecture(config)
+
+
+def fresh_encoder(model_args: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
+    """An encoder of transformers with random blocks, or dense, and a head for masked language modelling."""
+    sparsity = 0.9 if model_args.sparsity is None else model_args.sparsity
+    if model_args.dense_baseline or sparsity == 0:
+        return AutoModelForMaskedLM.from_config(config)
+    block_size = parse_block_size(model_args.block_size or "16")
+    return sparse_from_config(AutoModelForMaskedLM, config, block_size, sparsity, distribution=model_args.distribution)
 
 
 def load_tokenizer(
@@ -318,7 +356,7 @@ def load_tokenizer(
 
 
 def fit_vocabulary_(
-    config: DynSparseBertConfig,
+    config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     model_args: ModelArguments,
     data_args: TextArguments,
@@ -326,7 +364,7 @@ def fit_vocabulary_(
     """Give a fresh model the tokenizer's vocabulary; refuse one that cannot mask, or that a model cannot take."""
     check_tokenizer(tokenizer, ("cls", "sep", "mask", "pad"))
     if not model_args.model_name_or_path:
-        config.vocab_size, config.pad_token_id = vocabulary_size(tokenizer), tokenizer.pad_token_id
+        tell_vocabulary_(config, tokenizer)
     check_fit(tokenizer, config, data_args.max_seq_length, pairs=data_args.nsp)
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .compress.slimming.slim import slim
     from .models.dropout import seed_dropout_
     from .models.flops import flops_per_sequence, inference_flops_per_sequence
+    from .models.fresh import sparse_from_config
     from .models.sparsify import densify_, sparsify_
     from .nn.linear import BlockSparseLinear, sparse_layers
     from .ops import Backend, configure_kernels, register_backend, use_backend
@@ -77,6 +78,7 @@ _MODULES = {
     ".compress.slimming.slim": "slim",
     ".models.dropout": "seed_dropout_",
     ".models.flops": "flops_per_sequence inference_flops_per_sequence",
+    ".models.fresh": "sparse_from_config",
     ".models.sparsify": "densify_ sparsify_",
     ".nn.linear": "BlockSparseLinear sparse_layers",
     ".ops": "Backend configure_kernels register_backend use_backend",
@@ -149,6 +151,7 @@ __all__ = [
     "save_with_code",
     "seed_dropout_",
     "slim",
+    "sparse_from_config",
     "sparse_layers",
     "sparse_learning_rate",
     "sparsify_",

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,12 @@ def _add_estimate(commands: Any) -> None:
         "--preset base --sparsity 0.9 --block_size 16",
         "--preset medium --block_size 1 --num_topology_updates 160 --max_steps 757000 --batch_size 512",
         "--preset mini --vocab_size 8192 --batch_size 32 --tokens 60M --trial",
+        "--model_type modernbert --preset mini --block_size 4",
     ]
     parser = _command(commands, _estimate, examples)
     parser.add_argument("--preset", choices=list(PRESETS), required=True, help="size of the BERT")
+    known = "architecture, such as modernbert, roberta, electra or distilbert (default: %(default)s)"
+    parser.add_argument("--model_type", default="dynsparse_bert", help=known)
     _add_sparsity(parser)
     parser.add_argument("--vocab_size", type=_positive, default=30522, help="default: %(default)s")
     parser.add_argument("--max_seq_length", type=_positive, default=128, help="tokens a sequence (default: 128)")
@@ -173,10 +177,10 @@ def _estimate(args: argparse.Namespace) -> None:
     Estimate sizes, FLOPs, coverage and learning rate of a pre-training run. Nothing is allocated or trained, but in a
     --trial.
     """
-    from .models import DynSparseBertConfig
+    from .models.presets import preset_model, preset_on_meta
     from .reports.estimate import estimate_run, plateau_warning
 
-    config = DynSparseBertConfig.preset(args.preset, vocab_size=args.vocab_size, **_sparsity(args))
+    size, how = (args.model_type, args.preset, args.vocab_size), _sparsity(args)
     batch_size = args.batch_size or (32 if args.trial else None)
     max_steps = args.max_steps
     if args.bf16 and not args.trial:
@@ -186,7 +190,7 @@ def _estimate(args: argparse.Namespace) -> None:
             raise ValueError("--tokens are shared out over steps: give --batch_size too. Got none.")
         max_steps = ceil(args.tokens / (batch_size * args.max_seq_length))
     estimate = estimate_run(
-        config,
+        preset_on_meta(*size, **how),
         seq_len=args.max_seq_length,
         max_steps=max_steps,
         batch_size=batch_size,
@@ -201,8 +205,9 @@ def _estimate(args: argparse.Namespace) -> None:
     if args.trial:
         from .training.twins import describe_twins, format_twins, try_twins
 
+        build = partial(preset_model, *size, **how)
         length = {"batch_size": batch_size, "seq_len": args.max_seq_length}
-        report["trial"] = describe_twins(try_twins(config, args.trial, bf16=args.bf16, **length), max_steps)
+        report["trial"] = describe_twins(try_twins(build, args.trial, bf16=args.bf16, **length), max_steps)
         _say(f"\n{format_twins(report['trial'])}")
     warning = plateau_warning(estimate.sequences * args.max_seq_length)
     if warning is not None:

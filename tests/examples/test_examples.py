@@ -63,7 +63,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lacks = AutoTokenizer.from_pretrained(folder / "large")
         setattr(lacks, f"{name}_token", None)
         lacks.save_pretrained(folder / f"{name}less")
-    transformers.BertConfig().save_pretrained(folder / "stock")
+    transformers.GPT2Config().save_pretrained(folder / "stock")
     odd = without_post_processor(tokenizer, gap=990)
     odd.save_pretrained(folder / "odd")
     rows = [json.dumps({"text": f"{words[number % 120]} {words[number % 7]}"}) for number in range(9000)]
@@ -129,6 +129,20 @@ def test_pictures(finished: Path) -> None:
     index = load_file(finished / "model.safetensors")[f"{frames[0].layer}.block_index"]
     assert sorted(index.tolist()) == frames[-1].block_map.ravel().nonzero()[0].tolist()
     assert [file.name for file in finished.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_another_architecture_resumes(run: Callable[..., Path], tmp_path: Path) -> None:
+    flags = "--model_type modernbert"
+    whole = run(tmp_path / "whole", flags)
+    assert summary_of(whole)["topology_updates"] == 2
+    assert 0.5 < summary_of(whole)["encoder_bytes"] / summary_of(whole)["dense_encoder_bytes"] < 0.52
+    assert "`ModernBertForMaskedLM`, block-sparse." in (whole / "README.md").read_text()
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "part" / "checkpoint-2")
+    heads = "--config_overrides hidden_size=32,intermediate_size=64,num_attention_heads=4"
+    with pytest.raises(SystemExit, match="Got num_attention_heads = 4, but .* has 2"):
+        run(tmp_path / "part", f"{flags} {heads} --resume_from_checkpoint last")
+    assert_same_weights(whole, run(tmp_path / "part", f"{flags} --resume_from_checkpoint last"))
+    assert len(sparse_layers(AutoModelForMaskedLM.from_pretrained(whole))) == 8
 
 
 @pytest.mark.parametrize("part", [".", "checkpoint-2", "checkpoint-4"])
@@ -384,13 +398,15 @@ BAD = {
     ),
     "no token to mask with": ("--tokenizer_name {text}/maskless", ("mask_token", "{text}/maskless")),
     "no token to begin with": ("--tokenizer_name {text}/clsless", ("cls_token", "{text}/clsless")),
-    "the configuration of a stock BERT": ("--config_name {text}/stock", ("--config_name", "dynsparse_bert", "bert")),
     "sequences that are cut, and padded": ("--seq_length_schedule 16:0.5,32 --line_by_line", ("Got --line_by_line",)),
     "sequences of another length": ("--seq_length_schedule 64:0.5,128", ("--max_seq_length", "128 and 32")),
     "first weights twice": (
         "--initializer_range 0.1 --config_overrides initializer_range=0.2",
         ("--initializer_range", "--config_overrides"),
     ),
+    "the configuration of a decoder": ("--config_name {text}/stock", ("needs an encoder", "stock", "gpt2")),
+    "an architecture that there is not": ("--model_type nonsense", ("--model_type", "'nonsense'", "modernbert")),
+    "next sentences for another architecture": ("--model_type bert --nsp", ("--nsp", "dynsparse_bert", "a bert")),
     "types of tokens": (
         "--nsp --config_overrides hidden_size=32,intermediate_size=64,type_vocab_size=1",
         ("type_vocab_size", "1"),

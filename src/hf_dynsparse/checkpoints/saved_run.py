@@ -38,6 +38,18 @@ _MODEL_FIELDS = (
     *("sparsity", "block_size", "distribution"),
     *("hidden_size", "num_hidden_layers", "intermediate_size"),
 )
+# Fields that the tokenizer fills, or saving does, or the Trainer.
+_NOT_OF_THE_MODEL = frozenset(
+    {
+        "vocab_size",
+        "architectures",
+        "dtype",
+        "transformers_version",
+        "quantization_config",
+        "_name_or_path",
+        "use_cache",
+    }
+)
 _FIX = "The checkpoint is damaged, or was changed afterwards: resume from another."
 
 
@@ -135,20 +147,23 @@ class SavedRun:
 
     def check_config(self, config: PretrainedConfig) -> None:
         """
-        Refuse a configuration of another BERT before its model is built.
+        Refuse a configuration of another model before it is built.
 
         Raises:
             ValueError: naming the first field that differs.
         """
         both = config, AutoConfig.from_pretrained(self.folder)
         given, saved = (json.loads(each.to_json_string(use_diff=False)) for each in both)
-        for name in _MODEL_FIELDS:
-            if saved["nnzb"] is not None and name in ("sparsity", "distribution"):
+        names = ["model_type", *(_MODEL_FIELDS if "nnzb" in given else sorted(given))]
+        for name in names:
+            if name in _NOT_OF_THE_MODEL or name.endswith("_token_id"):
+                continue
+            if saved.get("nnzb") is not None and name in ("sparsity", "distribution"):
                 continue  # half-way through a density schedule: the trainer knows where it leads
-            if given[name] != saved[name]:
+            if given[name] != saved.get(name):
                 raise ValueError(
                     f"A resumed run must have the model of its checkpoint. Got {name} = {given[name]}, but "
-                    f"{self.folder} has {saved[name]}. Give that, or another --output_dir."
+                    f"{self.folder} has {saved.get(name)}. Give that, or another --output_dir."
                 )
 
     def check_model(self, model: nn.Module, given: Mapping[str, int] | None = None) -> None:

@@ -29,9 +29,22 @@ def configured(model: nn.Module, final_sparsity: float | None = None) -> dict[st
 
 def distribution_of(model: nn.Module) -> str:
     """How the configuration of a model spreads its density over the layers; uniformly, if it does not say."""
+    return str(getattr(_settings(model), "distribution", "uniform"))
+
+
+def sparsity_of(model: nn.Module) -> float:
+    """The sparsity that the configuration of a model asks for; 0 if it does not say."""
+    return float(getattr(_settings(model), "sparsity", 0.0))
+
+
+def block_size_of(model: nn.Module) -> Any:
+    """The block size that the configuration of a model gives; `None` if it does not say."""
+    return getattr(_settings(model), "block_size", None)
+
+
+def _settings(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
-    settings = config if isinstance(config, DynSparseBertConfig) else getattr(config, "quantization_config", None)
-    return str(getattr(settings, "distribution", "uniform"))
+    return config if isinstance(config, DynSparseBertConfig) else getattr(config, "quantization_config", None)
 
 
 def tell_config_(model: nn.Module, wanted: Mapping[str, Any]) -> None:

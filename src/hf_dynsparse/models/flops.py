@@ -1,13 +1,13 @@
 """Floating-point operations per sequence, by the paper's count (arXiv:2108.06277, appendix on FLOPs)."""
 
+from math import prod
 from typing import Any
 
-from torch import nn
-from transformers import BertConfig, Conv1D, PreTrainedModel
+from transformers import BertConfig, PreTrainedModel
 
 from ..nn.linear import LinearLayer
 from .bert.configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes, layer_sizes
-from .heads import body_modules
+from .heads import body_linears
 
 
 def flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, seq_len: int) -> int:
@@ -18,7 +18,8 @@ def flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, seq_len: i
     Args:
         config_or_model (`BertConfig` or `PreTrainedModel`): a DynSparse or stock BERT configuration, or a model of
             one stack (encoder or decoder) whose configuration knows `hidden_size` and `num_hidden_layers`. A model's
-            layers are counted as they are, its attention as if every token saw all others.
+            layers are counted as they are, each once: gated units and fused projections are in their shapes. Attention
+            is counted as if every token saw all others, where a window limits it too.
         seq_len (`int`): tokens per sequence, `T`.
 
     Example:
@@ -33,7 +34,7 @@ def flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, seq_len: i
 def inference_flops_per_sequence(config_or_model: BertConfig | PreTrainedModel, seq_len: int) -> int:
     """FLOPs of one forward pass over one sequence: a third of `flops_per_sequence`."""
     if isinstance(config_or_model, PreTrainedModel):
-        config, nnz = config_or_model.config, _active_entries(config_or_model)
+        config, nnz = config_or_model.config, matrix_entries(config_or_model)
     else:
         config = config_or_model
         is_sparse = isinstance(config, DynSparseBertConfig)
@@ -50,9 +51,16 @@ def _attention_width(config: Any) -> int:
     return head_size * sum(heads for heads, _ in layer_sizes(config))
 
 
-def _active_entries(model: PreTrainedModel) -> int:
+def dense_flops_per_sequence(model: PreTrainedModel, seq_len: int) -> int:
+    """[`flops_per_sequence`] of the same model with dense layers."""
+    return flops_per_sequence(model, seq_len) + 6 * seq_len * (
+        matrix_entries(model, dense=True) - matrix_entries(model)
+    )
+
+
+def matrix_entries(model: PreTrainedModel, dense: bool = False) -> int:
+    """Stored entries of all matrices between embeddings and head; or of the same model with dense layers."""
     return sum(
-        module.nnz if isinstance(module, LinearLayer) else module.weight.numel()
-        for module in body_modules(model).values()
-        if isinstance(module, nn.Linear | Conv1D | LinearLayer)
+        (prod(layer.shape) if dense else layer.nnz) if isinstance(layer, LinearLayer) else layer.weight.numel()
+        for layer in body_linears(model).values()
     )

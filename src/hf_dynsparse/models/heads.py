@@ -6,10 +6,13 @@ where a head predicts.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from os.path import commonprefix
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Conv1D, PreTrainedModel
+
+from ..nn.linear import LinearLayer
 
 
 # Poolers, and the heads of models that have no base model. Not "*head*": attention is "multi_head_attention" in CTRL,
@@ -72,3 +75,14 @@ def predicting_labelled(model: Any) -> Iterator[None]:
         yield
     finally:
         setattr(model, switch, before)
+
+
+def body_linears(model: PreTrainedModel) -> dict[str, Any]:
+    """The linear layers between embeddings and head by name, sparse ones among them."""
+    kinds = nn.Linear | Conv1D | LinearLayer
+    return {name: module for name, module in body_modules(model).items() if isinstance(module, kinds)}
+
+
+def stack_name(model: PreTrainedModel) -> str:
+    """What the names of all linear layers of the body begin with, such as `"bert.encoder.layer."`."""
+    return commonprefix(list(body_linears(model))).rpartition(".")[0] + "."

@@ -32,7 +32,7 @@ def sparsify_(
     `import hf_dynsparse` every class of the architecture reads them by `from_pretrained`, with the same head or
     another. Without this package loading fails with an error about mismatched shapes, unless
     `ignore_mismatched_sizes=True` asks for random weights. `from_config` does not look at sparsity and builds a dense
-    model: sparsify that.
+    model: [`sparse_from_config`] builds a sparse one.
 
     Call it on the whole model; `targets` chooses parts. A second call adds layers, with blocks of the same size. In a
     DynSparse BERT only layers of the encoder can be chosen, and its own configuration says what they have become.

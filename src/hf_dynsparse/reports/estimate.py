@@ -1,16 +1,16 @@
 """What a pre-training run will take and reach, from its configuration alone: nothing is allocated, nothing trained."""
 
 from dataclasses import dataclass
-from math import prod
 from statistics import fmean
 from typing import Any
 
 import torch
+from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 
-from ..blocks.sizes import block_grid
-from ..models import DynSparseBertConfig, DynSparseBertForMaskedLM
-from ..models.bert.configuration_dynsparse_bert import PRESETS, encoder_shapes
-from ..models.flops import flops_per_sequence
+from ..models.bert.configuration_dynsparse_bert import PRESETS
+from ..models.density import sparsity_of
+from ..models.flops import dense_flops_per_sequence, flops_per_sequence, matrix_entries
+from ..nn.linear import sparse_layers
 from ..optim.groups import sparse_learning_rate
 from ..topology import default_num_updates, pruning_ratio_at, update_steps
 from ..topology.counts import replaced_count
@@ -120,7 +120,7 @@ class RunEstimate:
 
 
 def estimate_run(
-    config: DynSparseBertConfig,
+    config: PretrainedConfig | PreTrainedModel,
     *,
     seq_len: int = 128,
     max_steps: int | None = None,
@@ -135,7 +135,8 @@ def estimate_run(
     Estimate what pre-training a model will take and reach, before anything is trained.
 
     Args:
-        config (`DynSparseBertConfig`): the model.
+        config (`DynSparseBertConfig`, or `PreTrainedModel`): the model; one of another architecture as it is, on the
+            meta device for instance, where [`sparse_from_config`] builds it without memory.
         seq_len (`int`): tokens per sequence.
         max_steps, batch_size (`int`, *optional*): optimiser steps of the run, and sequences in each; together they
             give its FLOPs.
@@ -143,7 +144,7 @@ def estimate_run(
             100 steps between them.
         pruning_ratio, pruning_schedule, readmit: see [`TopologyUpdater`]; regrowth is random.
         dense_learning_rate (`float`, *optional*): that of the dense twin. By default the best in the paper's sweeps,
-            if they have a model of this size: mini, small, medium or base.
+            if they have a BERT of this depth and width: mini, small, medium or base.
 
     Raises:
         ValueError: for an argument out of range, or updates that do not fit into the run.
@@ -155,30 +156,31 @@ def estimate_run(
         0.00128
         ```
     """
+    model: Any = config
+    if isinstance(config, PretrainedConfig):
+        with torch.device("meta"):
+            model = AutoModelForMaskedLM.from_config(config)
     if num_topology_updates is None:
         num_topology_updates = 80 if max_steps is None else default_num_updates(max_steps)
     if max_steps is not None:
         update_steps(max_steps, num_topology_updates)  # refuses what does not fit
     if dense_learning_rate is None:
         rates = {PRESETS[name][:2]: rate for name, rate in DENSE_LEARNING_RATES.items()}
-        dense_learning_rate = rates.get((config.num_hidden_layers, config.hidden_size))
-    with torch.device("meta"):
-        model = DynSparseBertForMaskedLM(config)
-    shapes, sides, nnzb = encoder_shapes(config), config.block_shapes(), config.nnzb_per_layer()
-    blocks = {name: prod(block_grid(shapes[name], sides[name])) for name in nnzb}
-    size, index_bytes = model_facts(model), 4 * sum(nnzb.values())
+        dense_learning_rate = rates.get((model.config.num_hidden_layers, model.config.hidden_size))
+    size, layers = model_facts(model), sparse_layers(model).values()
+    index_bytes = 4 * sum(layer.nnzb for layer in layers)
     updates = num_topology_updates, pruning_ratio, pruning_schedule, readmit
-    factor = sparse_learning_rate(1.0, config.sparsity)
+    factor = sparse_learning_rate(1.0, sparsity_of(model))
     return RunEstimate(
         Footprint(size.parameters, index_bytes),
         Footprint(size.dense_parameters, 0),
-        Footprint(config.num_active_entries(), index_bytes),
-        Footprint(sum(map(prod, shapes.values())), 0),
-        flops_per_sequence(config, seq_len),
-        flops_per_sequence(DynSparseBertConfig.from_stock(config, sparsity=0.0, nnzb=None), seq_len),
+        Footprint(matrix_entries(model), index_bytes),
+        Footprint(matrix_entries(model, dense=True), 0),
+        flops_per_sequence(model, seq_len),
+        dense_flops_per_sequence(model, seq_len),
         (max_steps or 0) * (batch_size or 0),
         num_topology_updates,
-        fmean([expected_coverage(nnzb[name], blocks[name], *updates) for name in nnzb] or [1.0]),
+        fmean([expected_coverage(layer.nnzb, layer.num_blocks, *updates) for layer in layers] or [1.0]),
         factor,
         None if dense_learning_rate is None else factor * dense_learning_rate,
     )

@@ -9,8 +9,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch import nn
-from transformers import Conv1D, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoints.loading import COMPANIONS, empty_model, one_error
 from ..compress.int8.embedding import Int8Embedding
@@ -19,8 +18,7 @@ from ..files import write_atomically
 from ..models import DynSparseBertConfig
 from ..models.bert.configuration_dynsparse_bert import count_units
 from ..models.flops import inference_flops_per_sequence
-from ..models.heads import body_modules
-from ..nn.linear import LinearLayer
+from ..models.heads import body_linears
 from ..optim.recipes import FINETUNE_MODES
 from .facts import EXPLORED, PICTURES, PLATEAU, read_facts, task_metrics
 from .layers import LayerFacts, ModelFacts, model_facts
@@ -145,7 +143,7 @@ def create_model_card(model: PreTrainedModel, **facts: Any) -> ModelCard:
         max_tokens=getattr(model.config, "max_position_embeddings", None),
         table=markdown_table,
         size=size,
-        linears=_count_linears(model),
+        linears=len(body_linears(model)),
         blocks=sorted({layer.cells(" x ")[2] for layer in size.layers}),
         kinds=_kinds(size.layers),
         layers=[[f"`{name}`", *cells] for name, *cells in (layer.cells(" x ") for layer in size.layers)],
@@ -186,11 +184,6 @@ def _kinds(layers: Iterable[LayerFacts]) -> list[list[str]]:
         spans = [" to ".join(dict.fromkeys(ends)) for ends in zip(least, most, strict=True)]
         rows.append([f"`{name}`", shape, block, *spans, str(len(alike))])
     return rows
-
-
-def _count_linears(model: PreTrainedModel) -> int:
-    """Linear layers between embeddings and head, sparse ones among them."""
-    return sum(isinstance(x, nn.Linear | Conv1D | LinearLayer) for x in body_modules(model).values())
 
 
 def _costs(model: PreTrainedModel, size: ModelFacts, facts: Mapping[str, Any]) -> list[list[str]]:

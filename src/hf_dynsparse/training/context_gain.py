@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 
 GAIN = "eval_context_gain"
 WHAT_HELPS = (
-    "What helps: a distance bias in attention (--distance_bias 1:0@0.7), for absolute positions hide the neighbours, or "
-    "rotary positions (--model_type modernbert); small batches and a high rate (--recipe small); a vocabulary of 8k or "
-    "less; more tokens."
+    "What helps: a distance bias in attention (--distance_bias 1:0@0.7), for absolute positions hide the neighbours, "
+    "or rotary positions (--model_type modernbert); small batches and a high rate (--recipe small); a vocabulary of "
+    "8k or less; more tokens."
 )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..checkpoints.saved_run import last_checkpoint
 from ..models.losses import IGNORED, class_labels, zero_if_unlabelled
 from ..nn.shards import whole
 from .distillation import Distillation
+from .masked_positions import MaskedPositions
 
 
 class LossTrainer(Trainer):
@@ -24,6 +25,7 @@ class LossTrainer(Trainer):
 
     accelerator: Any
     distillation: Distillation | None = None
+    masked_positions: MaskedPositions | None = None
     _losses: list[torch.Tensor]  # of the micro-batches of this step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> torch.Tensor:
@@ -64,10 +66,16 @@ class LossTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing takes the labels out of `inputs`
         student = self.accelerator.unwrap_model(model)
-        with nullcontext() if self.distillation is None else self.distillation.asking(student):
+        labels = class_labels(given)
+        with ExitStack() as stack:
+            if self.distillation is not None:
+                stack.enter_context(self.distillation.asking(student))
+            every_token = self.distillation is not None and self.distillation.positions == "all"
+            if self.masked_positions is not None and labels is not None and not every_token:
+                stack.enter_context(self.masked_positions.only(labels))
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # Of stock heads and label smoothing the mean over no label is NaN.
-        if (labels := class_labels(given)) is not None:
+        if labels is not None:
             loss = zero_if_unlabelled(loss, labels)
         if self.distillation is not None:
             items = num_items_in_batch if self.model_accepts_loss_kwargs else None

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ..models.density import sparsity_of
 from ..optim import sparse_learning_rate
 from ..reports.estimate import DENSE_LEARNING_RATES
 from .curriculum import UNCUT, parse_lengths
@@ -34,6 +35,8 @@ SMALL = {
     "max_grad_norm": 1.0,
 }
 SMALL_LEARNING_RATE = 4e-3
+# Architectures whose positions are absolute, and hide the neighbours: those that a distance bias is for.
+ABSOLUTE = ("dynsparse_bert", "bert", "roberta", "electra", "distilbert", "camembert", "xlm-roberta")
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
 
 
@@ -45,17 +48,17 @@ class PretrainingRecipe:
     Args:
         arguments (`Callable`): of what is given, and the sequence length: defaults of the arguments.
         configuration (`Callable`): of the model's configuration: fields of it that are set.
-        learning_rate (`Callable`): of that and the name of the preset: the peak rate.
+        learning_rate (`Callable`): of the model and the name of the preset: the peak rate.
     """
 
     arguments: Callable[[Mapping[str, Any], int], dict[str, Any]]
     configuration: Callable[[PretrainedConfig], dict[str, Any]]
-    learning_rate: Callable[[PretrainedConfig, str], float]
+    learning_rate: Callable[[PreTrainedModel, str], float]
 
 
-def paper_learning_rate(config: PretrainedConfig, preset: str) -> float:
+def paper_learning_rate(model: PreTrainedModel, preset: str) -> float:
     """The dense optimum of the preset, by the rule for the sparsity."""
-    return sparse_learning_rate(LEARNING_RATES[preset], config.sparsity)
+    return sparse_learning_rate(LEARNING_RATES[preset], sparsity_of(model))
 
 
 def small_arguments(given: Mapping[str, Any], seq_length: int) -> dict[str, Any]:
@@ -63,6 +66,8 @@ def small_arguments(given: Mapping[str, Any], seq_length: int) -> dict[str, Any]
     left_out = set[str]()
     if any(given.get(name) for name in UNCUT):
         left_out.add("seq_length_schedule")
+    if given.get("config_name") or given.get("model_type", ABSOLUTE[0]) not in ABSOLUTE:
+        left_out.add("distance_bias")
     if "mlm_probability" in given:
         left_out.add("mlm_probability_schedule")
     if given.get("learning_rate_rewinding") or any(name in given for name in SCHEDULE):
@@ -88,9 +93,9 @@ def small_configuration(config: PretrainedConfig) -> dict[str, Any]:
     return {"initializer_range": config.hidden_size**-0.5, **dropout}
 
 
-def small_learning_rate(config: PretrainedConfig, preset: str) -> float:
+def small_learning_rate(model: PreTrainedModel, preset: str) -> float:
     """Falls with the root of the width, whatever the sparsity."""
-    return float(SMALL_LEARNING_RATE * (256 / config.hidden_size) ** 0.5)
+    return float(SMALL_LEARNING_RATE * (256 / model.config.hidden_size) ** 0.5)
 
 
 RECIPES = {

@@ -192,6 +192,8 @@ def rows_while_training(trainer: DynSparseTrainer) -> Any:
     trained_on = steps * trainer.get_total_train_batch_size(args)
     count = max(EVALUATED_LEAST, int(EVALUATED * trained_on / evaluations))
     return rows.select(range(min(count, len(rows)))) if isinstance(rows, datasets.Dataset) else rows.take(count)
+
+
 def warn_of_plateau(trainer: DynSparseTrainer, seq_len: int) -> None:
     """Say so if the run, of sequences of `seq_len` tokens, is too short to learn more than how frequent words are."""
     args = trainer.args

@@ -11,8 +11,9 @@ import torch
 import transformers
 
 from .._transformers import has_length
-from ..models import DynSparseBertConfig
-from ..models.flops import flops_per_sequence
+from ..models.density import block_size_of
+from ..models.flops import dense_flops_per_sequence
+from ..models.heads import stack_name
 from ..reports.facts import PLATEAU, checkpoint_bytes, dense_bytes, describe_hardware, task_metrics
 from ..reports.layers import model_facts
 from .context_gain import plateau_left
@@ -41,7 +42,7 @@ def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_le
         seq_len (`int`): tokens per training sequence, for the dense twin's FLOPs.
     """
     model, folder = trainer.accelerator.unwrap_model(trainer.model), Path(str(trainer.args.output_dir))
-    dense_config = DynSparseBertConfig.from_stock(model.config, sparsity=0.0, nnzb=None)
+    size, encoder = model_facts(model), stack_name(model)
     topology = trainer.topology.metrics if trainer.topology else {}
     shares = trainer.curriculum.shares(trainer.state.global_step, trainer.state.max_steps, seq_len)
     return {
@@ -50,17 +51,17 @@ def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_le
         "context_gain": metrics.get("eval_context_gain"),
         **plateau_left(trainer.state.log_history),
         "dense_flops": sum(
-            trainer.throughput.tokens * share / length * flops_per_sequence(dense_config, length)
+            trainer.throughput.tokens * share / length * dense_flops_per_sequence(model, length)
             for length, share in shares.items()
         ),
-        "sparsity": model_facts(model).sparsity,
-        "block_size": model.config.block_size,
+        "sparsity": size.sparsity,
+        "block_size": block_size_of(model),
         "coverage": topology.get("coverage", 1.0),
         "topology_updates": topology.get("topology_updates", 0),
         "checkpoint_bytes": checkpoint_bytes(folder),
-        "dense_checkpoint_bytes": dense_bytes(model),
-        "encoder_bytes": checkpoint_bytes(folder, ".encoder."),
-        "dense_encoder_bytes": dense_bytes(model, ".encoder."),
+        "dense_checkpoint_bytes": size.dense_bytes,
+        "encoder_bytes": checkpoint_bytes(folder, encoder),
+        "dense_encoder_bytes": dense_bytes(model, encoder),
         "seq_len": seq_len,
         **describe_training(trainer),
     }

@@ -23,6 +23,7 @@ from .dataloaders import DataTrainer
 from .distillation import Distillation
 from .fsdp import ShardedTrainer
 from .losses import LossTrainer
+from .masked_positions import MaskedPositions, predicts_masked
 from .memory import keep_freed_memory
 from .optimizer import OptimizerTrainer
 from .resuming import ResumingTrainer
@@ -93,6 +94,9 @@ class DynSparseTrainer(
         self.curriculum.collator(self.data_collator)  # refuses one that cannot follow
         if piece_counts is not None:
             self._compare_with(piece_counts)
+        if self.compute_loss_func is None and not args.label_smoothing_factor and predicts_masked(model):
+            self.masked_positions = MaskedPositions(model)
+            self.compute_loss_func = self.masked_positions.loss
         if teacher is not None:
             self._move_model_to_device(teacher, args.device)
         if find_callback(self.callback_handler.callbacks, EpochCallback) is None:

@@ -1,11 +1,12 @@
 """What `hf-dynsparse estimate --trial` adds: trials of a model and of its dense twin on this machine."""
 
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from transformers import PreTrainedModel
 
-from ..models import DynSparseBertConfig, DynSparseBertForMaskedLM
 from ..reports.tables import plain_table
 from .arguments import DynSparseTrainingArguments
 from .threads import default_threads
@@ -13,10 +14,16 @@ from .trial import Trial, clock_time, format_time, run_trial
 
 
 def try_twins(
-    config: DynSparseBertConfig, seconds: float, *, batch_size: int = 32, seq_len: int = 128, bf16: bool = False
+    build: Callable[..., PreTrainedModel],
+    seconds: float,
+    *,
+    batch_size: int = 32,
+    seq_len: int = 128,
+    bf16: bool = False,
 ) -> dict[str, Trial]:
     """
-    Trials of the model of `config` and of its dense twin, on made-up text, in this process alone.
+    Trials of the model that `build` gives and, by `build(sparsity=0.0)`, of its dense twin, on made-up text,
+    in this process alone.
 
     Args:
         seconds (`float`): of each trial.
@@ -26,19 +33,18 @@ def try_twins(
     Returns:
         `dict[str, Trial]`: under `"sparse"` and `"dense"`.
     """
-    ids = torch.randint(5, config.vocab_size, (64 * batch_size, seq_len))
+    models = {"sparse": build(), "dense": build(sparsity=0.0)}
+    ids = torch.randint(5, models["sparse"].config.vocab_size, (64 * batch_size, seq_len))
     labels = ids.masked_fill(torch.rand(ids.shape) >= 0.15, -100)
     rows = [{"input_ids": ids[row], "labels": labels[row]} for row in range(len(ids))]
-    configs = {"sparse": config, "dense": DynSparseBertConfig.from_stock(config, sparsity=0.0, nnzb=None)}
     trials = {}
     with TemporaryDirectory() as folder:
         args = DynSparseTrainingArguments(folder, per_device_train_batch_size=batch_size, bf16=bf16)
         args.dataloader_pin_memory = args.device.type == "cuda"
         if args.device.type == "cpu":
             torch.set_num_threads(default_threads(1))
-        for name, each in configs.items():
-            place = Path(folder, name)
-            trials[name] = run_trial(DynSparseBertForMaskedLM(each), args, seconds, place, train_dataset=rows)
+        for name, model in models.items():
+            trials[name] = run_trial(model, args, seconds, Path(folder, name), train_dataset=rows)
     return trials
 
 
