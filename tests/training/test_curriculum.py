@@ -7,7 +7,13 @@ from hf_dynsparse import DynSparseTrainer, flops_per_sequence
 from hf_dynsparse.data.pretraining import TextArguments
 from hf_dynsparse.training.curriculum import Curriculum, parse_lengths, parse_rates, shorten, thin
 from hf_dynsparse.training.finetuning import FinetuningArguments
-from hf_dynsparse.training.recipes import RECIPES, recipe_defaults, scaled_lengths, set_first_weights_
+from hf_dynsparse.training.recipes import (
+    RECIPES,
+    SMALL_LEARNING_RATE,
+    recipe_defaults,
+    scaled_lengths,
+    set_first_weights_,
+)
 from hf_dynsparse.training.summary import summarize_run
 from tests.toy import MASK, toy_arguments, toy_collator, toy_config, toy_examples, toy_model, toy_trainer
 
@@ -178,4 +184,4 @@ def test_first_weights_of_a_recipe():
     set_first_weights_(config, "small", "hidden_dropout_prob=0.1, hidden_size=32")
     assert config.initializer_range == pytest.approx(32**-0.5)
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.0)
-    assert RECIPES["small"].learning_rate(config, "mini") == pytest.approx(2e-3 * 8**0.5)
+    assert RECIPES["small"].learning_rate(toy_model(hidden_size=64), "mini") == pytest.approx(SMALL_LEARNING_RATE * 2)
