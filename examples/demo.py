@@ -119,7 +119,7 @@ def check(flags: list[str], output: Path) -> None:
         model_args, data_args, args = StudyParser(mlm.ARGUMENTS).parse_args_into_dataclasses([*flags, *more])
         mlm.check(model_args, data_args, args)
         check_topology(args)
-        mlm.build_config(model_args, args, None)
+        mlm.build_config(model_args, data_args, args, None)
     if args.push_to_hub:
         raise ValueError(
             "The demo trains several models. Got --push_to_hub. Leave it out, and push one: hf-dynsparse push "

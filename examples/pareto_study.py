@@ -182,7 +182,7 @@ def check_tasks(tasks: Iterable[Task]) -> None:
             model_args, data_args, args = parser.parse_args_into_dataclasses(flags)
             mlm.check(model_args, data_args, args)
             check_topology(args)
-            mlm.build_config(model_args, args, None)
+            mlm.build_config(model_args, data_args, args, None)
 
 
 def is_finished(folder: Path) -> bool:

@@ -437,7 +437,7 @@ def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:
 def prepare_mlm(model_args: Any, data_args: Any, args: Any) -> Job:
     """Masked language modelling, from scratch or from a dense checkpoint."""
     known = Path(args.output_dir, scripts.TOKENIZER_FOLDER)
-    config = mlm.build_config(model_args, args, None)
+    config = mlm.build_config(model_args, data_args, args, None)
     check_positions(config, data_args.max_seq_length)
     with args.main_process_first(desc="prepare the text"):
         raw = load_text(data_args, cache_dir=model_args.cache_dir, token=model_args.token)

@@ -146,7 +146,7 @@ def check_runs(runs: Sequence[StageRun], output: Path) -> None:
             if run.script == MLM:
                 check_topology(args)
                 if model_args.model_name_or_path is None:  # others start from a model that is not there yet
-                    mlm.build_config(model_args, args, None)
+                    mlm.build_config(model_args, data_args, args, None)
 
 
 def parse_run(run: StageRun, output: Path) -> tuple[Any, Any, Any]:

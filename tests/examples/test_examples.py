@@ -203,7 +203,7 @@ CASES = {
     "the recipe for small budgets, streaming": (
         "train.txt",
         "--recipe small --streaming --validation_file {text}/valid.txt",
-        {"learning_rate": 2e-3 * (256 / 32) ** 0.5},
+        {"learning_rate": SMALL_LEARNING_RATE * (256 / 32) ** 0.5},
     ),
     "dense, by epochs": (
         "train.parquet",

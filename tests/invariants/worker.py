@@ -154,6 +154,8 @@ def describe(trainer: DynSparseTrainer) -> dict[str, Any]:
     """What a run reached: tensors and the log, nothing that depends on the clock."""
     layers, optimizer = sparse_layers(trainer.model), whole_optimizer_state(trainer.optimizer)["state"]
     clock = ("runtime", "per_second", "train_loss")  # `train_loss` is a mean over this process's steps only
+    if trainer.args.world_size > 1:  # counted by the padding of this rank's rows
+        clock += ("dynsparse/tokens",)
     return {
         "model": {name: whole(tensor).clone() for name, tensor in trainer.model.state_dict().items()},
         "index": {name: layer.block_index.clone() for name, layer in layers.items()},

@@ -73,7 +73,7 @@ MODELS = {
     "all positions while training": (lambda: toy_model(sparse_prediction=False), False),
     "pairs": (lambda: toy_model(cls=DynSparseBertForPreTraining), True),
     "ModernBERT": (modernbert, True),
-    "stock": (roberta, False),
+    "stock": (roberta, True),
 }
 
 

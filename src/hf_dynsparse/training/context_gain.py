@@ -112,7 +112,7 @@ class ContextGainTrainer(Trainer):
         """As in transformers, with `context_gain` among the metrics if the counts of pieces are known."""
         losses_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         model = self.accelerator.unwrap_model(self.model)
-        self._gains = []
+        self._gains, self._losses_only = [], losses_only
         try:
             with predicting_labelled(model) if losses_only else nullcontext():
                 output = super().evaluation_loop(
@@ -123,7 +123,7 @@ class ContextGainTrainer(Trainer):
                 if positions and output.metrics is not None:
                     output.metrics[f"{metric_key_prefix}_context_gain"] = nats / positions
         finally:
-            self._gains = None
+            self._gains, self._losses_only = None, False
         return output
 
     def compute_loss(

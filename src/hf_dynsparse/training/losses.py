@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class LossTrainer(Trainer):
     accelerator: Any
     distillation: Distillation | None = None
     masked_positions: MaskedPositions | None = None
+    _losses_only = False  # of this evaluation nothing else is asked for
     _losses: list[torch.Tensor]  # of the micro-batches of this step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> torch.Tensor:
@@ -63,7 +64,9 @@ class LossTrainer(Trainer):
         mixed in.
         """
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            labels = class_labels(inputs) if self._losses_only and self.masked_positions is not None else None
+            with nullcontext() if labels is None else self.masked_positions.only(labels):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing takes the labels out of `inputs`
         student = self.accelerator.unwrap_model(model)
         labels = class_labels(given)
