@@ -24,6 +24,7 @@ from hf_dynsparse import densify_, sparse_layers
 from hf_dynsparse.data import train_wordpiece_tokenizer
 from hf_dynsparse.models.pretraining import first_pattern
 from hf_dynsparse.topology.frames import read_history
+from hf_dynsparse.training.recipes import SMALL_LEARNING_RATE
 
 
 SCRIPT = EXAMPLES / "run_mlm_dynsparse.py"
@@ -311,9 +312,9 @@ def test_what_a_checkpoint_becomes(finished: Path, dense_bert: Path, tmp_path: P
     )
     if final == "refused":
         with pytest.raises(ValueError, match="needs one `sparsity`, that of the end. Got sparsity=None"):
-            script["build_config"](model_args, args, None)
+            script["build_config"](model_args, script["TextArguments"](), args, None)
         return
-    config = script["build_config"](model_args, args, None)
+    config = script["build_config"](model_args, script["TextArguments"](), args, None)
     kept = "that of the checkpoint" if kind == "sparse" else "the blocks of largest L1 norm"
     assert first_pattern(model_args.model_name_or_path) == kept
     assert (config.sparsity, config.block_size, args.final_sparsity) == (sparsity, side, final)
