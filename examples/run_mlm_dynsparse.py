@@ -145,13 +145,14 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     output_dir: str = HfArg(default="dynsparse-mlm", help="Where everything of the run is written.")
     learning_rate: float | None = HfArg(
         default=None,
-        help="Peak rate, used as given. Default: by --recipe: 0.002 at width 256, falling with its root (small), the "
+        help="Peak rate, used as given. Default: by --recipe: 0.004 at width 256, falling with its root (small), the "
         "preset's dense optimum, times 6.40 at sparsity 0.9 (paper).",
     )
     max_steps: int | None = HfArg(
-        default=None, help="Optimiser steps. Default: 500, or what --num_train_epochs makes; goes before these."
+        default=None,
+        help="Optimiser steps. Default: 2,000 (small), 500 (paper), or what --num_train_epochs makes; goes before these.",
     )
-    num_train_epochs: float | None = HfArg(default=None, help="Passes over the training text, instead of --max_steps.")
+    num_train_epochs: float | None = HfArg(default=None, help="Passes over the text, instead of --max_steps.")
     time_budget: str | None = HfArg(
         default=None,
         help="Time for training and evaluations, instead of --max_steps: 8h, 90m, 300s, or minutes. A trial of some "

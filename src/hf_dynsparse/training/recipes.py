@@ -33,11 +33,18 @@ SMALL = {
     "adam_beta2": 0.98,
     "weight_decay": 0.01,
     "max_grad_norm": 1.0,
+    "max_steps": 2000,
+    # Once the model has learnt some, blocks are judged by use: those of small norm are new rather than useless.
+    "topology_first_step": 0.3,
+    "pruning_ratio": 0.3,
+    "prune_score": "weight_gradient",
 }
 SMALL_LEARNING_RATE = 4e-3
 # Architectures whose positions are absolute, and hide the neighbours: those that a distance bias is for.
 ABSOLUTE = ("dynsparse_bert", "bert", "roberta", "electra", "distilbert", "camembert", "xlm-roberta")
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
+TOPOLOGY = ("topology_first_step", "pruning_ratio", "prune_score")
+LENGTH = ("max_steps", "num_train_epochs", "time_budget")  # of a run
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,10 @@ def small_arguments(given: Mapping[str, Any], seq_length: int) -> dict[str, Any]
         left_out.add("mlm_probability_schedule")
     if given.get("learning_rate_rewinding") or any(name in given for name in SCHEDULE):
         left_out.update(SCHEDULE)
+    if "method" in given:
+        left_out.update(TOPOLOGY)
+    if any(name in given for name in LENGTH):
+        left_out.add("max_steps")
     arguments: dict[str, Any] = {name: value for name, value in SMALL.items() if name not in left_out}
     if "seq_length_schedule" in arguments:
         arguments["seq_length_schedule"] = scaled_lengths(arguments["seq_length_schedule"], seq_length)
