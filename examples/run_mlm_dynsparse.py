@@ -150,7 +150,7 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     )
     max_steps: int | None = HfArg(
         default=None,
-        help="Optimiser steps. Default: 2,000 (small), 500 (paper), or what --num_train_epochs makes; goes before these.",
+        help="Optimiser steps. Default: 2,000 (small), 500 (paper), or what --num_train_epochs makes; goes before.",
     )
     num_train_epochs: float | None = HfArg(default=None, help="Passes over the text, instead of --max_steps.")
     time_budget: str | None = HfArg(

@@ -72,6 +72,8 @@ def test_three_tokens_and_two_heads_by_hand() -> None:
     assert torch.equal(PositionBias("alibi", 2, 0.5)(query, query), expected)
     assert torch.equal(PositionBias("alibi", 2, 0.5)(query[:, :, :1], query), expected[:, :, 2:])
     assert torch.equal(PositionBias("alibi", 1, 1.0)(query[:, :1], query), -near[None, None])
+    assert PositionBias("alibi", 2, 8.0)(query, query)[0, :, 2, 0].tolist() == [-16.0, -0.25]
+    assert PositionBias("alibi", 2, 32.0)(query, query)[0, :, 2, 0].tolist() == [-30.0, -1.0]  # and no more than that
     # Learned ones start as that where a bucket has one distance, and know before from after.
     learned = PositionBias("t5", 2, 0.5)
     assert torch.equal(learned(query, query), expected)

@@ -26,6 +26,10 @@ SUFFIX = "_distance_bias"  # of the name of an attention implementation
 # T5's: half of the buckets for what comes after, and half of these for one distance each.
 BUCKETS, FARTHEST = 32, 128
 
+# Fixed slopes take no more than this from a score. Weights of attention below e^-30 are nothing, and soon subnormal
+# numbers, with which attention takes twice as long on CPUs.
+MOST = 30.0
+
 # How a configuration without a bias reads.
 _WITHOUT: dict[str, Any] = {"position_bias": None, "position_bias_strength": 1.0}
 
@@ -70,11 +74,12 @@ class PositionBias(nn.Module):
         heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
         positions = torch.arange(keys, device=query.device)
         offset = positions - positions[keys - queries :, None]  # [queries, keys], positive for what comes after
+        strength = self.strength.float()
         if self.table is not None:
-            bias = nn.functional.embedding(bucket_of(offset), self.table).permute(2, 0, 1).float()
+            bias = strength * nn.functional.embedding(bucket_of(offset), self.table).permute(2, 0, 1).float()
         else:
-            bias = -head_slopes(heads, query.device)[:, None, None] * offset.abs()
-        return (self.strength.float() * bias).to(query.dtype)[None]
+            bias = (-strength * head_slopes(heads, query.device)[:, None, None] * offset.abs()).clamp(min=-MOST)
+        return bias.to(query.dtype)[None]
 
 
 def head_slopes(heads: int, device: torch.device) -> torch.Tensor:
