@@ -10,6 +10,13 @@ from hf_dynsparse.training.finetuning import FinetuningArguments
 from hf_dynsparse.training.recipes import (
     RECIPES,
     SMALL_LEARNING_RATE,
+    TOPOLOGY,
+    recipe_defaults,
+    scaled_lengths,
+    set_first_weights_,
+)
+    RECIPES,
+    SMALL_LEARNING_RATE,
     recipe_defaults,
     scaled_lengths,
     set_first_weights_,
@@ -164,8 +171,14 @@ def test_the_rate_is_constant_until_the_last_fifth(tmp_path):
 def test_recipes_give_way_to_what_is_given():
     small = recipe_defaults({}, 128)
     assert small["recipe"] == "small"
-    assert (small["seq_length_schedule"], small["mlm_probability_schedule"]) == ("64:0.5,128", "0.3:0.15")
+    assert (small["seq_length_schedule"], small["mlm_probability_schedule"]) == ("64:0.5,128", "0.3")
+    assert (small["max_steps"], small["prune_score"]) == (2000, "weight_gradient")
+    assert recipe_defaults({"method": "rigl", "time_budget": "8h"}, 128).keys().isdisjoint((*TOPOLOGY, "max_steps"))
+    assert "distance_bias" not in recipe_defaults({"model_type": "modernbert"}, 128)  # its positions are rotary
     assert scaled_lengths("32:0.25,64:0.5,128", 64) == "16:0.25,32:0.5,64"
+    assert (small["max_steps"], small["prune_score"]) == (2000, "weight_gradient")
+    assert recipe_defaults({"method": "rigl", "time_budget": "8h"}, 128).keys().isdisjoint((*TOPOLOGY, "max_steps"))
+    assert "distance_bias" not in recipe_defaults({"model_type": "modernbert"}, 128)  # its positions are rotary
     assert scaled_lengths("32:0.25,64:0.5,128", 66) is None
     assert "seq_length_schedule" not in recipe_defaults({"nsp": True}, 128)
     assert "mlm_probability_schedule" not in recipe_defaults({"mlm_probability": 0.2}, 128)

@@ -22,9 +22,9 @@ LEARNING_RATES = {"tiny": 1e-3, **DENSE_LEARNING_RATES, "large": 1e-4}
 
 # Arguments of the recipe for small budgets, and its learning rate at a width of 256. Lengths go with --max_seq_length.
 SMALL = {
-    "distance_bias": "1:0@0.7",
+    "distance_bias": "1",
     "seq_length_schedule": "64:0.5,128",
-    "mlm_probability_schedule": "0.3:0.15",
+    "mlm_probability_schedule": "0.3",
     "whole_word_mask": False,
     "per_device_train_batch_size": 8,
     "lr_scheduler_type": "warmup_stable_decay",
