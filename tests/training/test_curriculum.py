@@ -15,12 +15,6 @@ from hf_dynsparse.training.recipes import (
     scaled_lengths,
     set_first_weights_,
 )
-    RECIPES,
-    SMALL_LEARNING_RATE,
-    recipe_defaults,
-    scaled_lengths,
-    set_first_weights_,
-)
 from hf_dynsparse.training.summary import summarize_run
 from tests.toy import MASK, toy_arguments, toy_collator, toy_config, toy_examples, toy_model, toy_trainer
 
