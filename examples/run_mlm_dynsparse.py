@@ -155,8 +155,8 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     num_train_epochs: float | None = HfArg(default=None, help="Passes over the text, instead of --max_steps.")
     time_budget: str | None = HfArg(
         default=None,
-        help="Time for training and evaluations, instead of --max_steps: 8h, 90m, 300s, or minutes. A trial of some "
-        "seconds tells how many steps that makes; a resumed run keeps them.",
+        help="Time for training, instead of --max_steps: 8h, 90m, 300s, or minutes. A trial of some seconds tells how "
+        "many steps that makes; a resumed run keeps them. The evaluation at the end comes on top.",
     )
     warmup_steps: float = HfArg(default=0.1, help="Steps of linear warm-up, or below 1 a share of the run.")
     per_device_train_batch_size: int = HfArg(default=32, help="Sequences per process and micro-batch.")
@@ -216,7 +216,9 @@ def main() -> None:
             "processing_class": tokenizer,
         }
         if args.time_budget is not None and checkpoint is None:
-            args.max_steps = plan_steps(model, args, **parts)
+            # Evaluations are a small share of the run, whatever its length, unless their rows are given.
+            measured = parts if data_args.max_eval_samples is not None else parts | {"eval_dataset": None}
+            args.max_steps = plan_steps(model, args, **measured)
         elif args.time_budget is not None:
             logger.info("%d steps, as planned when the run began", args.max_steps)
         trainer = DynSparseTrainer(model, args, **parts)

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 # The trial takes this share of the budget, and no longer than that.
 TRIAL_SHARE, TRIAL_SECONDS = 0.02, 20.0
-# Kept back for what the trial does not see: logs, topology updates, other processes on the machine.
-RESERVE = 0.03
+# Kept back for what the trial does not see: logs, topology updates, evaluations on a share of the run.
+RESERVE = 0.05
 TRIAL_FOLDER = "trial"  # of the output folder, removed after the trial
 
 UNITS = {"": 60, "s": 1, "m": 60, "h": 3600}
