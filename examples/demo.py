@@ -42,7 +42,7 @@ from hf_dynsparse.training.scripts import check_topology, one_line_errors
 logger = logging.getLogger("demo")
 
 # For a few minutes on two cores.
-FLAGS = ["--max_steps=1100", "--vocab_size=4096"]
+FLAGS = ["--max_steps=1600", "--vocab_size=4096", "--config_overrides=num_hidden_layers=2"]
 TRIAL = 20  # the trial of the dense twin has so many times fewer steps
 
 # In each of them the neighbours of the mask say what the frequencies of words do not.
