@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """
-A sparse BERT and its dense twin, pre-trained for the same time on text that is on the machine anyway, and compared:
-what they cost, what they reach, and how they fill the masks of five sentences.
+A sparse ModernBERT and its dense twin, pre-trained for the same time on text that is on the machine anyway, and
+compared: what they cost, what they reach, and how they fill the masks of five sentences.
 
     python examples/demo.py                                  # as `make demo` and `hf-dynsparse train demo` do
     python examples/demo.py --block_size 16 --seed 1         # flags of run_mlm_dynsparse.py, for both models
@@ -42,7 +42,7 @@ from hf_dynsparse.training.scripts import check_topology, one_line_errors
 logger = logging.getLogger("demo")
 
 # For a few minutes on two cores.
-FLAGS = ["--max_steps=1600", "--vocab_size=4096", "--config_overrides=num_hidden_layers=2"]
+FLAGS = ["--model_type=modernbert", "--max_steps=1100", "--vocab_size=4096"]
 TRIAL = 20  # the trial of the dense twin has so many times fewer steps
 
 # In each of them the neighbours of the mask say what the frequencies of words do not.
@@ -169,7 +169,7 @@ def report(summaries: dict[str, dict[str, Any]], output: Path) -> None:
     versions = ", ".join(f"{package} {version}" for package, version in summaries["sparse"]["versions"].items())
     where = f"Seed {summaries['sparse']['seed']}, {summaries['sparse']['hardware']}, {versions}."
     text = [
-        "# A sparse BERT beside its dense twin, trained for the same time",
+        "# A sparse encoder beside its dense twin, trained for the same time",
         where,
         *(markdown_table(table[0], rows, right=(1, 2)), markdown_table(guesses[0], guesses[1:])),
         *(f"![{about}]({picture})" for picture, about in pictures.items()),

@@ -145,7 +145,8 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     output_dir: str = HfArg(default="dynsparse-mlm", help="Where everything of the run is written.")
     learning_rate: float | None = HfArg(
         default=None,
-        help="Peak rate, used as given. Default: by --recipe: 0.004 at width 256, falling with its root (small), the "
+        help="Peak rate, used as given. Default: by --recipe: 0.001 at width 256, falling with its root, by the "
+        "rule for the sparsity up to 0.004 (small), the "
         "preset's dense optimum, times 6.40 at sparsity 0.9 (paper).",
     )
     max_steps: int | None = HfArg(

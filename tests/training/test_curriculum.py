@@ -9,6 +9,7 @@ from hf_dynsparse.training.curriculum import Curriculum, parse_lengths, parse_ra
 from hf_dynsparse.training.finetuning import FinetuningArguments
 from hf_dynsparse.training.recipes import (
     RECIPES,
+    SMALL_DENSE_LEARNING_RATE,
     SMALL_LEARNING_RATE,
     TOPOLOGY,
     recipe_defaults,
@@ -191,4 +192,6 @@ def test_first_weights_of_a_recipe():
     set_first_weights_(config, "small", "hidden_dropout_prob=0.1, hidden_size=32")
     assert config.initializer_range == pytest.approx(32**-0.5)
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.0)
-    assert RECIPES["small"].learning_rate(toy_model(hidden_size=64), "mini") == pytest.approx(SMALL_LEARNING_RATE * 2)
+    for sparsity, rate in ((0.9, SMALL_LEARNING_RATE), (0.0, SMALL_DENSE_LEARNING_RATE)):
+        model = toy_model(hidden_size=64, sparsity=sparsity)
+        assert RECIPES["small"].learning_rate(model, "mini") == pytest.approx(rate * 2)

@@ -20,7 +20,8 @@ from .curriculum import UNCUT, parse_lengths
 # Tiny and large are not in the paper.
 LEARNING_RATES = {"tiny": 1e-3, **DENSE_LEARNING_RATES, "large": 1e-4}
 
-# Arguments of the recipe for small budgets, and its learning rate at a width of 256. Lengths go with --max_seq_length.
+# Arguments of the recipe for small budgets, and its learning rates at a width of 256: the highest, and that of a
+# dense model. Lengths go with --max_seq_length.
 SMALL = {
     "distance_bias": "1",
     "seq_length_schedule": "64:0.5,128",
@@ -39,7 +40,7 @@ SMALL = {
     "pruning_ratio": 0.3,
     "prune_score": "weight_gradient",
 }
-SMALL_LEARNING_RATE = 4e-3
+SMALL_LEARNING_RATE, SMALL_DENSE_LEARNING_RATE = 4e-3, 1e-3
 # Architectures whose positions are absolute, and hide the neighbours: those that a distance bias is for.
 ABSOLUTE = ("dynsparse_bert", "bert", "roberta", "electra", "distilbert", "camembert", "xlm-roberta")
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
@@ -105,8 +106,9 @@ def small_configuration(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def small_learning_rate(model: PreTrainedModel, preset: str) -> float:
-    """Falls with the root of the width, whatever the sparsity."""
-    return float(SMALL_LEARNING_RATE * (256 / model.config.hidden_size) ** 0.5)
+    """By the rule for the sparsity up to a highest rate, which sparsity 0.9 has; falls with the root of the width."""
+    rate = min(SMALL_LEARNING_RATE, sparse_learning_rate(SMALL_DENSE_LEARNING_RATE, sparsity_of(model)))
+    return float(rate * (256 / model.config.hidden_size) ** 0.5)
 
 
 RECIPES = {
