@@ -37,12 +37,13 @@ from hf_dynsparse.reports.tables import markdown_table, plain_table
 from hf_dynsparse.topology.frames import read_history
 from hf_dynsparse.training.plugins import load_plugins
 from hf_dynsparse.training.scripts import check_topology, one_line_errors
+from hf_dynsparse.training.threads import default_threads
 
 
 logger = logging.getLogger("demo")
 
 # For a few minutes on two cores. Updates are rare, so that new blocks can live.
-FLAGS = ["--max_steps=1300", "--vocab_size=4096", "--num_topology_updates=3"]
+FLAGS = ["--max_steps=1500", "--vocab_size=4096", "--num_topology_updates=3"]
 TRIAL = 20  # the trial of the dense twin has so many times fewer steps
 
 # In each of them the neighbours of the mask say what the frequencies of words do not.
@@ -146,7 +147,9 @@ def train(folder: Path, flags: Sequence[str]) -> dict[str, Any]:
 
 def start(flags: Sequence[str]) -> None:
     """run_mlm_dynsparse.py in a process of its own: nothing of one run is left for the next. Its failure is ours."""
-    process = subprocess.Popen([sys.executable, mlm.__file__, *flags])
+    # Of this process, which knows whether a launcher or the user has set the number that the next one inherits.
+    threads = f"--num_threads={default_threads(1)}"
+    process = subprocess.Popen([sys.executable, mlm.__file__, threads, *flags])
     while process.poll() is None:
         with suppress(KeyboardInterrupt):  # Ctrl-C tells it too: it ends in its own way
             process.wait()
