@@ -64,8 +64,8 @@ class LossTrainer(Trainer):
         mixed in.
         """
         if not model.training:
-            labels = class_labels(inputs) if self._losses_only and self.masked_positions is not None else None
-            with nullcontext() if labels is None else self.masked_positions.only(labels):
+            labels, places = class_labels(inputs), self.masked_positions if self._losses_only else None
+            with nullcontext() if labels is None or places is None else places.only(labels):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing takes the labels out of `inputs`
         student = self.accelerator.unwrap_model(model)
