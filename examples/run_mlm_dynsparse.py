@@ -290,7 +290,6 @@ def build_config(
     if not source and model_args.model_type == DynSparseBertConfig.model_type:
         config = preset_config(model_args.preset, overrides=model_args.config_overrides, **how)
         set_first_weights_(config, args.recipe, model_args.config_overrides)
-        config.initializer_range = model_args.initializer_range or config.initializer_range
         if args.final_sparsity is not None and not config.nnzb_per_layer():
             raise ValueError(
                 f"`--final_sparsity` leads on from the blocks of a model. Got {args.final_sparsity} for a dense one. "
@@ -300,6 +299,7 @@ def build_config(
         config = encoder_preset(
             model_args.model_type, model_args.preset, block_size or 16, model_args.config_overrides
         )
+        set_first_weights_(config, args.recipe, model_args.config_overrides)
     else:
         config = AutoConfig.from_pretrained(source, **model_args.hub)
         if model_args.config_name:
@@ -316,10 +316,10 @@ def build_config(
             raise ValueError(
                 f"--nsp and --untrained_rest need a dynsparse_bert. Got a {config.model_type}: leave them out."
             )
-        set_first_weights_(config, args.recipe, model_args.config_overrides)
         with torch.device("meta"):  # whether the blocks fit
             fresh_encoder(model_args, config)
-    config.initializer_range = model_args.initializer_range or config.initializer_range
+    if model_args.initializer_range is not None:
+        config.initializer_range = model_args.initializer_range
     if checkpoint is not None and not model_args.model_name_or_path:
         SavedRun(checkpoint).check_config(config)
     return config

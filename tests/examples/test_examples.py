@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file
 from scripts import EXAMPLES, assert_same_weights, clean_environment, run_script
 from toy import without_post_processor
-from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
 
 from hf_dynsparse import densify_, sparse_layers, sparse_learning_rate
 from hf_dynsparse.data import train_wordpiece_tokenizer
@@ -322,6 +322,27 @@ def test_what_a_checkpoint_becomes(finished: Path, dense_bert: Path, tmp_path: P
     if kind == "dense" and final:
         blocks = {config.hidden_size**2 // 16, config.hidden_size * config.intermediate_size // 16}
         assert {*config.nnzb.values()} == blocks
+
+
+def test_a_named_configuration_stays_as_it_is(tmp_path: Path) -> None:
+    """Whatever the recipe; of Funnel, which calls it otherwise, nobody asks for an `initializer_range`."""
+    script = runpy.run_path(str(SCRIPT))
+    args = script["RunArguments"](output_dir=str(tmp_path), recipe="small", use_cpu=True, eval_strategy="no")
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64}
+    AutoConfig.for_model("roberta", **sizes, initializer_range=0.05).save_pretrained(tmp_path / "named")
+
+    def built(**flags: Any) -> Any:
+        return script["build_config"](script["ModelArguments"](**flags), script["TextArguments"](), args, None)
+
+    named = {"config_name": str(tmp_path / "named"), "sparsity": 0.5}
+    assert (built(**named).initializer_range, built(**named).hidden_dropout_prob) == (0.05, 0.1)
+    assert built(**named, initializer_range=0.2).initializer_range == 0.2
+    fresh = built(model_type="roberta", preset="tiny")
+    assert (fresh.initializer_range, fresh.hidden_dropout_prob) == (fresh.hidden_size**-0.5, 0.0)
+    AutoConfig.for_model("funnel", block_sizes=[1], d_model=64, n_head=2, d_head=32, d_inner=64).save_pretrained(
+        tmp_path / "named"
+    )
+    assert built(**named).model_type == "funnel"
 
 
 @pytest.mark.slow

@@ -54,27 +54,21 @@ def body_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-# Attributes of masked language models that leave out logits nobody asks for: ours in evaluation, and ModernBERT's.
-_SWITCHES = ("sparse_evaluation", "sparse_prediction")
-
-
 @contextmanager
 def predicting_labelled(model: Any) -> Iterator[None]:
     """
-    While evaluating inside, a masked language model that can do so gives logits at labelled positions only, of shape
+    While evaluating inside, a masked language model of this package gives logits at labelled positions only, of shape
     `(labelled, vocab_size)` in reading order: the same loss to rounding, at a fraction of the head's cost. Any other
     model stays as it is.
     """
-    switch = next((name for name in _SWITCHES if hasattr(model, name)), None)
-    if switch is None:
+    if not hasattr(model, "sparse_evaluation"):
         yield
         return
-    before = getattr(model, switch)
-    setattr(model, switch, True)
+    model.sparse_evaluation = True
     try:
         yield
     finally:
-        setattr(model, switch, before)
+        model.sparse_evaluation = False
 
 
 def body_linears(model: PreTrainedModel) -> dict[str, Any]:

@@ -197,8 +197,7 @@ def rows_while_training(trainer: DynSparseTrainer) -> Any:
 def warn_of_plateau(trainer: DynSparseTrainer, seq_len: int) -> None:
     """Say so if the run, of sequences of `seq_len` tokens, is too short to learn more than how frequent words are."""
     args = trainer.args
-    sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    warning = plateau_warning(_steps(trainer) * sequences * seq_len)
+    warning = plateau_warning(_steps(trainer) * trainer.get_total_train_batch_size(args) * seq_len)
     if warning is not None and args.process_index == 0:
         logger.warning("%s", warning)
 
