@@ -1,10 +1,8 @@
 """Two gloo ranks of `worker.py` on this machine."""
 
-import json
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 import worker
-from scripts import clean_environment
 
 
 ACCELERATE_FILES = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -72,59 +69,24 @@ class Ranks:
 
 
 @contextmanager
-def two_ranks(folder: Path, runs: list[dict[str, Any]]) -> Iterator[list[Ranks]]:
+def two_ranks(folder: Path, runs: list[dict[str, Any]], nodes: int = 1) -> Iterator[Ranks]:
     """
-    Begin `runs`, each the arguments of `worker.train`, on two ranks, whose output goes to `folder`; end what still
-    runs at the end. They find each other by the environment that torchrun would give them.
+    Begin `runs`, each the arguments of `worker.train`, on two ranks of one node or two, whose output goes to `folder`;
+    end what still runs at the end. They find each other by the environment that torchrun would give them.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(2 // nodes), "GROUP_WORLD_SIZE": str(nodes)}
     group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "HOME": str(folder / "hf")}
+    inner, outer = ("LOCAL_RANK", "GROUP_RANK") if nodes == 1 else ("GROUP_RANK", "LOCAL_RANK")
     process = forking().Process
     ranks = Ranks(
         [
-            process(target=worker.run_rank, args=(str(folder), runs, {**group, "RANK": rank, "LOCAL_RANK": rank}))
+            process(target=worker.run_rank, args=(str(folder), runs, {**group, "RANK": rank, inner: rank, outer: "0"}))
             for rank in "01"
         ]
     )
     try:
-        yield [ranks]
+        yield ranks
     finally:
         ranks.terminate()
-
-
-@contextmanager
-def two_nodes(folder: Path, runs: list[dict[str, Any]]) -> Iterator[list[subprocess.Popen]]:
-    """The same by two calls of `accelerate launch`, as on two machines, that meet at the loopback address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    launch = ["accelerate.commands.launch", "--config_file", str(ACCELERATE_FILES / "two_nodes.yaml")]
-    launch += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
-    with _launched(folder, runs, [[*launch, "--machine_rank", rank] for rank in "01"]) as launchers:
-        yield launchers
-
-
-@contextmanager
-def _launched(
-    folder: Path, runs: list[dict[str, Any]], launches: Sequence[list[str]]
-) -> Iterator[list[subprocess.Popen]]:
-    plan = folder / "runs.json"
-    plan.write_text(json.dumps(runs))
-    with open(folder / "output.txt", "ab") as output:
-        launchers = [
-            subprocess.Popen(
-                [sys.executable, "-m", *launch, worker.__file__, str(folder), str(plan)],
-                env=clean_environment(folder),
-                stdout=output,
-                stderr=output,
-            )
-            for launch in launches
-        ]
-    try:
-        yield launchers
-    finally:
-        for launcher in launchers:
-            launcher.terminate()
-        for launcher in launchers:
-            launcher.wait()

@@ -225,10 +225,9 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     plan = [{"name": name, "batch": 16, **COMMON, **run} for name, run in RUNS.items()]
     plan.append({"name": "resumed", "batch": 16, "resume": "cubic/checkpoint-6", **COMMON, **RUNS["cubic"]})
     plan.append({"name": "sharded", "batch": 16, "sharded": True, **COMMON, **RUNS["cubic"]})
-    with two_ranks(tmp_path, plan) as launchers:
+    with two_ranks(tmp_path, plan) as launcher:
         one = {name: worker.train(str(tmp_path), f"one, {name}", batch=32, **COMMON, **RUNS[name]) for name in RUNS}
-        for launcher in launchers:
-            launcher.wait(timeout=280)
+        launcher.wait(timeout=280)
     outcomes = {run["name"]: [torch.load(tmp_path / f"{run['name']}-{rank}.pt") for rank in range(2)] for run in plan}
     for refused in outcomes["sharded"]:
         assert "needs `DynSparseTrainer`, in one process or DDP; another" in refused["error"]

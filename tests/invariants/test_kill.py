@@ -151,17 +151,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_of_two_ranks_is_killed(shared: Path, kill: int) -> None:
     draw, rank, sharded = random.Random(100 + kill), kill % 2, kill // 2 % 2 == 1
     # Long enough that a kill which comes late on a busy machine still comes before the end.
-    run = {**RUN, "regrow_rule": "gradient", "steps": 2 * STEPS, "sharded": sharded}
+    run = {**RUN, "regrow_rule": "gradient", "steps": 2 * STEPS, "save_steps": 2, "sharded": sharded}
     name, undisturbed = f"killed-{kill}", f"uninterrupted-{sharded}"
     runs = [{**run, "name": name}]
     if not (shared / f"{undisturbed}-0.pt").exists():
         runs.insert(0, {**run, "name": undisturbed})
-    with two_ranks(shared, runs) as (launcher,):
+    with two_ranks(shared, runs) as launcher:
         wait_for_moment(shared / name, draw, lambda: launcher.poll() is None)
         os.kill(int((shared / name / f"pid-{rank}").read_text()), signal.SIGKILL)
         assert launcher.wait(timeout=120) != 0
     report_kill(shared / name, kill)
-    with two_ranks(shared, [{**run, "name": name, "resume": True}]) as (launcher,):
+    with two_ranks(shared, [{**run, "name": name, "resume": True}]) as launcher:
         assert launcher.wait(timeout=240) == 0, (shared / "output.txt").read_text()[-4000:]
     for rank in range(2):
         expected = torch.load(shared / f"{undisturbed}-{rank}.pt")

@@ -3,7 +3,7 @@ However a batch of 32 is shared, between two processes or between steps of accum
 one process; and processes notice when they do not agree.
 
 `DYNSPARSE_STEPS=50 pytest tests/invariants/test_two_ranks.py` trains for fifty steps with five updates instead of
-twenty with four.
+sixteen with four.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import worker
-from launch import two_nodes, two_ranks
+from launch import two_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -24,7 +24,7 @@ from hf_dynsparse.training.context_gain import GAIN
 
 pytestmark = pytest.mark.slow
 
-STEPS = int(os.environ.get("DYNSPARSE_STEPS", "20"))
+STEPS = int(os.environ.get("DYNSPARSE_STEPS", "16"))
 UPDATES = max(4, STEPS // 10)
 
 # What is trained.
@@ -128,7 +128,7 @@ def one(folder: Path) -> Callable[[str], Outcome]:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path, one: Callable[[str], Outcome]) -> Callable[[str], list[Outcome]]:
-    """What each rank reached, by name of the run. Two launches for all: most of their time is imports."""
+    """What each rank reached, by name of the run. Two launches for all."""
 
     @cache
     def launch(on_nodes: bool) -> None:
@@ -138,9 +138,8 @@ def ranks(folder: Path, one: Callable[[str], Outcome]) -> Callable[[str], list[O
         plan = [{"name": name, **COMMON, **runs[name]} for name in names]
         if on_nodes:
             one("odd")  # leaves a checkpoint to go on from
-        with (two_nodes if on_nodes else two_ranks)(folder, plan) as launchers:
-            for launcher in launchers:
-                launcher.wait(timeout=280)  # what counts is what the ranks wrote: gloo may abort one that has finished
+        with two_ranks(folder, plan, nodes=2 if on_nodes else 1) as launcher:
+            launcher.wait(timeout=280)  # what counts is what the ranks wrote: gloo may abort one that has finished
 
     def outcomes(name: str) -> list[Outcome]:
         launch(name in NODES)
