@@ -67,7 +67,7 @@ from hf_dynsparse.training.curriculum import Curriculum
 from hf_dynsparse.training.finetuning import set_final_sparsity_
 from hf_dynsparse.training.flags import HubArguments, ScriptArguments
 from hf_dynsparse.training.interruption import saves_when_stopped
-from hf_dynsparse.training.recipes import RECIPES, set_first_weights_
+from hf_dynsparse.training.recipes import RECIPES, set_first_weights_, set_learning_rates_
 from hf_dynsparse.training.summary import format_summary, summarize_run
 
 
@@ -145,9 +145,8 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     output_dir: str = HfArg(default="dynsparse-mlm", help="Where everything of the run is written.")
     learning_rate: float | None = HfArg(
         default=None,
-        help="Peak rate, used as given. Default: by --recipe: 0.001 at width 256, falling with its root, by the "
-        "rule for the sparsity up to 0.004 (small), the "
-        "preset's dense optimum, times 6.40 at sparsity 0.9 (paper).",
+        help="Peak rate, used as given. Default: by --recipe: 0.004 at width 256, falling with its root, for matrices "
+        "0.0004 over their density (small); the preset's dense optimum, times 6.40 at sparsity 0.9 (paper).",
     )
     max_steps: int | None = HfArg(
         default=None,
@@ -204,8 +203,7 @@ def main() -> None:
             add_untrained_rest_(model, config.initializer_range, args.seed)
         logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
         if args.learning_rate is None:
-            args.learning_rate = RECIPES[args.recipe].learning_rate(model, model_args.preset)
-            logger.info("learning rate %.3g, by the recipe %s", args.learning_rate, args.recipe)
+            set_learning_rates_(args, model, model_args.preset)
         if checkpoint is not None:
             scripts.check_model_to_resume(model, checkpoint)
         parts = {
@@ -289,7 +287,7 @@ def build_config(
     how = {"sparsity": sparsity, "block_size": block_size, "distribution": model_args.distribution}
     if not source and model_args.model_type == DynSparseBertConfig.model_type:
         config = preset_config(model_args.preset, overrides=model_args.config_overrides, **how)
-        set_first_weights_(config, args.recipe, model_args.config_overrides)
+        set_first_weights_(config, args.recipe, model_args.config_overrides, 0.9 if sparsity is None else sparsity)
         if args.final_sparsity is not None and not config.nnzb_per_layer():
             raise ValueError(
                 f"`--final_sparsity` leads on from the blocks of a model. Got {args.final_sparsity} for a dense one. "
@@ -299,7 +297,7 @@ def build_config(
         config = encoder_preset(
             model_args.model_type, model_args.preset, block_size or 16, model_args.config_overrides
         )
-        set_first_weights_(config, args.recipe, model_args.config_overrides)
+        set_first_weights_(config, args.recipe, model_args.config_overrides, 0.9 if sparsity is None else sparsity)
     else:
         config = AutoConfig.from_pretrained(source, **model_args.hub)
         if model_args.config_name:

@@ -20,11 +20,11 @@ from scripts import EXAMPLES, assert_same_weights, clean_environment, run_script
 from toy import without_post_processor
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
 
-from hf_dynsparse import densify_, sparse_layers, sparse_learning_rate
+from hf_dynsparse import densify_, sparse_layers
 from hf_dynsparse.data import train_wordpiece_tokenizer
 from hf_dynsparse.models.pretraining import first_pattern
 from hf_dynsparse.topology.frames import read_history
-from hf_dynsparse.training.recipes import SMALL_DENSE_LEARNING_RATE
+from hf_dynsparse.training.recipes import SMALL_LEARNING_RATE
 
 
 SCRIPT = EXAMPLES / "run_mlm_dynsparse.py"
@@ -204,7 +204,7 @@ CASES = {
     "the recipe for small budgets, streaming": (
         "train.txt",
         "--recipe small --streaming --validation_file {text}/valid.txt",
-        {"learning_rate": sparse_learning_rate(SMALL_DENSE_LEARNING_RATE, 0.5) * (256 / 32) ** 0.5},
+        {"learning_rate": pytest.approx(0.2 * SMALL_LEARNING_RATE * (256 / 32) ** 0.5)},
     ),
     "dense, by epochs": (
         "train.parquet",

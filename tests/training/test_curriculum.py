@@ -1,5 +1,7 @@
 """Schedules of sequence length and masking rate: by hand, against the collator, in a run; and recipes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,13 +10,11 @@ from hf_dynsparse.data.pretraining import TextArguments
 from hf_dynsparse.training.curriculum import Curriculum, parse_lengths, parse_rates, shorten, thin
 from hf_dynsparse.training.finetuning import FinetuningArguments
 from hf_dynsparse.training.recipes import (
-    RECIPES,
-    SMALL_DENSE_LEARNING_RATE,
-    SMALL_LEARNING_RATE,
     TOPOLOGY,
     recipe_defaults,
     scaled_lengths,
     set_first_weights_,
+    set_learning_rates_,
 )
 from hf_dynsparse.training.summary import summarize_run
 from tests.toy import MASK, toy_arguments, toy_collator, toy_config, toy_examples, toy_model, toy_trainer
@@ -185,13 +185,27 @@ def test_recipes_give_way_to_what_is_given():
         recipe_defaults({"recipe": "large"}, 128)
 
 
-def test_first_weights_of_a_recipe():
+def test_first_weights_and_rates_of_a_recipe():
     config = toy_config(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-    set_first_weights_(config, "paper", None)
+    set_first_weights_(config, "paper", None, 0.9)
     assert (config.initializer_range, config.hidden_dropout_prob) == (0.02, 0.1)
-    set_first_weights_(config, "small", "hidden_dropout_prob=0.1, hidden_size=32")
+    set_first_weights_(config, "small", "hidden_dropout_prob=0.1, hidden_size=32", 0.95)
     assert config.initializer_range == pytest.approx(32**-0.5)
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.0)
-    for sparsity, rate in ((0.9, SMALL_LEARNING_RATE), (0.0, SMALL_DENSE_LEARNING_RATE)):
-        model = toy_model(hidden_size=64, sparsity=sparsity)
-        assert RECIPES["small"].learning_rate(model, "mini") == pytest.approx(rate * 2)
+    config.hidden_size = 250
+    set_first_weights_(config, "small", None, 0.0)
+    assert config.initializer_range == pytest.approx(0.02)
+    for sparsity, rate, rest in ((0.95, 8e-3, None), (0.9, 8e-3, None), (0.5, 1.6e-3, 8e-3), (0.0, 8e-4, 8e-3)):
+        args = SimpleNamespace(recipe="small", learning_rate=None, dense_learning_rate=None)
+        set_learning_rates_(args, toy_model(hidden_size=64, sparsity=sparsity, block_size=2), "mini")
+        assert (args.learning_rate, args.dense_learning_rate) == (pytest.approx(rate), rest)
+
+
+def test_a_dense_model_has_a_rate_for_what_a_sparse_one_has_dense(tmp_path):
+    model = toy_model(sparsity=0.0)
+    trainer = toy_trainer(tmp_path, model, learning_rate=1e-3, dense_learning_rate=1e-2)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    slow = {name for name, rate in rates.items() if rate == 1e-3}
+    assert slow == {name for name in rates if ".layer." in name and name.endswith("weight") and "Norm" not in name}
+    assert set(rates.values()) == {1e-3, 1e-2}

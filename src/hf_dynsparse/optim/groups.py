@@ -22,6 +22,7 @@ def parameter_groups(
     weight_decay: float = 0.01,
     dense_learning_rate: float | None = None,
     decayed: Collection[str] | None = None,
+    matrices: Collection[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """
     The trained parameters of `model` for an optimiser: `values` of sparse layers, marked `"per_block": True`, and the
@@ -32,20 +33,24 @@ def parameter_groups(
             default that of the optimiser.
         decayed (`Collection[str]`, *optional*): names of the parameters with weight decay. By default all of two or
             more dimensions: no biases, no norms.
+        matrices (`Collection[nn.Parameter]`, *optional*): dense weights that are not of the rest: those of the dense
+            twin in the place of sparse layers.
     """
     if decayed is None:
         decayed = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
     values = {layer.values for layer in trainable_layers(model).values()}
+    kinds = {**dict.fromkeys(matrices, "matrices"), **dict.fromkeys(values, "values")}
     groups = []
-    for per_block in (True, False):
+    for kind in ("values", "matrices", "rest"):
         for decays in (True, False):
             parameters = [
                 parameter
                 for name, parameter in model.named_parameters()
-                if parameter.requires_grad and (parameter in values, name in decayed) == (per_block, decays)
+                if parameter.requires_grad and (kinds.get(parameter, "rest"), name in decayed) == (kind, decays)
             ]
-            group = {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "per_block": per_block}
-            if dense_learning_rate is not None and not per_block:
+            group: dict[str, Any] = {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+            group["per_block"] = kind == "values"
+            if dense_learning_rate is not None and kind == "rest":
                 group["lr"] = dense_learning_rate
             groups += [group] if parameters else []
     return groups

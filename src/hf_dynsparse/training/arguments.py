@@ -39,8 +39,8 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
     dense_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Learning rate of all parameters outside sparse layers: embeddings, norms, biases, head. Default: "
-            "the same."
+            "help": "Learning rate of all parameters outside sparse layers (of a dense model: outside the matrices of "
+            "its encoder): embeddings, norms, biases, head. Default: the same."
         },
     )
     block_age_adam: bool = field(

@@ -8,6 +8,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, SchedulerType, Trainer, get_scheduler
 
+from ..models.heads import body_linears
+from ..nn.linear import trainable_layers
 from ..optim.block_adam import BlockAdamW
 from ..optim.groups import parameter_groups
 from .rewinding import rewinding
@@ -30,7 +32,9 @@ class OptimizerTrainer(Trainer):
         args, trained = self.args, cast(PreTrainedModel, self.model if model is None else model)
         if self.optimizer is None and (args.block_age_adam or args.dense_learning_rate is not None):
             decayed = self.get_decay_parameter_names(trained)
-            groups = parameter_groups(trained, args.weight_decay, args.dense_learning_rate, decayed)
+            # Of a dense model, the matrices in whose place a sparse one would have its layers.
+            twins = [] if trainable_layers(trained) else [linear.weight for linear in body_linears(trained).values()]
+            groups = parameter_groups(trained, args.weight_decay, args.dense_learning_rate, decayed, twins)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, trained)
             if args.block_age_adam:
                 optimizer_class, options = BlockAdamW, {**options, "new_block_warmup": args.new_block_warmup}

@@ -5,8 +5,10 @@ Recipes of pre-training: the defaults of the script `run_mlm_dynsparse.py`. What
 tokens, all of which the paper's would spend on the frequencies of words.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -17,11 +19,12 @@ from ..reports.estimate import DENSE_LEARNING_RATES
 from .curriculum import UNCUT, parse_lengths
 
 
+logger = logging.getLogger(__name__)
+
 # Tiny and large are not in the paper.
 LEARNING_RATES = {"tiny": 1e-3, **DENSE_LEARNING_RATES, "large": 1e-4}
 
-# Arguments of the recipe for small budgets, and its learning rates at a width of 256: the highest, and that of a
-# dense model. Lengths go with --max_seq_length.
+# Arguments of the recipe for small budgets. Lengths go with --max_seq_length.
 SMALL = {
     "distance_bias": "1",
     "seq_length_schedule": "64:0.5,128",
@@ -40,7 +43,8 @@ SMALL = {
     "pruning_ratio": 0.3,
     "prune_score": "weight_gradient",
 }
-SMALL_LEARNING_RATE, SMALL_DENSE_LEARNING_RATE = 4e-3, 1e-3
+# The rate at a width of 256: of all, for matrices of density 0.1 or less.
+SMALL_LEARNING_RATE, SMALL_DENSITY = 4e-3, 0.1
 # Architectures whose positions are absolute, and hide the neighbours: those that a distance bias is for.
 ABSOLUTE = ("dynsparse_bert", "bert", "roberta", "electra", "distilbert", "camembert", "xlm-roberta")
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
@@ -55,13 +59,16 @@ class PretrainingRecipe:
 
     Args:
         arguments (`Callable`): of what is given, and the sequence length: defaults of the arguments.
-        configuration (`Callable`): of the model's configuration: fields of it that are set.
+        configuration (`Callable`): of the model's configuration and its density: fields of it that are set.
         learning_rate (`Callable`): of the model and the name of the preset: the peak rate.
+        dense_learning_rate (`Callable`): of the model: the peak rate of what is not in its matrices; `None` for the
+            same.
     """
 
     arguments: Callable[[Mapping[str, Any], int], dict[str, Any]]
-    configuration: Callable[[PretrainedConfig], dict[str, Any]]
+    configuration: Callable[[PretrainedConfig, float], dict[str, Any]]
     learning_rate: Callable[[PreTrainedModel, str], float]
+    dense_learning_rate: Callable[[PreTrainedModel], float | None]
 
 
 def paper_learning_rate(model: PreTrainedModel, preset: str) -> float:
@@ -99,21 +106,34 @@ def scaled_lengths(schedule: str, seq_length: int) -> str | None:
     return ",".join([*(f"{length * seq_length // full}:{until:g}" for length, until in stages[:-1]), str(seq_length)])
 
 
-def small_configuration(config: PretrainedConfig) -> dict[str, Any]:
-    """First weights that pass on the size of their inputs, and no dropout."""
+def small_configuration(config: PretrainedConfig, density: float) -> dict[str, Any]:
+    """
+    First weights for which the outputs of a layer have a tenth of the variance of its inputs, whatever its width and
+    density; and no dropout.
+    """
     dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
-    return {"initializer_range": config.hidden_size**-0.5, **dropout}
+    return {"initializer_range": (SMALL_DENSITY / max(density, SMALL_DENSITY) / config.hidden_size) ** 0.5, **dropout}
 
 
 def small_learning_rate(model: PreTrainedModel, preset: str) -> float:
-    """By the rule for the sparsity up to a highest rate, which sparsity 0.9 has; falls with the root of the width."""
-    rate = min(SMALL_LEARNING_RATE, sparse_learning_rate(SMALL_DENSE_LEARNING_RATE, sparsity_of(model)))
-    return float(rate * (256 / model.config.hidden_size) ** 0.5)
+    """
+    Of the matrices: falls with the root of the width and, for a step of Adam moves every entry by the rate and an
+    output by as much as it has inputs, with the density.
+    """
+    density = 1.0 - sparsity_of(model)
+    return small_dense_learning_rate(model) * SMALL_DENSITY / max(density, SMALL_DENSITY)
+
+
+def small_dense_learning_rate(model: PreTrainedModel) -> float:
+    """Of embeddings, norms, biases and head."""
+    return float(SMALL_LEARNING_RATE * (256 / model.config.hidden_size) ** 0.5)
 
 
 RECIPES = {
-    "small": PretrainingRecipe(small_arguments, small_configuration, small_learning_rate),
-    "paper": PretrainingRecipe(lambda given, seq_length: {}, lambda config: {}, paper_learning_rate),
+    "small": PretrainingRecipe(small_arguments, small_configuration, small_learning_rate, small_dense_learning_rate),
+    "paper": PretrainingRecipe(
+        lambda given, seq_length: {}, lambda config, density: {}, paper_learning_rate, lambda model: None
+    ),
 }
 
 
@@ -135,9 +155,19 @@ def recipe_defaults(given: Mapping[str, Any], seq_length: int) -> dict[str, Any]
     return {**RECIPES[name].arguments(given, seq_length), "recipe": name}
 
 
-def set_first_weights_(config: PretrainedConfig, recipe: str, overrides: str | None) -> None:
+def set_first_weights_(config: PretrainedConfig, recipe: str, overrides: str | None, sparsity: float) -> None:
     """Set the fields of a fresh model's configuration that a recipe decides, but for those of `--config_overrides`."""
     overridden = {pair.split("=")[0].strip() for pair in (overrides or "").split(",")}
-    for name, value in RECIPES[recipe].configuration(config).items():
+    for name, value in RECIPES[recipe].configuration(config, 1.0 - sparsity).items():
         if name not in overridden and name in config.to_dict():
             setattr(config, name, value)
+
+
+def set_learning_rates_(args: Any, model: PreTrainedModel, preset: str) -> None:
+    """Set the peak rates of a run that gives none: of all that is trained, and of what is not in matrices."""
+    recipe = RECIPES[args.recipe]
+    args.learning_rate, rest = recipe.learning_rate(model, preset), recipe.dense_learning_rate(model)
+    if args.dense_learning_rate is None and rest is not None and not isclose(rest, args.learning_rate):
+        args.dense_learning_rate = rest
+    others = "" if args.dense_learning_rate is None else f", {args.dense_learning_rate:.3g} outside of the matrices"
+    logger.info("learning rate %.3g%s, by the recipe %s", args.learning_rate, others, args.recipe)
