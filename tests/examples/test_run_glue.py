@@ -7,6 +7,8 @@ import runpy
 import shlex
 import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,11 +218,24 @@ def test_another_run_is_not_written_over(run, data):
 
 
 @pytest.mark.slow
+class InThisProcess:
+    """In the place of `subprocess.Popen`: a script that is run at once, without its imports."""
+
+    pid = 0
+
+    def __init__(self, command, **streams):
+        run_script(Path(command[1]), shlex.join(command[2:]))
+
+    def wait(self):
+        """It has ended."""
+
+
 def test_a_study(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("study.jobs.subprocess", SimpleNamespace(Popen=InThisProcess, STDOUT=None))
     script = EXAMPLES / "finetune_study.py"
     command = (
         f"{script} --output_dir {tmp_path} --glue_dir {data / 'glue'} --start own={data / 'dense'} --tasks sst2"
-        f" --sparsities 0.5 --block_sizes 1x4 --teacher --jobs 2 --picture {tmp_path / 'study.png'}"
+        f" --sparsities 0.5 --block_sizes 1x4 --teacher --picture {tmp_path / 'study.png'}"
         f" --flags '{TOY} --cache_dir {data / 'cache'}'"
     )
     monkeypatch.setattr(sys, "argv", shlex.split(command))
