@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """
-A sparse BERT and its dense twin, pre-trained for the same time on text that is on the machine anyway, and compared:
+A sparse encoder and its dense twin, pre-trained for the same time on text that is on the machine anyway, and compared:
 what they cost, what they reach, and how they fill the masks of five sentences.
 
     python examples/demo.py                                  # as `make demo` and `hf-dynsparse train demo` do
@@ -42,8 +42,10 @@ from hf_dynsparse.training.threads import default_threads
 
 logger = logging.getLogger("demo")
 
-# For a few minutes on two cores. Updates are rare, so that new blocks can live.
-FLAGS = ["--max_steps=1500", "--vocab_size=4096", "--num_topology_updates=3"]
+# For a few minutes on two cores: two layers of a ModernBERT, which needs fewer tokens than a BERT. Updates are rare, so
+# that new blocks can live.
+FLAGS = ["--model_type=modernbert", "--config_overrides=num_hidden_layers=2", "--vocab_size=4096", "--max_steps=2200"]
+FLAGS += ["--num_topology_updates=3"]
 TRIAL = 20  # the trial of the dense twin has so many times fewer steps
 
 # In each of them the neighbours of the mask say what the frequencies of words do not.

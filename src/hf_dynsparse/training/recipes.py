@@ -43,8 +43,10 @@ SMALL = {
     "pruning_ratio": 0.3,
     "prune_score": "weight_gradient",
 }
-# The rate at a width of 256: of all, for matrices of density 0.1 or less.
-SMALL_LEARNING_RATE, SMALL_DENSITY = 4e-3, 0.1
+# The rate at a width of 256, of all, for matrices of density 0.1 or less; what is normalised before each layer rather
+# than after takes a higher one.
+SMALL_LEARNING_RATE, PRENORM_LEARNING_RATE, SMALL_DENSITY = 4e-3, 6e-3, 0.1
+PRENORM = ("modernbert",)
 # Architectures whose positions are absolute, and hide the neighbours: those that a distance bias is for.
 ABSOLUTE = ("dynsparse_bert", "bert", "roberta", "electra", "distilbert", "camembert", "xlm-roberta")
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
@@ -126,7 +128,8 @@ def small_learning_rate(model: PreTrainedModel, preset: str) -> float:
 
 def small_dense_learning_rate(model: PreTrainedModel) -> float:
     """Of embeddings, norms, biases and head."""
-    return float(SMALL_LEARNING_RATE * (256 / model.config.hidden_size) ** 0.5)
+    rate = PRENORM_LEARNING_RATE if model.config.model_type in PRENORM else SMALL_LEARNING_RATE
+    return float(rate * (256 / model.config.hidden_size) ** 0.5)
 
 
 RECIPES = {
