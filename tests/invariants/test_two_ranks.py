@@ -29,7 +29,7 @@ UPDATES = max(4, STEPS // 10)
 
 # What is trained.
 MODELS = {
-    "random": {"regrow_rule": "random", "eval_strategy": "steps", "eval_steps": 10},
+    "random": {"regrow_rule": "random", "prune_score": "fisher", "eval_strategy": "steps", "eval_steps": 10},
     "gradient": {"regrow_rule": "gradient"},
     "double": {"regrow_rule": "gradient", "dtype": "float64", "distance_bias": "1:0@0.7"},
     # Three blocks a matrix: one rank holds one more. Some gradients are rounding and nothing else then.

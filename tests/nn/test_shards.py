@@ -117,7 +117,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, updater: TopologyU
 @pytest.mark.parametrize(
     "settings",
     [
-        {"regrow_rule": "gradient", "prune_score": "l2"},
+        {"regrow_rule": "gradient", "prune_score": "fisher"},
         {"regrow_rule": "correlation", "prune_score": "weight_gradient", "regrow_std": 0.01},
     ],
     ids=lambda settings: settings["regrow_rule"],

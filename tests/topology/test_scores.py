@@ -62,6 +62,7 @@ GRADIENT = torch.tensor([[[2.0, -4.0], [0.0, 6.0]], [[8.0, 0.0], [0.0, 1.0]], [[
     ("name", "fields", "expected"),
     [
         ("weight_gradient", {"values": BLOCKS}, [2.0 + 4 + 6, 2.5, 1.25 + 2.5]),
+        ("fisher", {"values": BLOCKS, "second_moment": GRADIENT.square()}, [4.0 + 16 + 36, 6.25, 1.5625 * 5]),
         ("mest", {"values": BLOCKS}, [4 + 0.12, 2.5 + 0.09, 3 + 0.07]),
         # Two input channels, of scale 2 and 4; an input that is always zero has no gradient and counts for nothing.
         ("gradient_normalised", {"input_scale": torch.tensor([[[2.0, 4.0]]])}, [1 + 1 + 1.5, 4 + 0.25, 0.5 + 1 + 1]),
@@ -131,7 +132,8 @@ def test_balanced_fills_what_is_empty_by_hand(occupied: list[str], barred: list[
 
 def test_every_score_declares_what_it_looks_at() -> None:
     filled = dict.fromkeys(("ever_active", "newborn"), torch.tensor([True, False, True]))
-    filled |= dict.fromkeys(("values", "gradient", "momentum", "input_scale", "output_scale"), BLOCKS)
+    filled |= dict.fromkeys(("values", "gradient", "second_moment", "momentum"), BLOCKS)
+    filled |= dict.fromkeys(("input_scale", "output_scale"), BLOCKS)
     filled |= dict.fromkeys(("occupied", "barred"), torch.tensor([[True, False, False]]))
     for score in SCORES.values():
         given = score.function(statistics(3, **{name: filled[name] for name in score.needs}))
@@ -143,7 +145,17 @@ def test_every_score_declares_what_it_looks_at() -> None:
 
 
 def test_names() -> None:
-    assert tuple(PRUNE_SCORES) == ("l1", "l1_patient", "l2", "linf", "random", "gradient", "weight_gradient", "mest")
+    assert tuple(PRUNE_SCORES) == (
+        "l1",
+        "l1_patient",
+        "l2",
+        "linf",
+        "random",
+        "gradient",
+        "weight_gradient",
+        "fisher",
+        "mest",
+    )
     by_gradient = "gradient_normalised", "correlation", "gradient_random", "momentum"
     assert ("random", "gradient", "unfired", "balanced", *by_gradient) == tuple(REGROW_RULES)
     with pytest.raises(ValueError, match="`regrow_rule` must be one of random, gradient, unfired, .* Got 'l1'"):

@@ -72,7 +72,7 @@ def checkpoint_of(trainer, step):
         ({"regrow_rule": "gradient", "prune_score": "gradient", "readmit": True}, 6),
         ({"regrow_rule": "unfired", "regrow_std": 0.01}, 2),
         ({"regrow_rule": "gradient", "gradient_accumulation_steps": 2, "group_lasso": 0.1}, 2),
-        ({"seq_length_schedule": "4:0.3,16", "mlm_probability_schedule": "0.3:0.1"}, 2),
+        ({"seq_length_schedule": "4:0.3,16", "mlm_probability_schedule": "0.3:0.1", "prune_score": "fisher"}, 4),
         ({"topology_update_every": 2, "num_topology_updates": None, "eval_strategy": "steps", "eval_steps": 3}, 4),
     ],
     ids=["random-2", "random-6", "gradient", "unfired", "accumulation", "easy first", "every"],

@@ -38,6 +38,8 @@ class BlockStatistics:
         input_scale (`torch.Tensor` of shape `(count, 1, columns)`): root of the summed squares of each input channel
             of the layer, over the tokens that the loss depends on.
         output_scale (`torch.Tensor` of shape `(count, rows, 1)`): the same of the gradient of each output.
+        second_moment (`torch.Tensor` of shape `(count, rows, columns)`, `torch.float32`): AdamW's running mean of the
+            squared gradient, its bias corrected by the age of each block.
         newborn (`torch.Tensor` of shape `(count,)`, `torch.bool`): which active blocks the last update brought.
         ever_active (`torch.Tensor` of shape `(count,)`, `torch.bool`): which blocks were active at any time so far.
         occupied (`torch.Tensor` of shape `(block_rows, block_columns)`, `torch.bool`): where blocks stay active.
@@ -53,6 +55,7 @@ class BlockStatistics:
     momentum: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     output_scale: torch.Tensor | None = None
+    second_moment: torch.Tensor | None = None
     newborn: torch.Tensor | None = None
     ever_active: torch.Tensor | None = None
     occupied: torch.Tensor | None = None
@@ -100,6 +103,15 @@ def linf(blocks: BlockStatistics) -> torch.Tensor:
 def weight_gradient(blocks: BlockStatistics) -> torch.Tensor:
     """Sum of `|w * g|`: how much the loss changes, to first order, if each entry goes (SNIP, arXiv:1810.02340)."""
     return (_given(blocks.values).float() * _given(blocks.gradient).float()).abs().sum((1, 2))
+
+
+def fisher(blocks: BlockStatistics) -> torch.Tensor:
+    """
+    Sum of `w² v`, `v` the mean of the squared gradient that AdamW keeps: twice what the loss gains, to second order,
+    if each entry goes and the diagonal of the empirical Fisher information is its curvature (arXiv:1801.05787,
+    section 2). Needs no dense gradient.
+    """
+    return (_given(blocks.values).float().square() * _given(blocks.second_moment)).sum((1, 2))
 
 
 def mest(blocks: BlockStatistics) -> torch.Tensor:
@@ -182,6 +194,7 @@ SCORES: dict[str, Score] = {
     "random": Score(random),
     "gradient": Score(gradient, frozenset({"gradient"})),
     "weight_gradient": Score(weight_gradient, frozenset({"values", "gradient"})),
+    "fisher": Score(fisher, frozenset({"values", "second_moment"})),
     "mest": Score(mest, frozenset({"values", "gradient"})),
     "unfired": Score(unfired, frozenset({"ever_active"})),
     "balanced": Score(balanced, frozenset({"occupied", "barred"})),
@@ -212,7 +225,7 @@ class _Names(Sequence[str]):
 
 
 # An inactive block has no values to look at; a pruned one was active, so its history says nothing.
-OF_PRUNING = frozenset({"values", "gradient", "newborn"})
+OF_PRUNING = frozenset({"values", "gradient", "second_moment", "newborn"})
 OF_REGROWING = frozenset({"ever_active", "occupied", "barred", *OBSERVED})
 PRUNE_SCORES = _Names(lambda score: score.needs <= OF_PRUNING)
 REGROW_RULES = _Names(lambda score: score.needs <= OF_REGROWING)

@@ -71,8 +71,8 @@ class TopologyOptions:
     )
     prune_score: str = option(
         "Active blocks with the lowest score are pruned: a norm of their values (DynSparse: l1), the same with the "
-        "newest spared (l1_patient), |w g| (weight_gradient), |w| + 0.01 |g| (mest), the dense gradient, or any "
-        "(random).",
+        "newest spared (l1_patient), |w g| (weight_gradient), w² times AdamW's second moment (fisher: needs no dense "
+        "gradient), |w| + 0.01 |g| (mest), the dense gradient, or any (random).",
         choices=PRUNE_SCORES,
     )
     regrow_rule: str = option(

@@ -91,7 +91,7 @@ class TopologyUpdater:
         self.update_steps = tuple(update.step for update in self.plan)
         shard_again_(model)
         if self.plan:
-            check_updatable(self.layers, optimizer)
+            check_updatable(self.layers, optimizer, self.settings.needs)
         for name, layer in self.layers.items():
             check_state_size(optimizer, layer.values, f"{name}.values")
         self.model, self.optimizer, self.total_steps = model, optimizer, total_steps
@@ -262,7 +262,10 @@ class TopologyUpdater:
         planned = self.plan[update]
         scheduled = self._path.at(planned.density_share)
         budget = self._budget(scheduled, layers)
-        return UpdateContext(update, planned.pruning_ratio, self.settings, layers, scheduled, budget, self._probe)
+        # What an update takes the place of is no step.
+        steps = tuple(step - done * self.settings.replace_step for done, step in enumerate(self.update_steps, start=1))
+        known = self._probe, self.optimizer, steps[: update + 1]
+        return UpdateContext(update, planned.pruning_ratio, self.settings, layers, scheduled, budget, *known)
 
     def _budget(self, scheduled: Mapping[str, int], layers: Mapping[str, BlockSparseLinear]) -> int:
         """Active entries for `layers` beside the others, which stay as they are: a block each at least."""
