@@ -31,7 +31,7 @@ UPDATES = max(4, STEPS // 10)
 MODELS = {
     "random": {"regrow_rule": "random", "prune_score": "fisher", "eval_strategy": "steps", "eval_steps": 10},
     "gradient": {"regrow_rule": "gradient"},
-    "double": {"regrow_rule": "gradient", "dtype": "float64", "distance_bias": "1:0@0.7"},
+    "double": {"regrow_rule": "gradient", "prune_score": "saliency", "dtype": "float64", "distance_bias": "1:0@0.7"},
     # Three blocks a matrix: one rank holds one more. Some gradients are rounding and nothing else then.
     "odd": {
         **{"regrow_rule": "balanced", "prune_score": "weight_gradient", "regrow_std": 0.01},

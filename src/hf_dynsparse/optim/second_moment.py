@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..nn.shards import local_rows
+from .moments import group_of, unwrapped
 
 
 KEY = "exp_avg_sq"  # what Adam and its kin call it
@@ -44,7 +45,7 @@ def second_moment(
         age = torch.as_tensor(state.get("step", math.inf), dtype=torch.float32, device=moment.device)
         if ages is not None:
             age = torch.minimum(age, ages[first : first + len(moment), None, None].to(age))  # [rows, 1, 1]
-    return moment.float() / bias_correction(_group_of(optimizer, parameter)["betas"][1], age.clamp(min=1))
+    return moment.float() / bias_correction(group_of(optimizer, parameter)["betas"][1], age.clamp(min=1))
 
 
 def check_second_moment(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str = "values") -> None:
@@ -53,11 +54,11 @@ def check_second_moment(optimizer: torch.optim.Optimizer, parameter: nn.Paramete
         ValueError: if `optimizer` will keep no second moment of every entry of `parameter`, called `name`.
     """
     moment = (optimizer.state.get(parameter) or _state_after_a_step(optimizer, parameter)).get(KEY)
-    betas = _group_of(optimizer, parameter).get("betas", ())
+    betas = group_of(optimizer, parameter).get("betas", ())
     if len(betas) < 2 or not torch.is_tensor(moment) or moment.shape[1:] != parameter.shape[1:]:
         raise ValueError(
             f"A score of the second moment needs an optimiser that keeps one of every entry: `{KEY}`, by `betas`. Got "
-            f"{type(_inner(optimizer)).__name__} for `{name}`. Use AdamW (`optim='adamw_torch'` or "
+            f"{type(unwrapped(optimizer)).__name__} for `{name}`. Use AdamW (`optim='adamw_torch'` or "
             "'adamw_torch_fused', `BlockAdamW`), or prune by another score, such as 'weight_gradient'."
         )
 
@@ -66,19 +67,7 @@ def _state_after_a_step(optimizer: torch.optim.Optimizer, parameter: nn.Paramete
     """What `optimizer` will keep of `parameter`: a copy of it takes a step on a row of its own."""
     row = nn.Parameter(torch.zeros(1, *parameter.shape[1:], dtype=parameter.dtype, device=parameter.device))
     row.grad = torch.ones_like(row)
-    trial = copy.copy(_inner(optimizer))
-    trial.state, trial.param_groups = defaultdict(dict), [{**_group_of(optimizer, parameter), "params": [row]}]
+    trial = copy.copy(unwrapped(optimizer))
+    trial.state, trial.param_groups = defaultdict(dict), [{**group_of(optimizer, parameter), "params": [row]}]
     trial.step()
     return trial.state[row]
-
-
-def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimiser itself, if it is wrapped as accelerate does."""
-    inner = getattr(optimizer, "optimizer", None)
-    return _inner(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
-
-
-def _group_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-    """The settings of `parameter`."""
-    (group,) = (group for group in optimizer.param_groups if any(parameter is own for own in group["params"]))
-    return group

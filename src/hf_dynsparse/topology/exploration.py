@@ -63,10 +63,10 @@ def count_newborn(layer: BlockSparseLinear, slots: torch.Tensor, updates_done: i
     return int((_buffer(layer, "active_since")[slots] == updates_done).sum())
 
 
-def newborn_slots(layer: BlockSparseLinear) -> torch.Tensor:
-    """Which slots hold a block of the last update, `torch.bool` of shape `(nnzb,)`; none before the first."""
+def newborn_slots(layer: BlockSparseLinear, updates: int = 1) -> torch.Tensor:
+    """Which slots hold a block of the last `updates`, `torch.bool` of shape `(nnzb,)`; none before the first."""
     since = _buffer(layer, "active_since")
-    return (since == since.max()) & (since > 0)
+    return (since > since.max() - updates) & (since > 0)
 
 
 def block_ages(layer: BlockSparseLinear, updates_done: int) -> torch.Tensor:

@@ -13,9 +13,9 @@ from ..optim.moments import clear_moments_
 from ..optim.second_moment import second_moment
 from .counts import pruned_count
 from .exploration import count_newborn, ever_active, is_tracked, newborn_slots, record_active_
-from .records import records_of
+from .records import RECORDED, after_update_, recorded, records_of
 from .resize import resize_
-from .scores import OBSERVED, SCORES, BlockStatistics, Score, select_highest
+from .scores import OBSERVED, SCORES, BlockStatistics, Score, select_highest, select_lowest
 from .settings import TopologySettings, as_settings
 
 
@@ -75,7 +75,7 @@ def prune_regrow_(
         optimizer (`torch.optim.Optimizer`, *optional*): where the moments of `layer.values` are. A score of the
             second moment needs it.
         settings, options: see [`TopologySettings`]: `pruning_ratio`, `prune_score`, `regrow_rule`, `readmit`,
-            `regrow_std` and `shrink_counts` are those that matter here.
+            `prune_min_age`, `regrow_std` and `shrink_counts` are those that matter here.
         generator (`torch.Generator`, *optional*): on the CPU. Default: seeded with 0.
         dense_gradient (`torch.Tensor` of shape `(block_rows * block_columns, rows, columns)`, *optional*): for scores
             that need it.
@@ -140,7 +140,8 @@ def choose_replacement(
 
     if removed:
         of_slots = score_slots(layer, SCORES[settings.prune_score], generator, observed, held)
-        pruned = select_highest(-finite(of_slots, "prune_score", settings.prune_score), removed)
+        spared = newborn_slots(layer, settings.prune_min_age) if settings.prune_min_age else None
+        pruned = select_lowest(finite(of_slots, "prune_score", settings.prune_score), removed, spared)
 
     if added:
         occupied = index[_others(pruned, layer.nnzb)]
@@ -181,7 +182,9 @@ def replace_blocks_(
         resize_(layer, removed[reused:], block_ids[reused:], optimizer=optimizer)
         appended = torch.arange(layer.nnzb - (len(block_ids) - reused), layer.nnzb, device=slots.device)
         slots = torch.cat([slots, appended])
-    write_rows_(layer.values, slots, 0.0 if replacement.values is None else replacement.values)
+    values = 0.0 if replacement.values is None else replacement.values
+    write_rows_(layer.values, slots, values)
+    after_update_(layer, slots, values)
     if is_tracked(layer):
         record_active_(layer, block_ids, slots, update + 1)
     return LayerUpdate(len(removed), newborn)
@@ -229,6 +232,8 @@ def score_slots(
     fields |= {name: observed[name][index] for name in score.needs & observed.keys()}
     if "newborn" in score.needs:
         fields["newborn"] = newborn_slots(layer)[first : first + len(index)].to(device)
+    for name in score.needs & RECORDED:
+        fields[name] = recorded(layer, name)[first : first + len(index)].to(device)
     scores = score.function(BlockStatistics(len(index), generator, device, **fields))
     return gather_rows(scores, layer.values).to(index.device) if is_held else scores
 
