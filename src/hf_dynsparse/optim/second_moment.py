@@ -69,5 +69,8 @@ def _state_after_a_step(optimizer: torch.optim.Optimizer, parameter: nn.Paramete
     row.grad = torch.ones_like(row)
     trial = copy.copy(unwrapped(optimizer))
     trial.state, trial.param_groups = defaultdict(dict), [{**group_of(optimizer, parameter), "params": [row]}]
-    trial.step()
+    try:
+        trial.step()
+    except Exception:  # whoever cannot step as a copy has state of another kind, in 8 bits or on a GPU
+        return {}
     return trial.state[row]

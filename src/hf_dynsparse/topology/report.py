@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 CHURN = 0.9
 
 # Scores of what a block does, rather than of its size.
-BY_USE = ("weight_gradient", "fisher")
+BY_USE = ("weight_gradient", "fisher", "saliency")
 
 
 @dataclass(frozen=True)
