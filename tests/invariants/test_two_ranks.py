@@ -31,7 +31,7 @@ UPDATES = max(4, STEPS // 10)
 MODELS = {
     "random": {"regrow_rule": "random", "eval_strategy": "steps", "eval_steps": 10},
     "gradient": {"regrow_rule": "gradient"},
-    "double": {"regrow_rule": "gradient", "dtype": "float64", "distance_bias": "1:0@0.7"},
+    "double": {"regrow_rule": "gradient", "prune_score": "fisher", "dtype": "float64", "distance_bias": "1:0@0.7"},
     # Three blocks a matrix: one rank holds one more. Some gradients are rounding and nothing else then.
     "odd": {
         **{"regrow_rule": "balanced", "prune_score": "weight_gradient", "regrow_std": 0.01},
@@ -70,7 +70,7 @@ TOGETHER = {
     # Whatever a rank finds fastest, and with rows of other lengths on each: the choices of the first serve all.
     "other timings": {"backend_of_rank": ["tiled", "native"], "dense_workspace": False, "kernel_tuning": "force"},
     # The second rank has no rows for its share of the last batch, and repeats others.
-    "repeated rows": {"rows": 5 * 32 + 11},
+    "repeated rows": {"rows": 5 * 32 + 11, "prune_score": "saliency"},
     "best model": {"eval_strategy": "steps", "eval_steps": 10, "load_best_model_at_end": True},
 }
 # The first rank cannot write at step 10, the second has a loss of NaN in step 15. That there is a best model lets the

@@ -117,8 +117,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, updater: TopologyU
 @pytest.mark.parametrize(
     "settings",
     [
-        {"regrow_rule": "gradient", "prune_score": "l2"},
-        {"regrow_rule": "correlation", "prune_score": "weight_gradient", "regrow_std": 0.01},
+        {"regrow_rule": "gradient", "prune_score": "fisher"},
+        {"regrow_rule": "correlation", "prune_score": "movement", "regrow_std": 0.01},
+        {"regrow_rule": "random", "prune_score": "saliency", "prune_min_age": 1},
     ],
     ids=lambda settings: settings["regrow_rule"],
 )

@@ -209,6 +209,17 @@ def test_arguments_that_do_not_go_together(arguments: dict[str, Any], message: s
         toy_arguments(tmp_path, **arguments)
 
 
+def test_smet_brings_ages_and_their_warmup_unless_told_otherwise(tmp_path: Path) -> None:
+    def of(**given: Any) -> tuple[bool, int]:
+        args = toy_arguments(tmp_path, num_topology_updates=None, **given)
+        return args.block_age_adam, args.new_block_warmup
+
+    assert of() == (False, 0)
+    assert of(method="smet") == (True, 100)
+    assert of(method="smet", new_block_warmup=5) == (True, 5)
+    assert of(method="smet", block_age_adam=False) == (False, 0)
+
+
 def test_the_trainer_groups_parameters_and_the_schedule_scales_both_rates(tmp_path: Path) -> None:
     trainer = toy_trainer(tmp_path, dense_learning_rate=2e-3, optim="adamw_torch", warmup_steps=4)
     trainer.create_optimizer_and_scheduler(12)

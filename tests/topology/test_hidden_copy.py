@@ -134,6 +134,7 @@ def test_a_block_is_forgotten_without_it() -> None:
         ({"prune_score": "random"}, "prune_score='random'"),
         ({"pruning_ratio": 0.1}, "nothing regrows beside it. Got density_schedule='cubic', pruning_ratio=0.1"),
         ({"allocation": "global"}, "allocation='global'"),
+        ({"prune_min_age": 1}, "prune_min_age=1"),
         ({"density_schedule": "constant"}, "density_schedule='constant'"),
     ],
 )

@@ -152,7 +152,7 @@ def test_what_an_update_does():
         (
             register_score,
             ("new", first, ["occupied"]),
-            "A prune score may need gradient, newborn, values. Got occ",
+            "A prune score may need first_values, gradient, newborn, saliency, second_moment, values. Got occ",
         ),
         (register_regrow_rule, ("new", first, "values"), "A regrow rule may need barred, .* Got values for 'new'"),
         (register_method, ("new", {"ratio": 0.5}), "A method sets topology options: .* Got ratio for 'new'"),

@@ -143,7 +143,7 @@ def test_a_dense_gradient_is_collected_only_where_it_is_needed() -> None:
     for prune_score, regrow_rule in SCORES_AND_RULES:
         settings = TopologySettings(num_topology_updates=1, prune_score=prune_score, regrow_rule=regrow_rule)
         layer = make_layer()
-        updater = TopologyUpdater(layer, torch.optim.SGD(layer.parameters()), 2, settings)
+        updater = TopologyUpdater(layer, torch.optim.AdamW(layer.parameters()), 2, settings)
         assert (updater._probe is not None) == bool({prune_score, regrow_rule} & {*BY_GRADIENT, "momentum"})
     assert {name for name, score in SCORES.items() if "gradient" in score.needs} == BY_GRADIENT
 

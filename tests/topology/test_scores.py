@@ -6,7 +6,7 @@ from helpers import generator
 
 from hf_dynsparse.topology import PRUNE_SCORES, REGROW_RULES, SCORES, BlockStatistics
 from hf_dynsparse.topology.counts import replaced_count
-from hf_dynsparse.topology.scores import resolve_score, select_highest
+from hf_dynsparse.topology.scores import resolve_score, select_highest, select_lowest
 
 
 BLOCKS = torch.tensor([[[1.0, -1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, -2.5]], [[1.25, 0.0], [-1.25, 0.5]]])
@@ -62,6 +62,9 @@ GRADIENT = torch.tensor([[[2.0, -4.0], [0.0, 6.0]], [[8.0, 0.0], [0.0, 1.0]], [[
     ("name", "fields", "expected"),
     [
         ("weight_gradient", {"values": BLOCKS}, [2.0 + 4 + 6, 2.5, 1.25 + 2.5]),
+        ("fisher", {"values": BLOCKS, "second_moment": GRADIENT.square()}, [4.0 + 16 + 36, 6.25, 1.5625 * 5]),
+        ("saliency", {"saliency": torch.tensor([3.0, 1.0, 2.0])}, [3.0, 1.0, 2.0]),
+        ("movement", {"values": BLOCKS, "first_values": torch.ones(1, 2, 2)}, [2.0, 6.5, 0.25 + 1 + 2.25 + 0.5]),
         ("mest", {"values": BLOCKS}, [4 + 0.12, 2.5 + 0.09, 3 + 0.07]),
         # Two input channels, of scale 2 and 4; an input that is always zero has no gradient and counts for nothing.
         ("gradient_normalised", {"input_scale": torch.tensor([[[2.0, 4.0]]])}, [1 + 1 + 1.5, 4 + 0.25, 0.5 + 1 + 1]),
@@ -131,7 +134,9 @@ def test_balanced_fills_what_is_empty_by_hand(occupied: list[str], barred: list[
 
 def test_every_score_declares_what_it_looks_at() -> None:
     filled = dict.fromkeys(("ever_active", "newborn"), torch.tensor([True, False, True]))
-    filled |= dict.fromkeys(("values", "gradient", "momentum", "input_scale", "output_scale"), BLOCKS)
+    filled |= dict.fromkeys(("values", "gradient", "second_moment", "first_values", "momentum"), BLOCKS)
+    filled |= dict.fromkeys(("input_scale", "output_scale"), BLOCKS)
+    filled["saliency"] = torch.rand(3)
     filled |= dict.fromkeys(("occupied", "barred"), torch.tensor([[True, False, False]]))
     for score in SCORES.values():
         given = score.function(statistics(3, **{name: filled[name] for name in score.needs}))
@@ -143,7 +148,8 @@ def test_every_score_declares_what_it_looks_at() -> None:
 
 
 def test_names() -> None:
-    assert tuple(PRUNE_SCORES) == ("l1", "l1_patient", "l2", "linf", "random", "gradient", "weight_gradient", "mest")
+    size, use = ("l1", "l1_patient", "l2", "linf"), ("weight_gradient", "fisher", "saliency", "movement", "mest")
+    assert tuple(PRUNE_SCORES) == (*size, "random", "gradient", *use)
     by_gradient = "gradient_normalised", "correlation", "gradient_random", "momentum"
     assert ("random", "gradient", "unfired", "balanced", *by_gradient) == tuple(REGROW_RULES)
     with pytest.raises(ValueError, match="`regrow_rule` must be one of random, gradient, unfired, .* Got 'l1'"):
@@ -179,6 +185,15 @@ def test_select_highest_with_ties(levels: int) -> None:
     scores = torch.randint(levels, (64,), generator=generator(levels)).float()
     for count in (0, 1, 3, 17, 63, 64):
         assert select_highest(scores, count).tolist() == stable_highest(scores, count)
+
+
+def test_select_lowest_takes_what_is_spared_last() -> None:
+    scores = torch.tensor([2.0, 5.0, 2.0, 1.0, 0.0, 7.0])
+    spared = torch.tensor([False, False, True, True, True, False])
+    lowest = [select_lowest(scores, count, spared).tolist() for count in range(6)]
+    assert lowest == [[], [0], [0, 1], [0, 1, 5], [0, 1, 4, 5], [0, 1, 3, 4, 5]]
+    for none in (None, torch.zeros(6, dtype=torch.bool)):
+        assert select_lowest(scores, 3, none).tolist() == [0, 3, 4]
 
 
 def test_select_highest_by_hand() -> None:

@@ -110,6 +110,7 @@ def test_gradient_prune_by_hand() -> None:
 def trained(grid: tuple[int, int], block_size: object, nnzb: int) -> tuple[BlockSparseLinear, torch.optim.Optimizer]:
     """A tracked layer after one step of AdamW: every moment is there and not zero."""
     layer = make_layer(grid, block_size, nnzb, tracked=True)
+    track_(layer, {"first_values", "saliency"})
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
     layer(torch.randn(5, layer.in_features, generator=generator())).square().sum().backward()
     optimizer.step()
@@ -205,6 +206,8 @@ def test_random_regrow_is_uniform_and_depends_on_the_generator_alone() -> None:
         ({"regrow_rule": "l1"}, ValueError, "`regrow_rule` must be one of random, gradient, unfired, .* Got 'l1'"),
         ({"regrow_rule": "gradient"}, ValueError, "dense_gradient"),
         ({"prune_score": "gradient"}, ValueError, "dense_gradient"),
+        ({"prune_score": "movement"}, ValueError, "needs 'first_values', which is recorded .* Got a layer without it"),
+        ({"prune_score": "l1", "prune_min_age": -1}, ValueError, "`prune_min_age` must not be negative. Got -1"),
         ({"regrow_rule": "unfired"}, ValueError, "does not record its exploration"),
         (
             {"regrow_rule": "gradient", "dense_gradient": gradient(p1=math.nan)},

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from hf_dynsparse import BlockSparseLinear, TopologyUpdater
 from hf_dynsparse.ops.operators import _observers
-from hf_dynsparse.topology import TopologyReport, dof_coverage
+from hf_dynsparse.topology import TopologyReport, block_ages, dof_coverage
 from hf_dynsparse.topology.dense_gradient import DenseGradientProbe
 from hf_dynsparse.topology.report import ChurnWarning
 
@@ -437,20 +437,75 @@ def test_gradient_regrow_of_a_compiled_model() -> None:
     assert indices(model) == indices(plain)
 
 
-def test_patient_updates_remove_no_newborn_block() -> None:
-    shares = {}
-    for score in ("l1", "l1_patient"):
+def test_updates_that_spare_newborn_blocks_remove_none() -> None:
+    patient = {"score": {"prune_score": "l1_patient"}, "one": {"prune_min_age": 1}, "two": {"prune_min_age": 2}}
+    shares, ages, index = {}, {}, {}
+    for name, spared in ({"none": {}} | patient).items():
         layer = make_layer((16, 16), 2, 128)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)  # new blocks stay zero
-        updater = TopologyUpdater(
-            nn.Sequential(layer),
-            optimizer,
-            10,
-            num_topology_updates=4,
-            pruning_ratio=0.25,
-            prune_score=score,
-            pruning_schedule="constant",
-        )
+        settings = {"num_topology_updates": 4, "pruning_ratio": 0.25, "pruning_schedule": "constant", **spared}
+        updater = TopologyUpdater(nn.Sequential(layer), optimizer, 10, **settings)
         reports = [report for step in range(1, 11) if (report := updater.step(step)) is not None]
-        shares[score] = [report.newborn_share for report in reports]
-    assert shares == {"l1": [0.0, 1.0, 1.0, 1.0], "l1_patient": [0.0, 0.0, 0.0, 0.0]}
+        shares[name] = [report.newborn_share for report in reports]
+        ages[name], index[name] = block_ages(layer, 4).bincount(minlength=5).tolist(), layer.block_index.tolist()
+    assert shares == {"none": [0.0, 1.0, 1.0, 1.0], **dict.fromkeys(patient, [0.0, 0.0, 0.0, 0.0])}
+    # A quarter each: the second update takes the first topology, the third it again or what has survived one update.
+    assert ages["one"] == [32, 32, 0, 0, 64]
+    assert ages["two"] == [32, 32, 32, 0, 32]
+    assert index["one"] == index["score"]
+
+
+def test_saliency_sums_what_each_block_does_since_the_last_update() -> None:
+    model = Network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    updater = TopologyUpdater(model, optimizer, 8, topology_update_every=3, prune_score="saliency")
+    expected = {layer: torch.zeros(layer.nnzb) for layer in model.layers.values()}
+    for step in range(1, 9):
+        for part in (1, 2):  # micro-batches
+            model(batch(part * step)).square().mean().backward()
+        for layer in expected:
+            if step < 7:  # no update follows
+                expected[layer] += (layer.values * layer.values.grad).abs().sum((1, 2)).detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer, saliency in expected.items():
+            torch.testing.assert_close(layer.recorded_saliency, saliency)
+        lowest = {layer: saliency.argmin() for layer, saliency in expected.items()}
+        before = {layer: layer.block_index.clone() for layer in expected}
+        if updater.step(step) is not None:
+            for layer, saliency in expected.items():
+                assert layer.block_index[lowest[layer]] != before[layer][lowest[layer]]
+                saliency.zero_()
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_dropped_updater_leaves_no_hook_in_the_optimizer() -> None:
+    model = Network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    updater = TopologyUpdater(model, optimizer, 8, topology_update_every=3, prune_score="saliency")
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    del updater
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("regrow_std", [0.0, 0.1])
+def test_movement_is_counted_from_the_birth_of_a_block(regrow_std: float) -> None:
+    model = Network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    settings = {"topology_update_every": 2, "prune_score": "movement", "regrow_std": regrow_std}
+    updater = TopologyUpdater(model, optimizer, 8, **settings)
+    born = {layer: layer.values.detach().clone() for layer in model.layers.values()}
+    for step in range(1, 8):
+        model(batch(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = {layer: layer.block_index.clone() for layer in born}
+        moved = {layer: (layer.values - first).abs().sum((1, 2)) for layer, first in born.items()}
+        report = updater.step(step)
+        for layer, first in born.items():
+            new = layer.block_index != before[layer]
+            assert bool(new.any()) == (report is not None)
+            if report is not None:
+                assert moved[layer][new].max() <= moved[layer][~new].min()
+            first[new] = layer.values.detach()[new]
+            assert torch.equal(layer.recorded_first_values, first)

@@ -1,6 +1,5 @@
 """`BlockAdamW`: AdamW in which every block has an age of its own, so that a new block starts as Adam starts."""
 
-import math
 from collections.abc import Iterable
 from itertools import chain
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from ..nn.shards import local_rows
+from .second_moment import bias_correction
 
 
 class BlockAdamW(torch.optim.AdamW):
@@ -110,11 +110,6 @@ def _step_blocks(
         rate = rate * torch.where(age < step, age / (warmup + 1), 1.0).clamp_(max=1.0)
     first.lerp_(gradient, 1.0 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
-    length = (second / _bias_correction(beta2, age)).sqrt_().add_(group["eps"])
+    length = (second / bias_correction(beta2, age)).sqrt_().add_(group["eps"])
     weights.mul_(1.0 - rate * group["weight_decay"])
-    weights.addcdiv_(first * (rate / _bias_correction(beta1, age)), length, value=-1.0)
-
-
-def _bias_correction(beta: float, age: torch.Tensor) -> torch.Tensor:
-    """`1 - beta**age`, accurate where `beta**age` is close to 1."""
-    return torch.expm1(age * (math.log(beta) if beta else -math.inf)).neg_()
+    weights.addcdiv_(first * (rate / bias_correction(beta1, age)), length, value=-1.0)

@@ -1,7 +1,6 @@
-"""
-What sparse training asks of an optimiser: parameter groups, clean moments for new blocks, group lasso, a learning
-rate for a sparsity.
-"""
+"""What sparse training asks of the state of an optimiser: clean moments for new blocks."""
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,5 +87,16 @@ def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[
 def _first_value(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, name: str) -> float:
     if name not in FIRST_VALUES:
         return 0.0
+    return float(group_of(optimizer, parameter).get(FIRST_VALUES[name], 0.0))
+
+
+def group_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    """The settings of `parameter`."""
     (group,) = (group for group in optimizer.param_groups if any(parameter is own for own in group["params"]))
-    return float(group.get(FIRST_VALUES[name], 0.0))
+    return group
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser itself, which accelerate wraps."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner

@@ -3,16 +3,20 @@ What a run refuses before its first topology update: layers that could not be up
 ranks that would do different things.
 """
 
+from collections.abc import Set
+
 import torch
 from torch.distributed.tensor import DTensor
 
 from ..nn.shards import local_rows
+from ..optim.second_moment import check_second_moment
 from .counts import Layers
 
 
-def check_updatable(layers: Layers, optimizer: torch.optim.Optimizer) -> None:
+def check_updatable(layers: Layers, optimizer: torch.optim.Optimizer, needs: Set[str] = frozenset()) -> None:
     """
-    Refuse layers that do not train, whose blocks an update could not find, or whose moments it could not clear.
+    Refuse layers that do not train, whose blocks an update could not find, or whose moments it could not clear, or not
+    look at if that is among its `needs`.
 
     Raises:
         ValueError: naming the first such layer.
@@ -41,6 +45,8 @@ def check_updatable(layers: Layers, optimizer: torch.optim.Optimizer) -> None:
                 "Make it from `model.parameters()` after `fully_shard`. DeepSpeed keeps copies of its own: use DDP "
                 "or FSDP2."
             )
+        if "second_moment" in needs:
+            check_second_moment(optimizer, layer.values, f"{name}.values")
 
 
 def _check_separate(layers: Layers) -> None:

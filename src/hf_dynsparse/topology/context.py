@@ -9,12 +9,13 @@ import torch
 from ..nn.linear import BlockSparseLinear
 from .allocation import ALLOCATIONS
 from .dense_gradient import DenseGradientProbe
+from .exploration import ages_in_steps
 from .hidden_copy import choose_by_hidden_copy
 from .methods import METHODS
 from .records import RECORDS
 from .scores import OBSERVED, SCORES
 from .settings import TopologySettings
-from .update import Replacement, choose_replacement, score_slots
+from .update import Replacement, choose_replacement, held_moments, score_slots
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class UpdateContext:
         scheduled (`Mapping[str, int]`): active blocks of each layer by the density schedule.
         budget (`int`): active entries of all `layers` by the density schedule.
         probe (`DenseGradientProbe`, *optional*): the gradient of the step before, if something needs it.
+        optimizer (`torch.optim.Optimizer`, *optional*): that which holds the moments.
+        steps (`tuple[int, ...]`): the optimiser steps done at each update so far, and now.
     """
 
     number: int
@@ -39,6 +42,8 @@ class UpdateContext:
     scheduled: Mapping[str, int]
     budget: int
     probe: DenseGradientProbe | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    steps: tuple[int, ...] = ()
 
     def targets(self) -> dict[str, int]:
         """Active blocks of each layer after the update, as the method says."""
@@ -66,10 +71,16 @@ class UpdateContext:
         recorded = needs & OBSERVED & RECORDS.keys()
         return observed | {need: layer.get_buffer(RECORDS[need].buffer) for need in recorded}
 
+    def held(self, name: str) -> dict[str, torch.Tensor]:
+        """Those that the optimiser keeps of the layer `name`, of the active blocks on this rank."""
+        layer = self.layers[name]
+        ages = ages_in_steps(layer, self.steps) if self.steps else None
+        return held_moments(layer, self.settings, self.optimizer, ages)
+
     def prune_scores(self, name: str) -> torch.Tensor:
         """The prune scores of all slots of the layer `name`, of shape `(nnzb,)`."""
-        score = SCORES[self.settings.prune_score]
-        return score_slots(self.layers[name], score, self.generator(f"{name}/all"), self.observed(name))
+        score, generator = SCORES[self.settings.prune_score], self.generator(f"{name}/all")
+        return score_slots(self.layers[name], score, generator, self.observed(name), self.held(name))
 
     def mean_prune_scores(self) -> dict[str, torch.Tensor]:
         """Those of all layers over the entries of a block: layers may have blocks of several sizes."""
@@ -78,8 +89,9 @@ class UpdateContext:
 
 def choose_by_scores(update: UpdateContext, name: str, nnzb: int) -> Replacement:
     """The default of every method: prune by `prune_score`, regrow by `regrow_rule`; see `choose_replacement`."""
-    layer, generator = update.layers[name], update.generator(name)
-    return choose_replacement(layer, update.settings, update.pruning_ratio, nnzb, generator, update.observed(name))
+    how = update.settings, update.pruning_ratio, nnzb
+    known = update.generator(name), update.observed(name), update.held(name)
+    return choose_replacement(update.layers[name], *how, *known)
 
 
 def draw_generator(seed: int, moment: int | str, name: str) -> torch.Generator:

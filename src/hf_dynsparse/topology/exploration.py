@@ -3,7 +3,8 @@ How much of the space of topologies a run has seen (arXiv:2108.06277, section 4)
 while they are trained, so that it survives save and resume; not part of a finished model.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -62,15 +63,28 @@ def count_newborn(layer: BlockSparseLinear, slots: torch.Tensor, updates_done: i
     return int((_buffer(layer, "active_since")[slots] == updates_done).sum())
 
 
-def newborn_slots(layer: BlockSparseLinear) -> torch.Tensor:
-    """Which slots hold a block of the last update, `torch.bool` of shape `(nnzb,)`; none before the first."""
+def newborn_slots(layer: BlockSparseLinear, updates: int = 1) -> torch.Tensor:
+    """Which slots hold a block of the last `updates`, `torch.bool` of shape `(nnzb,)`; none before the first."""
     since = _buffer(layer, "active_since")
-    return (since == since.max()) & (since > 0)
+    return (since > since.max() - updates) & (since > 0)
 
 
 def block_ages(layer: BlockSparseLinear, updates_done: int) -> torch.Tensor:
     """How many topology updates each active block has survived: `torch.int32` of shape `(nnzb,)`."""
     return updates_done - _buffer(layer, "active_since")
+
+
+def ages_in_steps(layer: BlockSparseLinear, steps: Sequence[int]) -> torch.Tensor:
+    """
+    How many optimiser steps each active block has taken, of shape `(nnzb,)`; infinitely many those that no update of
+    this run has brought.
+
+    Args:
+        steps (`Sequence[int]`): the optimiser steps done at each update so far, and now.
+    """
+    since = _buffer(layer, "active_since").long()
+    born = torch.tensor([-math.inf, *steps[:-1]], device=since.device)
+    return steps[-1] - born[since.where(since < len(steps), 0)]
 
 
 def _buffer(layer: BlockSparseLinear, name: str) -> torch.Tensor:

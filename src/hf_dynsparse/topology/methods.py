@@ -18,6 +18,8 @@ class Method:
     Args:
         source (`str`): where it was published.
         settings (`Mapping[str, Any]`): topology options whose values differ from those of DynSparse.
+        arguments (`Mapping[str, Any]`): defaults of `block_age_adam` and `new_block_warmup` in
+            [`DynSparseTrainingArguments`]; a loop of your own makes its optimiser itself.
         targets (`Callable[[UpdateContext], dict[str, int]]`, *optional*): how many active blocks each layer has after
             an update. Default: as the option `allocation` says.
         choose (`Callable[[UpdateContext, str, int], Replacement]`, *optional*): which blocks of the layer of this name
@@ -32,6 +34,7 @@ class Method:
     targets: "Callable[[UpdateContext], dict[str, int]] | None" = None
     choose: "Callable[[UpdateContext, str, int], Replacement] | None" = None
     needs: frozenset[str] = frozenset()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def decides(self) -> tuple[Any, ...]:
@@ -44,6 +47,7 @@ DYNSPARSE: dict[str, Any] = {
     "pruning_ratio": 0.5,
     "pruning_schedule": "cosine",
     "prune_score": "l1",
+    "prune_min_age": 0,
     "regrow_rule": "random",
     "readmit": False,
     "replace_step": False,
@@ -82,6 +86,12 @@ METHODS: dict[str, Method] = {
     "unfired": Method("arXiv:2102.02887", {"regrow_rule": "unfired"}),
     # The first ratio is 0.05 of all positions at sparsity 0.9.
     "mest": Method("arXiv:2110.14032", {"prune_score": "mest", "pruning_schedule": "step"}),
+    # New blocks start as Adam starts. The authors have runs of 128 weights: block_size (1, 128).
+    "smet": Method(
+        "arXiv:2606.00888",
+        {"topology_update_every": 100, "pruning_ratio": 0.2},
+        arguments={"block_age_adam": True, "new_block_warmup": 100},
+    ),
     # Regrowth at the largest mean gradient, shared out between layers by it. Needs the dense gradient at every step.
     "snfs": Method("arXiv:1907.04840", {"regrow_rule": "momentum", "allocation": "momentum"}),
     # From dense to sparse, nothing regrows. Half of the run is left to train what remains.

@@ -21,7 +21,8 @@ def register_score(name: str, function: Callable[[BlockStatistics], torch.Tensor
 
     Args:
         function (`Callable[[BlockStatistics], torch.Tensor]`): gives the scores, of shape `(count,)`.
-        needs (`Iterable[str]`): the fields of [`BlockStatistics`] that it looks at: "values", "gradient", "newborn".
+        needs (`Iterable[str]`): the fields of [`BlockStatistics`] that it looks at: "values", "gradient",
+            "second_moment", "newborn".
 
     Raises:
         ValueError: for a name that is taken, or a field that an active block does not have.
@@ -75,7 +76,7 @@ def register_method(
             f"A method sets topology options: {', '.join(sorted(options))}. Got {', '.join(unknown)} for {name!r}. "
             "Leave it out, or correct the name."
         )
-    known = OBSERVED | RECORDS.keys()
+    known = OBSERVED | RECORDS.keys() | {"second_moment"}
     _add(METHODS, name, Method(source, settings, targets, choose, _checked(name, needs, known, "A method")))
 
 

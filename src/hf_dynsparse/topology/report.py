@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 # Above this newborn share an update undoes what the one before has done.
 CHURN = 0.9
 
+# Scores of what a block does, rather than of its size.
+BY_USE = ("weight_gradient", "fisher", "saliency")
+
 
 @dataclass(frozen=True)
 class TopologyReport:
@@ -85,5 +88,5 @@ class ChurnWarning:
                 report.update,
                 report.update + 1,
                 *self._newborn_shares[-2:],
-                "" if self._prune_score == "weight_gradient" else by_use,
+                "" if self._prune_score in BY_USE else by_use,
             )

@@ -8,7 +8,7 @@ import torch
 from ..nn.linear import BlockSparseLinear
 from ..optim.moments import check_optimizer_state, new_moments
 from .exploration import is_tracked, record_active_
-from .records import records_of
+from .records import after_update_, records_of
 
 
 # Standard deviation of a normal distribution that is cut at two of its own.
@@ -86,3 +86,4 @@ def begin_at_size_(
     if is_tracked(layer):
         new = torch.arange(layer.nnzb - len(chosen), layer.nnzb, device=layer.block_index.device)
         record_active_(layer, layer.block_index[new], new, 0)
+        after_update_(layer, new, fresh)

@@ -38,6 +38,11 @@ class BlockStatistics:
         input_scale (`torch.Tensor` of shape `(count, 1, columns)`): root of the summed squares of each input channel
             of the layer, over the tokens that the loss depends on.
         output_scale (`torch.Tensor` of shape `(count, rows, 1)`): the same of the gradient of each output.
+        second_moment (`torch.Tensor` of shape `(count, rows, columns)`, `torch.float32`): AdamW's running mean of the
+            squared gradient, its bias corrected by the age of each block.
+        first_values (`torch.Tensor` of shape `(count, rows, columns)`): what active blocks began with.
+        saliency (`torch.Tensor` of shape `(count,)`, `torch.float32`): sum of `|w g|` over the entries of a block and
+            the steps since the last update.
         newborn (`torch.Tensor` of shape `(count,)`, `torch.bool`): which active blocks the last update brought.
         ever_active (`torch.Tensor` of shape `(count,)`, `torch.bool`): which blocks were active at any time so far.
         occupied (`torch.Tensor` of shape `(block_rows, block_columns)`, `torch.bool`): where blocks stay active.
@@ -53,6 +58,9 @@ class BlockStatistics:
     momentum: torch.Tensor | None = None
     input_scale: torch.Tensor | None = None
     output_scale: torch.Tensor | None = None
+    second_moment: torch.Tensor | None = None
+    first_values: torch.Tensor | None = None
+    saliency: torch.Tensor | None = None
     newborn: torch.Tensor | None = None
     ever_active: torch.Tensor | None = None
     occupied: torch.Tensor | None = None
@@ -100,6 +108,25 @@ def linf(blocks: BlockStatistics) -> torch.Tensor:
 def weight_gradient(blocks: BlockStatistics) -> torch.Tensor:
     """Sum of `|w * g|`: how much the loss changes, to first order, if each entry goes (SNIP, arXiv:1810.02340)."""
     return (_given(blocks.values).float() * _given(blocks.gradient).float()).abs().sum((1, 2))
+
+
+def fisher(blocks: BlockStatistics) -> torch.Tensor:
+    """
+    Sum of `w² v`, `v` the mean of the squared gradient that AdamW keeps: twice what the loss gains, to second order,
+    if each entry goes and the diagonal of the empirical Fisher information is its curvature (arXiv:1801.05787,
+    section 2). Needs no dense gradient.
+    """
+    return (_given(blocks.values).float().square() * _given(blocks.second_moment)).sum((1, 2))
+
+
+def saliency(blocks: BlockStatistics) -> torch.Tensor:
+    """Sum of `|w g|` over the steps since the last update: `weight_gradient` of many batches. No dense gradient."""
+    return _given(blocks.saliency)
+
+
+def movement(blocks: BlockStatistics) -> torch.Tensor:
+    """Sum of `|w - w0|`, `w0` what an entry began with: how far it has come (arXiv:1905.01067)."""
+    return (_given(blocks.values).float() - _given(blocks.first_values).float()).abs().sum((1, 2))
 
 
 def mest(blocks: BlockStatistics) -> torch.Tensor:
@@ -182,6 +209,9 @@ SCORES: dict[str, Score] = {
     "random": Score(random),
     "gradient": Score(gradient, frozenset({"gradient"})),
     "weight_gradient": Score(weight_gradient, frozenset({"values", "gradient"})),
+    "fisher": Score(fisher, frozenset({"values", "second_moment"})),
+    "saliency": Score(saliency, frozenset({"saliency"})),
+    "movement": Score(movement, frozenset({"values", "first_values"})),
     "mest": Score(mest, frozenset({"values", "gradient"})),
     "unfired": Score(unfired, frozenset({"ever_active"})),
     "balanced": Score(balanced, frozenset({"occupied", "barred"})),
@@ -212,7 +242,7 @@ class _Names(Sequence[str]):
 
 
 # An inactive block has no values to look at; a pruned one was active, so its history says nothing.
-OF_PRUNING = frozenset({"values", "gradient", "newborn"})
+OF_PRUNING = frozenset({"values", "gradient", "second_moment", "first_values", "saliency", "newborn"})
 OF_REGROWING = frozenset({"ever_active", "occupied", "barred", *OBSERVED})
 PRUNE_SCORES = _Names(lambda score: score.needs <= OF_PRUNING)
 REGROW_RULES = _Names(lambda score: score.needs <= OF_REGROWING)
@@ -244,6 +274,19 @@ def resolve_score(name: str, argument: str, allowed: Sequence[str]) -> Score:
     if name not in allowed:
         raise ValueError(f"`{argument}` must be one of {', '.join(allowed)}. Got {name!r}. {OWN_NAMES}")
     return SCORES[name]
+
+
+def select_lowest(scores: torch.Tensor, count: int, spared: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Positions of the `count` lowest scores in ascending order, ties to the lower position: `torch.int64` of shape
+    `(count,)`. Those that are `spared` (`torch.bool` of the shape of `scores`) go only after all others.
+    """
+    if spared is None or not spared.any():
+        return select_highest(-scores, count)
+    first, last = ((~spared).nonzero().squeeze(1), spared.nonzero().squeeze(1))
+    taken = min(count, len(first))
+    chosen = first[select_highest(-scores[first], taken)], last[select_highest(-scores[last], count - taken)]
+    return torch.cat(chosen).sort().values
 
 
 def select_highest(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -71,9 +71,14 @@ class TopologyOptions:
     )
     prune_score: str = option(
         "Active blocks with the lowest score are pruned: a norm of their values (DynSparse: l1), the same with the "
-        "newest spared (l1_patient), |w g| (weight_gradient), |w| + 0.01 |g| (mest), the dense gradient, or any "
-        "(random).",
+        "newest spared (l1_patient), |w g| (weight_gradient), w² times AdamW's second moment (fisher: needs no dense "
+        "gradient), |w g| over all steps since the last update (saliency: none either), what training has changed "
+        "(movement), |w| + 0.01 |g| (mest), the dense gradient, or any (random).",
         choices=PRUNE_SCORES,
+    )
+    prune_min_age: int = option(
+        "A new block survives so many topology updates before it is pruned, while there are others left to prune; 0 "
+        "compares it with them at once."
     )
     regrow_rule: str = option(
         "Where new blocks grow: anywhere (random: DynSparse), where none was yet (unfired), where rows and columns "
@@ -164,6 +169,8 @@ class TopologySettings(TopologyOptions):
         resolve_score(self.prune_score, "prune_score", PRUNE_SCORES)
         resolve_score(self.regrow_rule, "regrow_rule", REGROW_RULES)
         check_regrow_std(self.regrow_std)
+        if self.prune_min_age < 0:
+            raise ValueError(f"`prune_min_age` must not be negative. Got {self.prune_min_age}. 0 spares no block.")
         pruning_ratio_at(0, 1, self.pruning_ratio, self.pruning_schedule)
         self.density_share(0.0)
         check_sparsity(self.initial_sparsity)
@@ -195,11 +202,13 @@ class TopologySettings(TopologyOptions):
                 f"`hidden_copy` compares values of active and of pruned blocks. Got prune_score={self.prune_score!r}, "
                 f"which looks at something else. Choose {fitting}."
             )
-        if self.density_schedule == "constant" or self.pruning_ratio or self.allocation != "layer":
+        otherwise = self.pruning_ratio or self.allocation != "layer" or self.prune_min_age
+        if self.density_schedule == "constant" or otherwise:
             raise ValueError(
                 "`hidden_copy` brings back what a schedule of the density has pruned in a layer, and nothing regrows "
-                f"beside it. Got density_schedule={self.density_schedule!r}, pruning_ratio={self.pruning_ratio} and "
-                f"allocation={self.allocation!r}. Use it with 'cubic', 0 and 'layer', as method prune_ofa does."
+                f"beside it. Got density_schedule={self.density_schedule!r}, pruning_ratio={self.pruning_ratio}, "
+                f"allocation={self.allocation!r} and prune_min_age={self.prune_min_age}. Use it with 'cubic', 0, "
+                "'layer' and 0, as method prune_ofa does."
             )
 
     @property
@@ -231,6 +240,11 @@ class TopologySettings(TopologyOptions):
     def observes_every_step(self) -> bool:
         """Whether updates need the dense gradients of all steps, not only those of the step before."""
         return any(RECORDS[name].after_step is not None for name in self.needs & RECORDS.keys())
+
+    @property
+    def observes_active_blocks(self) -> bool:
+        """Whether updates need the gradient of the active blocks at every step."""
+        return any(RECORDS[name].before_step is not None for name in self.needs & RECORDS.keys())
 
     @property
     def changes_sizes(self) -> bool:

@@ -10,11 +10,12 @@ import torch
 from ..nn.linear import BlockSparseLinear
 from ..nn.shards import gather_rows, local_rows, whole, write_rows_
 from ..optim.moments import clear_moments_
+from ..optim.second_moment import second_moment
 from .counts import pruned_count
 from .exploration import count_newborn, ever_active, is_tracked, newborn_slots, record_active_
-from .records import records_of
+from .records import RECORDED, after_update_, recorded, records_of
 from .resize import resize_
-from .scores import OBSERVED, SCORES, BlockStatistics, Score, select_highest
+from .scores import OBSERVED, SCORES, BlockStatistics, Score, select_highest, select_lowest
 from .settings import TopologySettings, as_settings
 
 
@@ -71,9 +72,10 @@ def prune_regrow_(
 
     Args:
         layer (`BlockSparseLinear`): the layer.
-        optimizer (`torch.optim.Optimizer`, *optional*): where the moments of `layer.values` are.
+        optimizer (`torch.optim.Optimizer`, *optional*): where the moments of `layer.values` are. A score of the
+            second moment needs it.
         settings, options: see [`TopologySettings`]: `pruning_ratio`, `prune_score`, `regrow_rule`, `readmit`,
-            `regrow_std` and `shrink_counts` are those that matter here.
+            `prune_min_age`, `regrow_std` and `shrink_counts` are those that matter here.
         generator (`torch.Generator`, *optional*): on the CPU. Default: seeded with 0.
         dense_gradient (`torch.Tensor` of shape `(block_rows * block_columns, rows, columns)`, *optional*): for scores
             that need it.
@@ -94,6 +96,7 @@ def prune_regrow_(
         layer.nnzb if nnzb is None else nnzb,
         generator or torch.Generator().manual_seed(0),
         {**(observed or {}), **({} if dense_gradient is None else {"gradient": dense_gradient})},
+        held_moments(layer, settings, optimizer),
     )
     layer.given_nnzb = layer.given_nnzb if nnzb is None else None  # decided by hand
     return replace_blocks_(layer, replacement, optimizer, update)
@@ -107,6 +110,7 @@ def choose_replacement(
     nnzb: int,
     generator: torch.Generator,
     observed: Mapping[str, torch.Tensor],
+    held: Mapping[str, torch.Tensor],
 ) -> Replacement:
     """
     Choose which blocks of `layer` to prune and which to regrow; changes nothing. The lowest prune scores go, the
@@ -118,6 +122,8 @@ def choose_replacement(
         generator (`torch.Generator`): on the CPU.
         observed (`Mapping[str, torch.Tensor]`): the fields of `BlockStatistics` in `OBSERVED` that scores need, of
             every position.
+        held (`Mapping[str, torch.Tensor]`): those that an optimiser keeps, of the blocks on this rank;
+            see `held_moments`.
 
     Raises:
         ValueError: for a statistic that is needed and missing.
@@ -133,8 +139,9 @@ def choose_replacement(
     _check_observed(settings, observed)
 
     if removed:
-        of_slots = score_slots(layer, SCORES[settings.prune_score], generator, observed)
-        pruned = select_highest(-finite(of_slots, "prune_score", settings.prune_score), removed)
+        of_slots = score_slots(layer, SCORES[settings.prune_score], generator, observed, held)
+        spared = newborn_slots(layer, settings.prune_min_age) if settings.prune_min_age else None
+        pruned = select_lowest(finite(of_slots, "prune_score", settings.prune_score), removed, spared)
 
     if added:
         occupied = index[_others(pruned, layer.nnzb)]
@@ -175,26 +182,60 @@ def replace_blocks_(
         resize_(layer, removed[reused:], block_ids[reused:], optimizer=optimizer)
         appended = torch.arange(layer.nnzb - (len(block_ids) - reused), layer.nnzb, device=slots.device)
         slots = torch.cat([slots, appended])
-    write_rows_(layer.values, slots, 0.0 if replacement.values is None else replacement.values)
+    values = 0.0 if replacement.values is None else replacement.values
+    write_rows_(layer.values, slots, values)
+    after_update_(layer, slots, values)
     if is_tracked(layer):
         record_active_(layer, block_ids, slots, update + 1)
     return LayerUpdate(len(removed), newborn)
 
 
+def held_moments(
+    layer: BlockSparseLinear,
+    settings: TopologySettings,
+    optimizer: torch.optim.Optimizer | None,
+    ages: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """
+    The fields of `BlockStatistics` that scores need of the optimiser, of the blocks on this rank.
+
+    Raises:
+        ValueError: if there is none, or it does not have them; see `check_second_moment`.
+    """
+    if "second_moment" not in settings.needs:
+        return {}
+    if optimizer is None:
+        raise ValueError(
+            f"prune_score={settings.prune_score!r} looks at the second moment. Got no optimizer: pass the one that "
+            "trains the layer."
+        )
+    return {"second_moment": second_moment(optimizer, layer.values, ages)}
+
+
 def score_slots(
-    layer: BlockSparseLinear, score: Score, generator: torch.Generator, observed: Mapping[str, torch.Tensor]
+    layer: BlockSparseLinear,
+    score: Score,
+    generator: torch.Generator,
+    observed: Mapping[str, torch.Tensor],
+    held: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
-    """The scores of all slots, of shape `(nnzb,)`; those that need values come from the ranks that hold them."""
+    """
+    The scores of all slots, of shape `(nnzb,)`; those that need values or moments come from the ranks that hold them.
+    """
     index = layer.block_index.long()
     first, device, fields = 0, index.device, dict[str, Any]()
-    if "values" in score.needs:
-        fields["values"], first = local_rows(layer.values)
-        device, index = fields["values"].device, index[first : first + len(fields["values"])]
+    is_held = not score.needs.isdisjoint({"values", *held})
+    if is_held:
+        values, first = local_rows(layer.values)
+        device, index = values.device, index[first : first + len(values)]
+        fields = {name: rows for name, rows in {"values": values, **held}.items() if name in score.needs}
     fields |= {name: observed[name][index] for name in score.needs & observed.keys()}
     if "newborn" in score.needs:
         fields["newborn"] = newborn_slots(layer)[first : first + len(index)].to(device)
+    for name in score.needs & RECORDED:
+        fields[name] = recorded(layer, name)[first : first + len(index)].to(device)
     scores = score.function(BlockStatistics(len(index), generator, device, **fields))
-    return gather_rows(scores, layer.values).to(index.device) if "values" in score.needs else scores
+    return gather_rows(scores, layer.values).to(index.device) if is_held else scores
 
 
 def _score_positions(

@@ -11,6 +11,7 @@ from torch import nn
 from ..nn.linear import BlockSparseLinear, trainable_layers
 from ..nn.shards import shard_again_
 from ..optim.moments import check_optimizer_state, check_state_size
+from .active_gradient import ActiveGradientProbe
 from .checks import check_ranks_agree, check_sizes_may_change, check_updatable
 from .context import UpdateContext
 from .counts import count_entries, largest_block
@@ -91,11 +92,12 @@ class TopologyUpdater:
         self.update_steps = tuple(update.step for update in self.plan)
         shard_again_(model)
         if self.plan:
-            check_updatable(self.layers, optimizer)
+            check_updatable(self.layers, optimizer, self.settings.needs)
         for name, layer in self.layers.items():
             check_state_size(optimizer, layer.values, f"{name}.values")
         self.model, self.optimizer, self.total_steps = model, optimizer, total_steps
         self._probe: DenseGradientProbe | None = None
+        self._active_probe: ActiveGradientProbe | None = None
         self._churn = ChurnWarning(self.settings.prune_score)
         self._told_frozen = False
         self._needs = self.settings.needs
@@ -138,8 +140,8 @@ class TopologyUpdater:
     def prepare(self, next_step: int) -> None:
         """
         Get ready for the forward and backward passes of optimiser step `next_step`: if it is to be followed by an
-        update that needs its dense gradient, or the mean of those of all steps, begin to collect it. `step` does this
-        for the step after; call it by hand when a run resumes.
+        update that needs its dense gradient, or gradients of all steps, begin to collect them. `step` does this for
+        the step after; call it by hand when a run resumes.
         """
         self.close()
         updates_follow = bool(self.update_steps) and next_step <= self.update_steps[-1]
@@ -149,14 +151,17 @@ class TopologyUpdater:
         ):
             scales = not self._needs.isdisjoint({"input_scale", "output_scale"})
             self._probe = DenseGradientProbe(self._training().values(), scales)
+        if self.settings.observes_active_blocks and updates_follow:
+            self._active_probe = ActiveGradientProbe(self.optimizer, self._training().values())
 
     def close(self) -> None:
         """
         Collect no gradient any more: when a run ends before its last update. An updater that is dropped is closed.
         """
-        if self._probe is not None:
-            self._probe.remove()
-            self._probe = None
+        for probe in (self._probe, self._active_probe):
+            if probe is not None:
+                probe.remove()
+        self._probe = self._active_probe = None
 
     def step(self, global_step: int) -> TopologyReport | None:
         """
@@ -262,7 +267,10 @@ class TopologyUpdater:
         planned = self.plan[update]
         scheduled = self._path.at(planned.density_share)
         budget = self._budget(scheduled, layers)
-        return UpdateContext(update, planned.pruning_ratio, self.settings, layers, scheduled, budget, self._probe)
+        # What an update takes the place of is no step.
+        steps = tuple(step - done * self.settings.replace_step for done, step in enumerate(self.update_steps, start=1))
+        known = self._probe, self.optimizer, steps[: update + 1]
+        return UpdateContext(update, planned.pruning_ratio, self.settings, layers, scheduled, budget, *known)
 
     def _budget(self, scheduled: Mapping[str, int], layers: Mapping[str, BlockSparseLinear]) -> int:
         """Active entries for `layers` beside the others, which stay as they are: a block each at least."""

@@ -6,7 +6,8 @@ from transformers import SchedulerType, TrainingArguments
 
 from .._transformers import OptimizerNames
 from ..ops.choice import TUNING_MODES
-from ..topology import TopologyOptions
+from ..topology import METHODS, TopologyOptions
+from ..topology.settings import option
 from .callbacks.distance_bias import parse_distance_bias
 from .curriculum import Curriculum
 from .distillation import DISTILLATION_POSITIONS, check_distillation
@@ -43,12 +44,9 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
             "its encoder): embeddings, norms, biases, head. Default: the same."
         },
     )
-    block_age_adam: bool = field(
-        default=False,
-        metadata={
-            "help": "AdamW corrects the bias of moments by the age of each block; else the first steps of a new block "
-            "are several times too long."
-        },
+    block_age_adam: bool = option(
+        "AdamW corrects the bias of moments by the age of each block; else the first steps of a new block "
+        "are several times too long. Default: as the method says: smet does."
     )
     learning_rate_rewinding: bool = field(
         default=False,
@@ -57,9 +55,9 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
             "its peak; the linear decay is for the steps outside of that window."
         },
     )
-    new_block_warmup: int = field(
-        default=0,
-        metadata={"help": "With --block_age_adam: steps over which the learning rate of a new block rises."},
+    new_block_warmup: int = option(
+        "With --block_age_adam: steps over which the learning rate of a new block rises. Default: as the "
+        "method says, else 0."
     )
 
     seq_length_schedule: str | None = field(
@@ -165,6 +163,11 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
         check_distillation(*how, prefix="distillation_")
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative. Got {self.group_lasso}.")
+        # What the method says of the optimiser; one without ages has no new blocks to warm up.
+        preset = {} if self.block_age_adam is False else METHODS[self.method].arguments
+        for name, default in {"block_age_adam": False, "new_block_warmup": 0}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, preset.get(name, default))
         super().__post_init__()
         self._check_optimizer()
 
