@@ -42,8 +42,8 @@ from hf_dynsparse.training.threads import default_threads
 
 logger = logging.getLogger("demo")
 
-# For a few minutes on two cores: two layers of a ModernBERT, which needs fewer tokens than a BERT. Updates are rare, so
-# that new blocks can live.
+# For a few minutes on two cores: two layers of a ModernBERT, which needs fewer tokens than a BERT. Updates are rare,
+# so that new blocks can live.
 FLAGS = ["--model_type=modernbert", "--config_overrides=num_hidden_layers=2", "--vocab_size=4096", "--max_steps=2200"]
 FLAGS += ["--num_topology_updates=3"]
 TRIAL = 20  # the trial of the dense twin has so many times fewer steps

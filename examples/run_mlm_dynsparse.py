@@ -145,8 +145,9 @@ class RunArguments(ScriptArguments, DynSparseTrainingArguments):
     output_dir: str = HfArg(default="dynsparse-mlm", help="Where everything of the run is written.")
     learning_rate: float | None = HfArg(
         default=None,
-        help="Peak rate, used as given. Default: by --recipe: 0.004 at width 256, falling with its root, for matrices "
-        "0.0004 over their density (small); the preset's dense optimum, times 6.40 at sparsity 0.9 (paper).",
+        help="Peak rate, used as given. Default: by --recipe: for matrices of a BERT 0.0004 over their density and "
+        "0.004 for all else, of a ModernBERT 0.001 to 0.006 and 0.002, at width 256, falling with its root (small); "
+        "the preset's dense optimum, times 6.40 at sparsity 0.9 (paper).",
     )
     max_steps: int | None = HfArg(
         default=None,

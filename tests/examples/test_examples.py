@@ -24,7 +24,7 @@ from hf_dynsparse import densify_, sparse_layers
 from hf_dynsparse.data import train_wordpiece_tokenizer
 from hf_dynsparse.models.pretraining import first_pattern
 from hf_dynsparse.topology.frames import read_history
-from hf_dynsparse.training.recipes import SMALL_LEARNING_RATE
+from hf_dynsparse.training.recipes import SMALL_RATES
 
 
 SCRIPT = EXAMPLES / "run_mlm_dynsparse.py"
@@ -204,7 +204,7 @@ CASES = {
     "the recipe for small budgets, streaming": (
         "train.txt",
         "--recipe small --streaming --validation_file {text}/valid.txt",
-        {"learning_rate": pytest.approx(0.2 * SMALL_LEARNING_RATE * (256 / 32) ** 0.5)},
+        {"learning_rate": pytest.approx(0.2 * SMALL_RATES.sparse * (256 / 32) ** 0.5)},
     ),
     "dense, by epochs": (
         "train.parquet",

@@ -10,6 +10,7 @@ from hf_dynsparse.data.pretraining import TextArguments
 from hf_dynsparse.training.curriculum import Curriculum, parse_lengths, parse_rates, shorten, thin
 from hf_dynsparse.training.finetuning import FinetuningArguments
 from hf_dynsparse.training.recipes import (
+    PRENORM_RATES,
     TOPOLOGY,
     recipe_defaults,
     scaled_lengths,
@@ -199,6 +200,8 @@ def test_first_weights_and_rates_of_a_recipe():
         args = SimpleNamespace(recipe="small", learning_rate=None, dense_learning_rate=None)
         set_learning_rates_(args, toy_model(hidden_size=64, sparsity=sparsity, block_size=2), "mini")
         assert (args.learning_rate, args.dense_learning_rate) == (pytest.approx(rate), rest)
+    rates = [PRENORM_RATES.of_matrices(density) for density in (1.0, 0.1, 0.05)]
+    assert rates == pytest.approx([1e-3, 6e-3, 6e-3])
 
 
 def test_a_dense_model_has_a_rate_for_what_a_sparse_one_has_dense(tmp_path):

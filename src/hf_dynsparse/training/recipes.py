@@ -8,7 +8,7 @@ tokens, all of which the paper's would spend on the frequencies of words.
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isclose
+from math import isclose, log
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -43,15 +43,37 @@ SMALL = {
     "pruning_ratio": 0.3,
     "prune_score": "weight_gradient",
 }
-# The rate at a width of 256, of all, for matrices of density 0.1 or less; what is normalised before each layer rather
-# than after takes a higher one.
-SMALL_LEARNING_RATE, PRENORM_LEARNING_RATE, SMALL_DENSITY = 4e-3, 6e-3, 0.1
-PRENORM = ("modernbert",)
 # Architectures whose positions are absolute, and hide the neighbours: those that a distance bias is for.
 ABSOLUTE = ("dynsparse_bert", "bert", "roberta", "electra", "distilbert", "camembert", "xlm-roberta")
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs")
 TOPOLOGY = ("topology_first_step", "pruning_ratio", "prune_score")
 LENGTH = ("max_steps", "num_train_epochs", "time_budget")  # of a run
+
+
+@dataclass(frozen=True)
+class PeakRates:
+    """
+    Peak learning rates at a width of 256.
+
+    Args:
+        dense (`float`): of the matrices of a dense model.
+        sparse (`float`): of matrices of density 0.1 or less; of those between, in a straight line of logarithms.
+        rest (`float`): of embeddings, norms, biases and head.
+    """
+
+    dense: float
+    sparse: float
+    rest: float
+
+    def of_matrices(self, density: float) -> float:
+        """That of matrices of this density."""
+        return self.dense * max(density, SMALL_DENSITY) ** (log(self.sparse / self.dense) / log(SMALL_DENSITY))
+
+
+SMALL_DENSITY = 0.1
+# What is normalised before each layer, rather than after, stands larger first weights and steps.
+SMALL_RATES, PRENORM_RATES = PeakRates(4e-4, 4e-3, 4e-3), PeakRates(1e-3, 6e-3, 2e-3)
+PRENORM = ("modernbert",)
 
 
 @dataclass(frozen=True)
@@ -110,26 +132,33 @@ def scaled_lengths(schedule: str, seq_length: int) -> str | None:
 
 def small_configuration(config: PretrainedConfig, density: float) -> dict[str, Any]:
     """
-    First weights for which the outputs of a layer have a tenth of the variance of its inputs, whatever its width and
-    density; and no dropout.
+    First weights for which the outputs of a layer have a tenth of the variance of its inputs whatever its width and
+    density, or in a pre-normalised dense model the same; and no dropout.
     """
     dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
-    return {"initializer_range": (SMALL_DENSITY / max(density, SMALL_DENSITY) / config.hidden_size) ** 0.5, **dropout}
+    variance = 1.0 if config.model_type in PRENORM else SMALL_DENSITY / max(density, SMALL_DENSITY)
+    return {"initializer_range": (variance / config.hidden_size) ** 0.5, **dropout}
 
 
 def small_learning_rate(model: PreTrainedModel, preset: str) -> float:
     """
-    Of the matrices: falls with the root of the width and, for a step of Adam moves every entry by the rate and an
-    output by as much as it has inputs, with the density.
+    Of the matrices: a step of Adam moves every entry by the rate, and an output by the more the more inputs it has. So
+    the rate falls with the root of the width and with the density.
     """
-    density = 1.0 - sparsity_of(model)
-    return small_dense_learning_rate(model) * SMALL_DENSITY / max(density, SMALL_DENSITY)
+    return _small_rates(model).of_matrices(1.0 - sparsity_of(model)) * _by_width(model)
 
 
 def small_dense_learning_rate(model: PreTrainedModel) -> float:
     """Of embeddings, norms, biases and head."""
-    rate = PRENORM_LEARNING_RATE if model.config.model_type in PRENORM else SMALL_LEARNING_RATE
-    return float(rate * (256 / model.config.hidden_size) ** 0.5)
+    return _small_rates(model).rest * _by_width(model)
+
+
+def _small_rates(model: PreTrainedModel) -> PeakRates:
+    return PRENORM_RATES if model.config.model_type in PRENORM else SMALL_RATES
+
+
+def _by_width(model: PreTrainedModel) -> float:
+    return float((256 / model.config.hidden_size) ** 0.5)
 
 
 RECIPES = {
