@@ -100,8 +100,7 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
     first, second = [], []
     for start in args.start:
         name, model = start.split("=", 1)
-        config = AutoConfig.from_pretrained(model)
-        is_sparse = isinstance(config, DynSparseBertConfig) and config.sparsity > 0
+        is_sparse = saved_sparsity(model) > 0
         for task in args.tasks:
             for seed in args.seeds:
                 for arm, flags in arms(name, is_sparse, args):
@@ -111,6 +110,13 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
                         learns = (*first[-1].flags, "--teacher", teacher)
                         second.append(Run(f"{arm}-teacher", task, seed, learns))
     return [first, second]
+
+
+def saved_sparsity(model: str) -> float:
+    """What the configuration of a saved model says."""
+    config = AutoConfig.from_pretrained(model)
+    how = config.to_dict() if isinstance(config, DynSparseBertConfig) else getattr(config, "quantization_config", {})
+    return float(how.get("sparsity", 0.0))
 
 
 def arms(name: str, is_sparse: bool, args: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...]]]:
