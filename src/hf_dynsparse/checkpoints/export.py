@@ -70,6 +70,7 @@ def sparsify_checkpoint(
     if isinstance(calibration, str):
         calibration = Calibration(read_calibration(calibration, load_tokenizer(source), calibration_samples))
     with written_aside(target) as folder:
+        model: Any
         if ours is not None:
             model = load_model(source, ours, **settings, calibration=calibration)
         elif calibration is not None:
