@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from toy import toy_batch, toy_config, toy_model
 from transformers import (
+    AlbertConfig,
     AutoModel,
     BertConfig,
     DistilBertConfig,
@@ -269,8 +270,11 @@ def test_what_the_first_batch_does_not_reach():
         def forward(self, values: torch.Tensor) -> torch.Tensor:
             return self.used(values)
 
-    with pytest.raises(ValueError, match="must pass through every layer that is pruned.* without `idle`"):
+    with pytest.raises(ValueError, match="must pass once through every layer that is pruned. Got 0 calls of `idle`"):
         sparsify_(Idle(), 2, 0.5, calibration=[{"values": torch.ones(20, 8)}])
+    albert = AlbertConfig(**SIZES, embedding_size=16)
+    with pytest.raises(ValueError, match="Got 2 calls of `encoder.albert_layer_groups.0.albert_layers.0.ffn`"):
+        sparsify_(AutoModel.from_config(albert), 4, 0.5, targets=["*.ffn"], calibration=[tokens()])
     sizes = {"vocab_size": 64, "d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 1, "num_heads": 2}
     with pytest.raises(ValueError, match="is for models of one stack. Got T5Model"):
         sparsify_(AutoModel.from_config(T5Config(**sizes)), 4, 0.5, calibration=[tokens()])

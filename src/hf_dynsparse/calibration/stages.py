@@ -1,5 +1,6 @@
 """A model taken apart by what it calls: its repeated parts in order, and the layers that read the same input."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
@@ -41,24 +42,26 @@ def find_stages(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[St
     one stage.
 
     Raises:
-        ValueError: naming a layer that the batch does not reach.
+        ValueError: naming a layer that the batch does not reach, or reaches again and again.
     """
+    layers, members = {model.get_submodule(name): name for name in names}, _members(model, names)
     calls: list[tuple[nn.Module, Any, Any]] = []  # module, input, output; kept, so that their identities are unique
 
     def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((module, _first((*args, *kwargs.values())), _first(output)))
+        calls.append((module, _first((*args, *kwargs.values())), _first(output) if module in members else None))
 
-    layers, members = {model.get_submodule(name): name for name in names}, _members(model, names)
     with ExitStack() as hooks:
         for module in {**layers, **members}:
             hooks.enter_context(module.register_forward_hook(record, with_kwargs=True))
         model(**batch)
+    times = Counter(layers[module] for module, _, _ in calls if module in layers)
+    for name in names:
+        if times[name] != 1:
+            raise ValueError(
+                f"`calibration` must pass once through every layer that is pruned. Got {times[name]} calls of `{name}` "
+                "for a batch. Leave the layer out by `ignore`, or give batches that use it."
+            )
     inputs = {layers[module]: id(input) for module, input, _ in calls if module in layers}
-    if missing := [name for name in names if name not in inputs]:
-        raise ValueError(
-            f"`calibration` must pass through every layer that is pruned. Got a first batch without `{missing[0]}`. "
-            "Leave the layer out by `ignore`, or give batches that use it."
-        )
     chain = [call for call in calls if call[0] in members]
     linked = all(before[2] is after[1] for before, after in zip(chain, chain[1:], strict=False))
     held = [(module, [name for name in inputs if name in members[module]]) for module, _, _ in chain]
@@ -91,6 +94,10 @@ def _first(values: Any) -> Any:
     return _first(values[0]) if isinstance(values, tuple | list) and values else values
 
 
+def _numel(batch: Batch) -> int:
+    return max(value.numel() for value in batch.values() if torch.is_tensor(value))
+
+
 class Passes:
     """
     Passes of the same batches through one stage of a model after the other. The model itself prepares what a stage
@@ -103,12 +110,12 @@ class Passes:
         names (`Sequence[str]`): the layers to be pruned.
 
     Raises:
-        ValueError: naming a layer that the first batch does not reach.
+        ValueError: naming a layer that the smallest batch does not reach.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -> None:
         self.model, self.batches = model, batches
-        self.stages = find_stages(model, batches[0], names)
+        self.stages = find_stages(model, min(batches, key=_numel), names)
         self.begin: list[Any] = [None] * len(batches)  # in the place of answers for the first stage
 
     def run(

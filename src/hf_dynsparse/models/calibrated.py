@@ -30,7 +30,7 @@ def calibrate_(
     Raises:
         ValueError: for an encoder with a decoder, or a calibration that is refused.
     """
-    if calibration is None:
+    if calibration is None or not nnzb:
         return dict(nnzb)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
