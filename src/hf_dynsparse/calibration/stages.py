@@ -58,8 +58,8 @@ def find_stages(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[St
     for name in names:
         if times[name] != 1:
             raise ValueError(
-                f"`calibration` must pass once through every layer that is pruned. Got {times[name]} calls of `{name}` "
-                "for a batch. Leave the layer out by `ignore`, or give batches that use it."
+                f"`calibration` must pass once through every layer that is pruned. Got {times[name]} calls of "
+                f"`{name}` for a batch. Leave the layer out by `ignore`, or give batches that use it."
             )
     inputs = {layers[module]: id(input) for module, input, _ in calls if module in layers}
     chain = [call for call in calls if call[0] in members]
