@@ -74,6 +74,14 @@ COLUMNS: dict[str, Columns] = {
         "layers MB": _number("layer_bytes", ".3f", 1e-6),
         "backend": lambda row: row["backend"],
     },
+    "bench_calibrated": {
+        "B  ": lambda row: row["block_size"] or "-",
+        "s   ": lambda row: row["sparsity"],
+        "blocks by ": lambda row: row["method"],
+        "score": _number("score", ".1f"),
+        "seconds": _number("seconds", ".0f"),
+        "peak MiB": _number("peak_memory_bytes", ".0f", 2**-20),
+    },
     "bench_choice": {
         "tokens": lambda row: row["tokens"],
         "out x in ": lambda row: f"{row['out']}x{row['in']}",

@@ -229,6 +229,24 @@ def test_sentences_compares_saved_models(load, classifiers, tmp_path, capsys):
     assert "same answers" in (tmp_path / "report/bench.md").read_text()
 
 
+def test_calibrated_scores_every_method(load, tmp_path, capsys):
+    toy_model(sparsity=0.0).to_dense().base_model.save_pretrained(tmp_path)
+    toy_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(f"w{n * k % 44}" for k in range(1, 20)) for n in range(9)))
+    (tmp_path / "STS-B").mkdir()
+    pairs = "".join(f"w{number} w3\tw{number // 2} w4\t{number / 2}\n" for number in range(6))
+    (tmp_path / "STS-B" / "dev.tsv").write_text(f"sentence1\tsentence2\tscore\n{pairs}")
+    flags = f"--model {tmp_path} --glue {tmp_path} --text {tmp_path / 'text.txt'} --max_seq_length 16"
+    few = f"--sparsities 0.5 --block_sizes 4 --methods norm surgeon --json {tmp_path / 'bench.json'}"
+    load("bench_calibrated").main(shlex.split(f"{flags} {few} {SHARED}"))
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["dense", "norm", "surgeon"]
+    assert all(-100 <= row["score"] <= 100 for row in rows)
+    assert rows[2]["seconds"] > 0
+    load("report").main([str(tmp_path / "bench.json"), "--output_dir", str(tmp_path / "report")])
+    assert "| surgeon" in (tmp_path / "report/bench.md").read_text()
+
+
 def test_sentences_are_the_same_in_every_batch(load, classifiers):
     sentences = load("bench_sentences")
     model = sentences.load_classifier(classifiers / "sparse")

@@ -217,6 +217,11 @@ def test_convert_there_and_back(saved, tmp_path, capsys):
     run(capsys, "convert", tmp_path / "dense", tmp_path / "sparse", "--to", "sparse", *options)
     config = load_model(tmp_path / "sparse").config
     assert (config.sparsity, config.block_shape, config.distribution) == (0.5, (2, 4), "erk")
+    (tmp_path / "text.txt").write_text("".join(f"w{number} w{number % 7} w{number % 11}\n" for number in range(44)))
+    options = ["--sparsity", "0.5", "--block_size", "4", "--calibration", tmp_path / "text.txt"]
+    run(capsys, "convert", tmp_path / "dense", tmp_path / "fitted", *options, "--calibration_samples", "40")
+    bias = "bert.encoder.layer.1.output.dense.bias"
+    assert not torch.equal(*(load_model(tmp_path / name).state_dict()[bias] for name in ("dense", "fitted")))
     run(capsys, "convert", saved, tmp_path / "bsr.safetensors", "--to", "bsr")
     with safe_open(tmp_path / "bsr.safetensors", framework="pt") as tensors:
         assert "bert.encoder.layer.1.output.dense.weight.crow_indices" in tensors.keys()  # noqa: SIM118
@@ -316,6 +321,9 @@ def test_animate(tmp_path, capsys):
         (["convert", "SAVED", "SAVED", "--to", "dense"], "The target must not exist yet"),
         (["convert", "SAVED", "TARGET", "--to", "dense", "--sparsity", "0.5"], "--sparsity needs --to sparse. Got --"),
         (["convert", "SAVED", "TARGET", "--to", "sparse"], "`source` must be dense"),
+        (["convert", "SAVED", "TARGET", "--calibration", "nowhere.txt"], "`source` must be dense"),
+        (["convert", "SAVED", "TARGET", "--calibration_samples", "5"], "are lines of a --calibration FILE. Got none"),
+        (["convert", "SAVED", "TARGET", "--to", "dense", "--calibration", "a.txt"], "--calibration needs --to sparse"),
         (["card", "TARGET"], ""),
         (["animate", "SAVED"], "without topology_history. Train with examples/run_mlm_dynsparse.py"),
         (["animate", "no where"], "RUN_FOLDER must hold a history of the topology. Got no where without"),

@@ -23,6 +23,7 @@ from .ops import dropout as _dropout_operator  # noqa: F401
 
 if TYPE_CHECKING:
     from .blocks.layout import BlockLayout
+    from .calibration.settings import Calibration
     from .checkpoints.export import (
         export_bsr,
         export_dense,
@@ -71,6 +72,7 @@ __version__ = "0.1.0"
 # Where the names are that are imported when they are first used: as above, for Python instead of type checkers.
 _MODULES = {
     ".blocks.layout": "BlockLayout",
+    ".calibration.settings": "Calibration",
     ".checkpoints.export": "export_bsr export_dense export_onnx export_program read_bsr sparsify_checkpoint",
     ".checkpoints.remote_code": "save_with_code",
     ".compress.int8": "prepare_qat_ to_int8_",
@@ -109,6 +111,7 @@ __all__ = [
     "BlockAdamW",
     "BlockLayout",
     "BlockSparseLinear",
+    "Calibration",
     "DynSparseBertConfig",
     "DynSparseBertForMaskedLM",
     "DynSparseBertForMultipleChoice",

@@ -218,6 +218,7 @@ def _estimate(args: argparse.Namespace) -> None:
 def _add_convert(commands: Any) -> None:
     examples = [
         "bert-base-uncased sparse-bert --to sparse --sparsity 0.9 --block_size 16",
+        "bert-base-uncased sparse-bert --sparsity 0.8 --block_size 16 --calibration text.txt",
         "runs/medium-s90-b16 medium-dense --to dense",
         "runs/medium-s90-b16 medium.onnx --to onnx",
         "runs/medium-s90-b16 medium-bsr.safetensors --to bsr",
@@ -225,8 +226,11 @@ def _add_convert(commands: Any) -> None:
     parser = _command(commands, _convert, examples)
     parser.add_argument("source", metavar="SOURCE", help=SOURCE)
     parser.add_argument("target", metavar="TARGET", help="a new folder; a new file for onnx and bsr")
-    parser.add_argument("--to", choices=["sparse", "dense", "onnx", "bsr"], required=True, help="what to make of it")
+    parser.add_argument("--to", choices=["sparse", "dense", "onnx", "bsr"], help="what to make of it")
     _add_sparsity(parser)
+    calibration = "text, a sentence or paragraph a line: keep what matters most for it, and fit that"
+    parser.add_argument("--calibration", metavar="FILE", help=calibration)
+    parser.add_argument("--calibration_samples", type=_positive, help="lines of it to use (default: 512)")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -234,7 +238,12 @@ def _convert(args: argparse.Namespace) -> None:
     from .checkpoints import export
 
     settings = _sparsity(args)
-    if args.to == "sparse":
+    settings |= {name: value for name, value in vars(args).items() if "calibration" in name and value is not None}
+    if args.to is None and not settings:
+        raise ValueError("the following arguments are required: --to")
+    if "calibration_samples" in settings and "calibration" not in settings:
+        raise ValueError("--calibration_samples are lines of a --calibration FILE. Got none. Give it too.")
+    if args.to in (None, "sparse"):
         export.sparsify_checkpoint(args.source, args.target, **settings)
     elif settings:
         raise ValueError(f"--{next(iter(settings))} needs --to sparse. Got --to {args.to}. Leave it out.")

@@ -14,16 +14,18 @@ from transformers import PreTrainedModel
 
 from .. import models
 from ..blocks.sizes import BlockSize
+from ..calibration import Calibration
 from ..compress.int8.quantizer import int8_modules
+from ..data.calibration import read_calibration
 from ..files import written_aside
 from ..models.auto import is_dense
 from ..models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ..models.checksums import once_each
 from ..models.position_bias import check_stock
-from ..models.sparsify import densify_
+from ..models.sparsify import densify_, sparsify_
 from ..models.stock.configuration import DynSparseQuantizationConfig
 from ..nn.linear import sparse_layers
-from .loading import copy_companions, load_config, load_model, model_class, pinned
+from .loading import copy_companions, load_config, load_model, load_tokenizer, model_class, pinned
 
 
 Source = str | Path | PreTrainedModel
@@ -39,19 +41,25 @@ def sparsify_checkpoint(
     sparsity: float = 0.9,
     block_size: BlockSize = 16,
     distribution: str = "uniform",
+    calibration: Calibration | str | None = None,
+    calibration_samples: int = 512,
 ) -> None:
     """
-    Make a dense checkpoint sparse: each matrix keeps its blocks of largest L1 norm. A BERT becomes a DynSparse BERT,
-    another architecture a stock model with sparse layers, as by [`sparsify_`]. The head is that of the checkpoint.
+    Make a dense checkpoint sparse: each matrix keeps its blocks of largest L1 norm or, with `calibration`, those that
+    matter most to its outputs, fitted to these. A BERT becomes a DynSparse BERT, another architecture a stock model
+    with sparse layers, as by [`sparsify_`]. The head is that of the checkpoint.
 
     Args:
         source (`str` or `Path`): a folder, or a repository of the Hub as `"user/name"` or `"user/name@revision"`.
         target (`str` or `Path`): the new folder. Tokenizer and the like come along.
         sparsity, block_size, distribution: see [`DynSparseBertConfig`].
+        calibration (`str` or `Calibration`, *optional*): a text file, a sentence or paragraph a line, that the
+            tokenizer of the checkpoint reads; or inputs with settings.
+        calibration_samples (`int`, defaults to 512): lines of the file to use, evenly from the whole of it.
 
     Raises:
         FileExistsError: if `target` exists and is more than an empty folder.
-        ValueError: if `source` is sparse already, or a block does not divide a matrix.
+        ValueError: if `source` is sparse already, a block does not divide a matrix, or there is too little text.
     """
     source = pinned(source)
     config = load_config(source)
@@ -59,11 +67,16 @@ def sparsify_checkpoint(
         raise ValueError(f"`source` must be dense. Got {source}, which is sparse. Convert it to dense first.")
     settings: dict[str, Any] = {"sparsity": sparsity, "block_size": block_size, "distribution": distribution}
     ours = getattr(models, f"DynSparse{model_class(config).__name__.removeprefix('DynSparse')}", None)
+    if isinstance(calibration, str):
+        calibration = Calibration(read_calibration(calibration, load_tokenizer(source), calibration_samples))
     with written_aside(target) as folder:
-        if ours is None:
-            model = load_model(source, quantization_config=DynSparseQuantizationConfig(**settings))
+        model: Any
+        if ours is not None:
+            model = load_model(source, ours, **settings, calibration=calibration)
+        elif calibration is not None:
+            model = sparsify_(load_model(source), **settings, calibration=calibration)
         else:
-            model = load_model(source, ours, **settings)
+            model = load_model(source, quantization_config=DynSparseQuantizationConfig(**settings))
         model.save_pretrained(folder)
         copy_companions(source, folder)
 

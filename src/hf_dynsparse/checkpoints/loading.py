@@ -11,7 +11,14 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .. import models
 from .._transformers import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file, extract_commit_hash
@@ -166,6 +173,22 @@ def shard_names(index: bytes, place: str) -> list[str]:
         f"`weight_map` in {place} must name safetensors files beside it. Got {', '.join(names[:3]) or 'none'}. Load "
         "an intact one."
     )
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer that stands beside a saved model. Code that it brings is never run.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    name, revision = split_revision(source)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (ValueError, OSError) as error:  # a paragraph on packages that might convert one
+        raise ValueError(
+            f"A model that reads text must have its tokenizer beside it. Got {source}. Save it there."
+        ) from error
 
 
 def copy_companions(source: str | Path, folder: Path) -> None:

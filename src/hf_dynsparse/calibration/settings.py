@@ -1,0 +1,94 @@
+"""What calibrated pruning is given, and what of it is refused."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .selection import SELECTIONS
+from .stages import Batch
+
+
+BUDGETS = ("distribution", "error")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """
+    How a dense model is pruned by what passes through it.
+
+    Args:
+        batches (`Iterable[Mapping[str, torch.Tensor]]`): inputs of the model, such as a tokenizer returns, with an
+            `attention_mask` where there is padding: that is left out. 512 ordinary sentences are enough.
+        selection (`str`, defaults to `"surgeon"`): what a block is worth: `"surgeon"`, the error of the outputs that
+            its removal causes when the rest is fitted anew; `"activation"`, the sum of `w²` times the variance of the
+            inputs, which is cheap; or `"magnitude"`, the sum of `|w|`.
+        steps (`int`, defaults to 4): the number of blocks falls to its end in so many equal ratios, and what is left
+            is fitted after each.
+        ridge (`float`, defaults to 0.01): how strongly the fit holds on to the dense weights, as a share of the mean
+            variance of the inputs.
+        budget (`str`, defaults to `"distribution"`): how many blocks each layer keeps: what the `distribution` says,
+            or by `"error"` between half and twice as many, so that the sum over layers of the lost shares of variance
+            is least; that takes another pass.
+        progress (`bool`, defaults to `True`): whether to show a bar, in a terminal.
+
+    Raises:
+        ValueError: for a value out of range.
+
+    Example:
+        ```python
+        >>> batches = [tokenizer(texts, padding=True, truncation=True, return_tensors="pt") for texts in ...]
+        >>> model = sparsify_(model, sparsity=0.8, calibration=Calibration(batches, budget="error"))
+        ```
+    """
+
+    batches: Iterable[Batch]
+    selection: str = "surgeon"
+    steps: int = 4
+    ridge: float = 0.01
+    budget: str = "distribution"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, known in (("selection", SELECTIONS), ("budget", BUDGETS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}. Got {getattr(self, name)!r}.")
+        if self.steps < 1:
+            raise ValueError(f"`steps` must be at least 1. Got {self.steps}. 1 prunes in one go.")
+        if not 0.0 <= self.ridge < math.inf:
+            raise ValueError(f"`ridge` must be a number from 0 on. Got {self.ridge}. 0.01 is usual.")
+
+
+def check_batches(batches: Sequence[Batch], width: int) -> None:
+    """
+    Refuse batches that are no inputs of a model, and such as are too few.
+
+    Args:
+        width (`int`): inputs of the widest layer: a fit needs at least as many positions.
+
+    Raises:
+        ValueError: if they are.
+    """
+    positions = 0
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, Mapping) or not any(map(torch.is_tensor, batch.values())):
+            raise ValueError(
+                "Each batch of `calibration` must be a dictionary of tensors, the arguments of the model. Got "
+                f"{type(batch).__name__} as batch {number}. Give what a tokenizer returns for return_tensors='pt'."
+            )
+        first, mask = next(filter(torch.is_tensor, batch.values())), batch.get("attention_mask")
+        if mask is None:
+            positions += first.numel() // (first.shape[-1] if first.is_floating_point() else 1)
+            continue
+        if mask.is_floating_point() or mask.shape != first.shape[: mask.dim()]:
+            raise ValueError(
+                f"`attention_mask` must be whole numbers of the shape of the token ids. Got {mask.dtype} of shape "
+                f"{tuple(mask.shape)} for {tuple(first.shape)} in batch {number}. Give that of the tokenizer."
+            )
+        positions += int((mask != 0).sum())
+    if positions < width:
+        raise ValueError(
+            f"`calibration` must hold at least {width} tokens without padding, as the widest layer has inputs. "
+            f"Got {positions} in {len(batches)} batches. Give more text: 512 sentences are usual."
+        )
