@@ -3,7 +3,7 @@ However a batch of 32 is shared, between two processes or between steps of accum
 one process; and processes notice when they do not agree.
 
 `DYNSPARSE_STEPS=50 pytest tests/invariants/test_two_ranks.py` trains for fifty steps with five updates instead of
-sixteen with four.
+twenty with four.
 """
 
 import os
@@ -24,7 +24,7 @@ from hf_dynsparse.training.context_gain import GAIN
 
 pytestmark = pytest.mark.slow
 
-STEPS = int(os.environ.get("DYNSPARSE_STEPS", "16"))
+STEPS = int(os.environ.get("DYNSPARSE_STEPS", "20"))
 UPDATES = max(4, STEPS // 10)
 
 # What is trained.

@@ -32,8 +32,12 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": f"{_MODELING}.DynSparseBertForTokenClassification",
 }
 
-# Beside a checkpoint these modules replace others: no kernels and no README.md are taken along.
-REPLACED_BY = {"ops": "checkpoints.remote_code.plain_ops", "models.readme": "checkpoints.remote_code.no_readme"}
+# Beside a checkpoint these modules replace others: no kernels, no calibrated pruning and no README.md are taken along.
+REPLACED_BY = {
+    "ops": "checkpoints.remote_code.plain_ops",
+    "models.calibrated": "checkpoints.remote_code.no_calibration",
+    "models.readme": "checkpoints.remote_code.no_readme",
+}
 
 _HEADER = """\
 # A copy of hf_dynsparse/{file}, for those who do not have that package:
