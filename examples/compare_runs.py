@@ -48,6 +48,8 @@ def main() -> None:
     some = next(iter(summaries.values()))
     versions = ", ".join(f"{package} {version}" for package, version in some["versions"].items())
     print(f"\nSeed {some['seed']}, {some['hardware']}, {versions}.")
+    if not args.picture and not args.over_seconds:
+        return
     logs = {run.name: json.loads((run / "trainer_state.json").read_text())["log_history"] for run in args.runs}
     if args.picture:
         plot_comparison(logs, args.picture, title="Masked-language-modelling loss")

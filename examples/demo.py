@@ -28,6 +28,7 @@ from typing import Any
 
 import run_mlm_dynsparse as mlm
 from study.jobs import StudyParser
+from study.runs import mean_newborn_share
 
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.reports.masks import fill_masks, mask_rows
@@ -162,7 +163,7 @@ def start(flags: Sequence[str]) -> None:
 def report(summaries: dict[str, dict[str, Any]], output: Path) -> None:
     """Print and write both tables, and draw the pictures."""
     logs = {name: json.loads((output / name / "trainer_state.json").read_text())["log_history"] for name in summaries}
-    summaries["sparse"]["newborn_share"] = newborn_share(logs["sparse"])
+    summaries["sparse"]["newborn_share"] = mean_newborn_share(logs["sparse"])
     rows = [
         [what, *(form.format(run[key] / unit) if run.get(key) is not None else "-" for run in summaries.values())]
         for what, (key, form, unit) in ROWS.items()
@@ -181,16 +182,6 @@ def report(summaries: dict[str, dict[str, Any]], output: Path) -> None:
     ]
     write_atomically(output / "demo.md", "\n\n".join(text) + "\n")
     print(f"\n{plain_table(table)}\n\n{plain_table(guesses, left=range(3))}\n\nResults in {output / 'demo.md'}.")
-
-
-def newborn_share(log: Sequence[dict[str, Any]]) -> float | None:
-    """Share of pruned blocks that the update just before had brought: mean over all updates but the first."""
-    shares = {
-        entry["dynsparse/topology_updates"]: entry["dynsparse/newborn_share"]
-        for entry in log
-        if entry.get("dynsparse/topology_updates", 0) > 1
-    }
-    return sum(shares.values()) / len(shares) if shares else None
 
 
 def draw(runs: dict[str, tuple[list[dict[str, Any]], float]], output: Path) -> dict[str, str]:

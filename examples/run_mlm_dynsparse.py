@@ -288,7 +288,6 @@ def build_config(
     how = {"sparsity": sparsity, "block_size": block_size, "distribution": model_args.distribution}
     if not source and model_args.model_type == DynSparseBertConfig.model_type:
         config = preset_config(model_args.preset, overrides=model_args.config_overrides, **how)
-        set_first_weights_(config, args.recipe, model_args.config_overrides, 0.9 if sparsity is None else sparsity)
         if args.final_sparsity is not None and not config.nnzb_per_layer():
             raise ValueError(
                 f"`--final_sparsity` leads on from the blocks of a model. Got {args.final_sparsity} for a dense one. "
@@ -298,12 +297,14 @@ def build_config(
         config = encoder_preset(
             model_args.model_type, model_args.preset, block_size or 16, model_args.config_overrides
         )
-        set_first_weights_(config, args.recipe, model_args.config_overrides, 0.9 if sparsity is None else sparsity)
     else:
         config = AutoConfig.from_pretrained(source, **model_args.hub)
         if model_args.config_name:
             check_encoder(config, source)
         config = overridden(config, model_args.config_overrides)
+    if not source:
+        asked = DynSparseBertConfig.sparsity if sparsity is None else sparsity
+        set_first_weights_(config, args.recipe, model_args.config_overrides, asked)
     if model_args.model_name_or_path:
         gradual = args.topology_settings().density_schedule != "constant"
         name, keep_dense = model_args.model_name_or_path, model_args.dense_baseline
