@@ -3,6 +3,7 @@
 import os
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run_script(script: Path, flags: str, **environment: str) -> None:
-    """Run it with `flags` as its command line; argv, environment and PyTorch's threads are put back."""
+    """Run it with `flags` as its command line; argv, environment, imports and PyTorch's threads are put back."""
     threads = torch.get_num_threads()
     try:
         with pytest.MonkeyPatch.context() as patch:
+            for module in (path.stem for path in EXAMPLES.glob("*.py")):
+                patch.setitem(sys.modules, module, None)  # what it imports is forgotten
+                del sys.modules[module]
             patch.setattr("sys.argv", shlex.split(f"{script} {flags}"))
             for name, value in environment.items():
                 patch.setenv(name, value)

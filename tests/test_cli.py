@@ -106,9 +106,10 @@ def test_train_runs_the_script(task, installed, tmp_path, monkeypatch):
     monkeypatch.setattr(hf_dynsparse_cli, "PACKAGE", package)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setitem(sys.modules, script, None)  # what another test has imported comes back at the end
+    del sys.modules[script]
     with pytest.raises(SystemExit) as ended:
         hf_dynsparse_cli.main(["train", task, "--output_dir", "--help"])
-    del sys.modules[script]
     assert ended.value.code == [str(examples / f"{script}.py"), f"hf-dynsparse train {task}", "--output_dir", "--help"]
 
 
