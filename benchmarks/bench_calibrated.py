@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=known, default=known, help="how blocks are chosen (all)")
     parser.add_argument("--steps", type=int, default=Calibration.steps, help="see Calibration (%(default)s)")
     parser.add_argument("--ridge", type=float, default=Calibration.ridge, help="see Calibration (%(default)s)")
+    share = Calibration.dense_share
+    parser.add_argument("--dense_share", type=float, default=share, help="see Calibration (%(default)s)")
     parser.add_argument("--budget", default=Calibration.budget, help="see Calibration (%(default)s)")
     run(parser, measure, argv, QUICK)
 
@@ -72,7 +74,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
         rows.append(about | {"score": score(args, model, tokenizer), "seconds": seconds, "peak_memory_bytes": memory})
         print(line(rows[-1], COLUMNS["bench_calibrated"]), flush=True)
     shared = {**shared_fields(args), "samples": args.samples, "steps": args.steps, "ridge": args.ridge}
-    return [{**shared, "budget": args.budget, **row} for row in rows]
+    return [{**shared, "dense_share": args.dense_share, "budget": args.budget, **row} for row in rows]
 
 
 def load_encoder(args: argparse.Namespace) -> PreTrainedModel:
@@ -88,7 +90,9 @@ def prune(
     args: argparse.Namespace, model: PreTrainedModel, size: object, sparsity: float, method: str, batches: list[Batch]
 ) -> tuple[float, int | None]:
     """Seconds, and the most memory taken meanwhile, if that can be told."""
-    how = None if method == NORM else Calibration(batches, method, args.steps, args.ridge, args.budget)
+    how = (
+        None if method == NORM else Calibration(batches, method, args.steps, args.ridge, args.dense_share, args.budget)
+    )
     clock, before = choose_clock(args.device), reset_peak()
     began = clock.read()
     sparsify_(model, size, sparsity, calibration=how)  # type: ignore[arg-type]

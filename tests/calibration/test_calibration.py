@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -94,14 +95,16 @@ def loss(objective: Objective, weight: torch.Tensor) -> torch.Tensor:
     return ((weight @ objective.hessian - 2 * objective.target) * weight).sum()
 
 
-@pytest.mark.parametrize(("block_shape", "has_bias"), [((1, 1), True), ((4, 4), False), ((2, 8), True)])
-def test_the_fit_is_plain_least_squares(block_shape, has_bias):
+@pytest.mark.parametrize(
+    ("block_shape", "has_bias", "share"), [((1, 1), True, 1.0), ((4, 4), False, 0.25), ((2, 8), True, 0.0)]
+)
+def test_the_fit_is_plain_least_squares(block_shape, has_bias, share):
     dense, weight, bias = draw(200, 16) + 1, draw(8, 16, seed=1), draw(8, seed=2)
     inputs = dense + 0.3 * draw(200, 16, seed=3)
     active = draw(8 // block_shape[0], 16 // block_shape[1], seed=4) > 0
     active[0] = False
-    found = solve(objective_of(measured(inputs, dense), weight, has_bias, ridge=0.0), active, block_shape)
-    outputs = dense @ weight.T + (bias if has_bias else 0)
+    found = solve(objective_of(measured(inputs, dense), weight, has_bias, 0.0, share), active, block_shape)
+    outputs = (share * dense + (1 - share) * inputs) @ weight.T + (bias if has_bias else 0)
     for row, wanted, stays in zip(found, outputs.T, entries(active, block_shape), strict=True):
         features = torch.cat([inputs[:, stays], torch.ones(200, int(has_bias), dtype=torch.float64)], dim=1)
         expected = torch.linalg.lstsq(features, wanted[:, None]).solution[: stays.sum(), 0]
@@ -132,6 +135,23 @@ def test_the_surgeon_removes_what_an_exhaustive_search_does():
     *_, greedy = prune_path(objective, dense, range(7, 2, -1), (2, 3), "surgeon")
     (at_once,) = prune_path(objective, dense, [3], (2, 3), "magnitude")
     assert loss(objective, greedy) < loss(objective, at_once)
+
+
+def test_blocks_chosen_together_are_near_the_best_of_all():
+    """Of 70 ways to keep four of eight blocks; removed one by one they are 1.6 % off in the mean of these layers."""
+    losses: dict[str, list[float]] = {"admm": [], "surgeon": [], "best": []}
+    for seed in range(8):
+        objective = Objective(torch.cov(draw(14, 12, seed=seed).T) + 0.1 * torch.eye(12), draw(4, 12, seed=seed + 9))
+        dense = solve(objective, torch.ones(2, 4, dtype=torch.bool), (2, 3))
+        rest = float(loss(objective, dense))
+        for selection in ("admm", "surgeon"):
+            *_, found = prune_path(objective, dense, [6, 5, 4], (2, 3), selection)
+            losses[selection].append(float(loss(objective, found)) - rest)
+        subsets = torch.tensor([[place in kept for place in range(8)] for kept in combinations(range(8), 4)])
+        tries = [solve(objective, subset.view(2, 4), (2, 3)) for subset in subsets]
+        losses["best"].append(min(float(loss(objective, weight)) for weight in tries) - rest)
+    worse = {name: sum(some) / sum(losses["best"]) for name, some in losses.items()}
+    assert 1.0 - 1e-9 <= worse["admm"] < 1.005 < worse["surgeon"], worse
 
 
 def test_blocks_go_where_they_save_most():
@@ -250,9 +270,10 @@ def test_what_cannot_calibrate_leaves_the_model_alone(calibration, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"selection": "surgery"}, "`selection` must be one of magnitude, activation, surgeon. Got 'surgery'"),
+        ({"selection": "surgery"}, "`selection` must be one of admm, magnitude, activation, surgeon. Got 'surgery'"),
         ({"budget": "mine"}, "`budget` must be one of distribution, error"),
         ({"steps": 0}, "`steps` must be at least 1. Got 0"),
+        ({"dense_share": 2.0}, r"`dense_share` must lie in \[0, 1\]. Got 2.0"),
         ({"ridge": -1.0}, "`ridge` must be a number from 0 on. Got -1.0"),
     ],
 )

@@ -21,22 +21,26 @@ class Objective(NamedTuple):
     target: torch.Tensor
 
 
-def objective_of(statistics: Statistics, weight: torch.Tensor, has_bias: bool, ridge: float) -> Objective:
+def objective_of(
+    statistics: Statistics, weight: torch.Tensor, has_bias: bool, ridge: float, dense_share: float
+) -> Objective:
     """
-    Of a layer that is to return what the dense one does, `V y + c` with its `weight` `V`, from its own inputs `x`:
-    least squares with a ridge towards `V`. A bias takes up the means, `b = c + V E[y] - W E[x]`, so that covariances
-    remain: `H = E[x x'] - E[x] E[x]' + r`, `T = V (E[y x'] - E[y] E[x]' + r)`.
+    Of a layer that is to return for its own inputs `x` what its dense `weight` `V` does for a mixture of `x` and the
+    inputs `y` of the dense model, `z = a y + (1 - a) x`: least squares with a ridge towards `V`. A bias takes up the
+    means, so that covariances remain: `H = Cov[x] + r`, `T = V (Cov[z, x] + r)`.
 
     Args:
         ridge (`float`): `r` as a share of the mean of the diagonal of `H`.
+        dense_share (`float`): `a`.
     """
     hessian, cross = statistics.gram / statistics.count, statistics.cross / statistics.count
     if has_bias:
         mean, dense_mean = statistics.total / statistics.count, statistics.dense_total / statistics.count
         hessian, cross = hessian - mean.outer(mean), cross - dense_mean.outer(mean)
+    mixture = torch.lerp(hessian, cross, dense_share)
     # Never zero: inputs that are constant would leave nothing to solve.
     pull = ridge * hessian.diagonal().mean() + torch.finfo(hessian.dtype).eps
-    target = weight.double() @ cross + pull * weight.double()
+    target = weight.double() @ mixture + pull * weight.double()
     return Objective(hessian + pull * torch.eye(len(hessian)).to(hessian), target)
 
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .budget import Curve, error_curve, share_out
 from .least_squares import objective_of
-from .selection import prune_path
+from .selection import prune_to
 from .settings import Calibration, check_batches
 from .stages import Batch, Passes
 from .statistics import Statistics
@@ -79,10 +79,8 @@ def _prune_(passes: Passes, weights: Weights, nnzb: Mapping[str, int], block_sha
 def _prune_layer_(
     layer: Any, weight: torch.Tensor, statistics: Statistics, nnzb: int, block_shape: tuple[int, int], how: Calibration
 ) -> None:
-    objective = objective_of(statistics, weight, layer.bias is not None, how.ridge)
-    blocks = weight.numel() // prod(block_shape)
-    counts = [max(nnzb, round(blocks * (nnzb / blocks) ** (step / how.steps))) for step in range(1, how.steps + 1)]
-    *_, fitted = prune_path(objective, weight, counts, block_shape, how.selection)
+    objective = objective_of(statistics, weight, layer.bias is not None, how.ridge, how.dense_share)
+    fitted = prune_to(objective, weight, nnzb, block_shape, how.selection, how.steps)
     if layer.bias is not None:
         moved = weight.double() @ statistics.dense_total - fitted @ statistics.total
         layer.bias.copy_(layer.bias + moved / statistics.count)
@@ -102,7 +100,7 @@ def _error_curves(
                 statistics = read.pop(group[0])
                 for name in group:
                     has_bias = getattr(passes.model.get_submodule(name), "bias", None) is not None
-                    objective = objective_of(statistics, weights[name], has_bias, how.ridge)
+                    objective = objective_of(statistics, weights[name], has_bias, how.ridge, how.dense_share)
                     how_many = nnzb[name], block_shapes[name], how.selection
                     curves[name] = error_curve(objective, weights[name], *how_many)
                     bar.update()

@@ -21,13 +21,17 @@ class Calibration:
     Args:
         batches (`Iterable[Mapping[str, torch.Tensor]]`): inputs of the model, such as a tokenizer returns, with an
             `attention_mask` where there is padding: that is left out. 512 ordinary sentences are enough.
-        selection (`str`, defaults to `"surgeon"`): what a block is worth: `"surgeon"`, the error of the outputs that
-            its removal causes when the rest is fitted anew; `"activation"`, the sum of `w²` times the variance of the
-            inputs, which is cheap; or `"magnitude"`, the sum of `|w|`.
-        steps (`int`, defaults to 4): the number of blocks falls to its end in so many equal ratios, and what is left
-            is fitted after each.
+        selection (`str`, defaults to `"admm"`): how blocks are chosen: `"admm"`, those of a layer together; or by
+            what each is worth: `"surgeon"`, the error of the outputs that its removal causes when the rest is fitted
+            anew; `"activation"`, the sum of `w²` times the variance of the inputs, which is cheap; or `"magnitude"`,
+            the sum of `|w|`.
+        steps (`int`, defaults to 4): by what each is worth, the number of blocks falls to its end in so many equal
+            ratios, and what is left is fitted after each.
         ridge (`float`, defaults to 0.01): how strongly the fit holds on to the dense weights, as a share of the mean
             variance of the inputs.
+        dense_share (`float`, defaults to 0.25): outputs are fitted to those of the dense layer for a mixture of the
+            inputs of the dense model (this share of it) and of its own. At 0 the errors of the layers before go on as
+            they are; at 1 they are made up for, but what cannot be is taken for noise, and the outputs fade.
         budget (`str`, defaults to `"distribution"`): how many blocks each layer keeps: what the `distribution` says,
             or by `"error"` between half and twice as many, so that the sum over layers of the lost shares of variance
             is least; that takes another pass.
@@ -44,9 +48,10 @@ class Calibration:
     """
 
     batches: Iterable[Batch]
-    selection: str = "surgeon"
+    selection: str = "admm"
     steps: int = 4
     ridge: float = 0.01
+    dense_share: float = 0.25
     budget: str = "distribution"
     progress: bool = True
 
@@ -58,6 +63,8 @@ class Calibration:
             raise ValueError(f"`steps` must be at least 1. Got {self.steps}. 1 prunes in one go.")
         if not 0.0 <= self.ridge < math.inf:
             raise ValueError(f"`ridge` must be a number from 0 on. Got {self.ridge}. 0.01 is usual.")
+        if not 0.0 <= self.dense_share <= 1.0:
+            raise ValueError(f"`dense_share` must lie in [0, 1]. Got {self.dense_share}. 0.25 is usual.")
 
 
 def check_batches(batches: Sequence[Batch], width: int) -> None:
