@@ -13,26 +13,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from study.analysis import (
     Configuration,
+    Series,
     dense_family,
     label,
     learning_rate_rule,
+    less,
     order,
     pareto_front,
+    plainest,
     series,
     size_of,
     variations,
+    words,
 )
+from study.pair_picture import plot_pairs
 
 from hf_dynsparse.reports.inspection import inspect_checkpoint
 from hf_dynsparse.reports.pictures.layers import plot_layer_maps
 from hf_dynsparse.reports.pictures.style import COLOURS, DASHES, picture
+from hf_dynsparse.reports.pictures.time_axis import label_time
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-COSTS = {"flops": "training FLOPs", "seconds": "seconds of training"}
+COSTS = {"flops": "training FLOPs", "seconds": "time of training"}
 MARKERS = {"static": "s", "dynsparse": "o", "random": "o"}
 OTHER_MARKERS = "^vDP*Xd"
 EXPLORATION = {"coverage": "DOF coverage at the end", "newborn_share": "newborn share, mean over the run"}
@@ -47,6 +53,7 @@ SWEEPS = {
     "regrow_rule": "regrow rule",
     "method": "method",
 }
+PLATEAU_WORDS = "on the plateau of word frequencies"
 LOGARITHMIC = ("block_size", "num_topology_updates")
 
 
@@ -71,7 +78,8 @@ def draw_study(configurations: Sequence[Configuration], folder: str | PathLike[s
 def plot_pareto(configurations: Sequence[Configuration], path: str | PathLike[str]) -> bool:
     """
     Loss against training FLOPs and against seconds: the dense family as a line, others by method and block size. Where
-    a study varies more than sizes, sparsities, methods and blocks, the plainest has the marker and others a dot.
+    a study varies more than sizes, sparsities, methods and blocks, the plainest has the marker, and the others have
+    numbers that the legend explains.
     """
     if not dense_family(configurations) or len(configurations) < 2:
         return False
@@ -79,32 +87,33 @@ def plot_pareto(configurations: Sequence[Configuration], path: str | PathLike[st
     blocks = _colours(kind.block_size for kind in lines)
     markers = _markers(kind.method for kind in lines)
     usual = mode(kind.sparsity for kind in lines) if lines else 0.0
+    several = len({size_of(each.settings) for line in lines.values() for each in line}) > 1
     with picture(path, 1, 2, (10.4, 4.4), "", sharey=True) as (figure, panels):
-        for axes, (cost, words) in zip(panels, COSTS.items(), strict=True):
+        for axes, (cost, axis) in zip(panels, COSTS.items(), strict=True):
             front = pareto_front(dense_family(configurations, cost))
             axes.plot(*zip(*front, strict=True), color="#404040", label="dense family")
-            axes.plot(*_points([each for each in configurations if each.is_dense], cost), "k.", markersize=6)
+            for each in (each for each in configurations if each.is_dense):
+                axes.plot(*_points([each], cost), "k.", markersize=6)
+                _annotate(axes, each, cost, words(less(each.plan, "method").items()))
             for kind, line in lines.items():
                 colour = blocks[kind.block_size]
                 style = {"color": colour, "marker": markers[kind.method], "markersize": 5, "linewidth": 0.9}
                 style["markerfacecolor"] = "white" if kind.method == "static" else colour
-                name = f"{kind.method}, B = {kind.block_size}" if kind.sparsity == usual else None
+                name = f"{kind.method}, B = {kind.block_size}{_beyond(line)}" if kind.sparsity == usual else None
                 axes.errorbar(*_points(line, cost), _spreads(line), label=name, capsize=2, **style)
-                for each in line if kind.sparsity != usual else ():
-                    axes.annotate(
-                        f"{kind.sparsity:g}",
-                        (each.mean(cost), each.loss),
-                        (4, 3),
-                        fontsize=6,
-                        textcoords="offset points",
-                    )
-            for each in variants:
-                colour = blocks[each.settings["block_size"]]
-                axes.plot(*_points([each], cost), ".", color=colour, markersize=3, alpha=0.5)
+                for each in line:
+                    beside = [size_of(each.settings)] if several else []
+                    beside += [f"{kind.sparsity:g}"] if kind.sparsity != usual else []
+                    _annotate(axes, each, cost, " ".join(beside))
+            for each, number, name in _numbered(variants):
+                _plot_number(axes, _points([each], cost), number, name, blocks[each.settings["block_size"]])
+            _cross_out(axes, [(each, each.mean(cost)) for each in configurations])
             if _spans(each.mean(cost) for each in configurations):
                 axes.set_xscale("log")
                 axes.xaxis.set_minor_formatter("")
-            axes.set_xlabel(words)
+            if cost == "seconds":
+                label_time(axes)
+            axes.set_xlabel(axis)
         panels[0].set_ylabel("evaluation loss (nats)")
         heading = (
             f"sparsity {usual:g}; others: beside the marker" if len({kind.sparsity for kind in lines}) > 1 else ""
@@ -129,15 +138,20 @@ def plot_exploration(configurations: Sequence[Configuration], path: str | PathLi
     markers = _markers(each.settings["regrow_rule"] for each in chosen)
     with picture(path, 1, 2, (9.6, 3.9), f"{size}, sparsity {sparsity:g}", sharey=True) as (figure, panels):
         labels = set()
-        for axes, (result, words) in zip(panels, EXPLORATION.items(), strict=True):
-            for each in chosen:
+        plain, variants = plainest(chosen, "block_size", "regrow_rule")
+        for axes, (result, axis) in zip(panels, EXPLORATION.items(), strict=True):
+            for each, number, name in _numbered(variants):
+                colour = colours[each.settings["block_size"]]
+                _plot_number(axes, ([100 * each.mean(result)], [each.loss]), number, name, colour)
+            _cross_out(axes, [(each, 100 * each.mean(result)) for each in chosen])
+            for each in plain:
                 block, rule = each.settings["block_size"], each.settings["regrow_rule"]
                 name = f"B={block}, {rule}"
                 shown = "_" if name in labels else name
                 labels.add(name)
                 point = [100 * each.mean(result)], [each.loss]
                 axes.plot(*point, markers[rule], color=colours[block], markersize=5, label=shown)
-            axes.set_xlabel(f"{words} (%)")
+            axes.set_xlabel(f"{axis} (%)")
         panels[0].set_ylabel("evaluation loss (nats)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7.5)
     return True
@@ -163,8 +177,9 @@ def _sweep(axes: Axes, key: str, lines: Mapping[str, Sequence[Configuration]]) -
     for place, (name, line) in enumerate(lines.items()):
         values = [float(each.settings[key]) if numeric else str(each.settings[key]) for each in line]
         style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": "o", "capsize": 2}
-        style["linestyle"] = "-" if numeric else ":"
+        style["linestyle"] = DASHES[place // len(COLOURS) % len(DASHES)] if numeric else ":"
         axes.errorbar(values, [each.loss for each in line], _spreads(line), label=name, **style)
+        _cross_out(axes, zip(line, values, strict=True))
     if numeric and key in LOGARITHMIC:
         ticks = sorted({float(name) for name in names})
         axes.set_xscale("log")
@@ -241,10 +256,9 @@ def plot_untrained(configurations: Sequence[Configuration], path: str | PathLike
     blocks = {each.settings["block_size"] for each in lines["untrained"]}
     with picture(path, 1, 1, (5.6, 3.8), "") as (_, axes):
         for place, (name, line) in enumerate(lines.items()):
-            chosen = sorted(
-                (each for each in line if each.settings["block_size"] in blocks),
-                key=lambda each: each.settings["sparsity"],
-            )
+            matching = [each for each in line if each.settings["block_size"] in blocks]
+            plain, _ = plainest(matching, "size", "preset", "sparsity", "block_size")
+            chosen = sorted(plain, key=lambda each: each.settings["sparsity"])
             spreads = _spreads(chosen)
             points = [each.settings["sparsity"] for each in chosen], [each.loss for each in chosen]
             axes.errorbar(*points, spreads, label=name, color=COLOURS[place], marker="o", capsize=2)
@@ -256,6 +270,7 @@ def plot_untrained(configurations: Sequence[Configuration], path: str | PathLike
 
 PICTURES: dict[str, tuple[Callable[[Sequence[Configuration], Path], bool], str]] = {
     "pareto.png": (plot_pareto, "Loss against training FLOPs and seconds: dense family, static and dynamic sparse"),
+    "pairs.png": (plot_pairs, "What a dynamic topology changes, in pairs of a seed that differ in the method alone"),
     "sweeps.png": (plot_sweeps, "Loss against one setting, all others equal; bars: standard deviation over seeds"),
     "exploration.png": (plot_exploration, "Loss against DOF coverage and newborn share"),
     "patterns.png": (
@@ -282,6 +297,43 @@ def _grid(path: str | PathLike[str], count: int, height: float) -> Iterator[list
 def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[1]:  # a single line has no name
         axes.legend(frameon=False, fontsize=6.5)
+
+
+def _beyond(line: Iterable[Configuration]) -> str:
+    """What the plan gives the members of a line beside that which makes them one."""
+    plans = dict.fromkeys(words(less(each.plan, "size", "preset", *Series._fields).items()) for each in line)
+    return "".join(f", {given}" for given in plans if given)
+
+
+def _numbered(variants: Iterable[tuple[Configuration, str]]) -> Iterator[tuple[Configuration, int, str]]:
+    """Each variant, its number, and what the number means if it is the first to have it: else no name."""
+    numbers: dict[str, int] = {}
+    for each, apart in variants:
+        name = "_" if apart in numbers else apart
+        yield each, numbers.setdefault(apart, len(numbers) + 1), name
+
+
+def _plot_number(axes: Axes, point: tuple[list[float], list[float]], number: int, name: str, colour: str) -> None:
+    """A dot with a number, which beside the name is the marker in the legend."""
+    axes.plot(*point, ".", color=colour, markersize=5)
+    place = point[0][0], point[1][0]
+    axes.annotate(str(number), place, (-3, -2), ha="right", fontsize=6, textcoords="offset points", color=colour)
+    axes.plot([], [], marker=f"${number}$", linestyle="", color="#404040", markersize=5 + len(str(number)), label=name)
+
+
+def _cross_out(axes: Axes, points: Iterable[tuple[Configuration, Any]]) -> None:
+    """Mark those of which a run has hardly learnt more than the frequencies of pieces."""
+    for each, place in points:
+        if each.on_plateau:
+            known = any(line.get_label() == PLATEAU_WORDS for line in axes.get_lines())
+            name = "_" if known else PLATEAU_WORDS
+            axes.plot([place], [each.loss], "x", color="#404040", markersize=7, label=name, zorder=3)
+
+
+def _annotate(axes: Axes, each: Configuration, cost: str, text: str) -> None:
+    point = each.mean(cost), each.loss
+    beside = axes.annotate(text, point, (4, 3), fontsize=6, textcoords="offset points", color="#404040")
+    beside.set_in_layout(False)  # else panels shrink beside a long one
 
 
 def _points(line: Iterable[Configuration], cost: str) -> tuple[list[float], list[float]]:
