@@ -52,8 +52,8 @@ from hf_dynsparse.training.threads import default_threads, usable_cores
 SCRIPT = Path(mlm.__file__)
 ONCE = {"recipe": "paper", "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": "true"}
 TUNED = ("seed", "learning_rate")  # no matter for the time of a step
-# A run that is timed logs every step, evaluates little, and updates the topology this often.
-TIMED = ["--logging_steps=1", "--max_eval_samples=8", "--topology_update_every=5"]
+# A run that is timed logs every step, evaluates little, saves nothing, and updates the topology this often.
+TIMED = ["--logging_steps=1", "--max_eval_samples=8", "--save_strategy=no", "--topology_update_every=5"]
 WHEN = ("num_topology_updates", "topology_update_every", "topology_first_step", "topology_last_step", "max_steps")
 
 

@@ -7,10 +7,11 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-from study.analysis import Configuration, order
-from study.pairs import PairGroup, find_pairs
+from study.analysis import Configuration
+from study.marks import colours_of
+from study.pairs import find_pairs
 
-from hf_dynsparse.reports.pictures.style import COLOURS, picture
+from hf_dynsparse.reports.pictures.style import picture
 
 
 RESULTS = {"eval_loss": "loss: static - dynamic (nats)", "context_gain": "context gain: dynamic - static (nats)"}
@@ -25,14 +26,14 @@ def plot_pairs(configurations: Sequence[Configuration], path: str | PathLike[str
     groups = find_pairs(configurations)
     if not groups:
         return False
-    colours = _colours([str(group.dynamic.settings["block_size"]) for group in groups])
+    colours = colours_of(group.dynamic.settings["block_size"] for group in groups)
     with picture(path, 1, 2, (10.4, 1.3 + 0.32 * len(groups)), "", sharey=True) as (figure, panels):
-        for axes, (result, words) in zip(panels, RESULTS.items(), strict=True):
+        for axes, (result, axis) in zip(panels, RESULTS.items(), strict=True):
             shown = [0.0]
             axes.axvline(0.0, color="#404040", linewidth=1.2)
             for row, group in enumerate(groups):
                 found, differences = group.interval(result), group.differences(result)
-                colour = colours[str(group.dynamic.settings["block_size"])]
+                colour = colours[group.dynamic.settings["block_size"]]
                 axes.plot(differences, [row] * len(differences), "|", color=colour, markersize=9)
                 style: dict[str, Any] = {"color": colour, "markerfacecolor": colour if found.count > 1 else "white"}
                 style |= {"linewidth": 1.2, "markersize": 5}
@@ -44,17 +45,9 @@ def plot_pairs(configurations: Sequence[Configuration], path: str | PathLike[str
                 shown += [end for end in (*ends, *differences) if end is not None and np.isfinite(end)]
             margin = 0.06 * (max(shown) - min(shown)) or 1.0
             axes.set_xlim(min(shown) - margin, max(shown) + margin)
-            axes.set_xlabel(words)
-        panels[0].set_yticks(range(len(groups)), [_name(group) for group in groups], fontsize=7)
+            axes.set_xlabel(axis)
+        panels[0].set_yticks(range(len(groups)), [f"{each.common}, {each.differs}" for each in groups], fontsize=7)
         panels[0].set_ylim(len(groups) - 0.5, -0.5)  # the first on top
         crossed = "; crossed out: a run on the plateau" if any(group.on_plateau for group in groups) else ""
         figure.suptitle(HEADING + crossed, fontsize=8)
     return True
-
-
-def _name(group: PairGroup) -> str:
-    return f"{group.common}, {group.differs}"
-
-
-def _colours(blocks: Sequence[str]) -> dict[str, str]:
-    return {block: COLOURS[place % len(COLOURS)] for place, block in enumerate(sorted(set(blocks), key=order))}

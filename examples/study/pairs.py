@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from study.analysis import LEARNING_RATE, SEED, Configuration, key_of, less, number, words
+from study.analysis import LEARNING_RATE, SEED, Configuration, number
 from study.intervals import Interval, confidence_interval
 from study.runs import TOPOLOGY, StudyRun
+from study.words import key_of, less, words
 
 
 # What makes no difference while the topology stays as it is.
@@ -55,9 +56,8 @@ class PairGroup:
     def differences(self, result: str = "eval_loss") -> list[float]:
         """By how much each dynamic run is better: loss is the better the lower, context gain the higher."""
         sign = -1.0 if result == "eval_loss" else 1.0
-        return [
-            sign * (number(other.results.get(result)) - number(one.results.get(result))) for one, other in self.pairs
-        ]
+        found = [[number(run.results.get(result)) for run in pair] for pair in self.pairs]
+        return [sign * (dynamic - static) for static, dynamic in found]
 
     def interval(self, result: str = "eval_loss") -> Interval:
         """Their mean and 95 % interval; not a number if a run has not told."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from statistics import mode
@@ -13,20 +12,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from study.analysis import (
     Configuration,
-    Series,
     dense_family,
-    label,
     learning_rate_rule,
-    less,
-    order,
     pareto_front,
     plainest,
     series,
     size_of,
     variations,
-    words,
+)
+from study.marks import (
+    add_legend,
+    annotate,
+    colours_of,
+    cross_out,
+    given_beside,
+    grid_of,
+    is_number,
+    markers_of,
+    numbered,
+    plot_number,
+    points_of,
+    spans_much,
+    spreads_of,
 )
 from study.pair_picture import plot_pairs
+from study.words import label, less, words
 
 from hf_dynsparse.reports.inspection import inspect_checkpoint
 from hf_dynsparse.reports.pictures.layers import plot_layer_maps
@@ -39,8 +49,6 @@ if TYPE_CHECKING:
 
 
 COSTS = {"flops": "training FLOPs", "seconds": "time of training"}
-MARKERS = {"static": "s", "dynsparse": "o", "random": "o"}
-OTHER_MARKERS = "^vDP*Xd"
 EXPLORATION = {"coverage": "DOF coverage at the end", "newborn_share": "newborn share, mean over the run"}
 # Settings with a panel of their own, with the words on its axis.
 SWEEPS = {
@@ -53,7 +61,6 @@ SWEEPS = {
     "regrow_rule": "regrow rule",
     "method": "method",
 }
-PLATEAU_WORDS = "on the plateau of word frequencies"
 LOGARITHMIC = ("block_size", "num_topology_updates")
 
 
@@ -84,8 +91,8 @@ def plot_pareto(configurations: Sequence[Configuration], path: str | PathLike[st
     if not dense_family(configurations) or len(configurations) < 2:
         return False
     lines, variants = series(configurations)
-    blocks = _colours(kind.block_size for kind in lines)
-    markers = _markers(kind.method for kind in lines)
+    blocks = colours_of(kind.block_size for kind in lines)
+    markers = markers_of(kind.method for kind in lines)
     usual = mode(kind.sparsity for kind in lines) if lines else 0.0
     several = len({size_of(each.settings) for line in lines.values() for each in line}) > 1
     with picture(path, 1, 2, (10.4, 4.4), "", sharey=True) as (figure, panels):
@@ -93,22 +100,22 @@ def plot_pareto(configurations: Sequence[Configuration], path: str | PathLike[st
             front = pareto_front(dense_family(configurations, cost))
             axes.plot(*zip(*front, strict=True), color="#404040", label="dense family")
             for each in (each for each in configurations if each.is_dense):
-                axes.plot(*_points([each], cost), "k.", markersize=6)
-                _annotate(axes, each, cost, words(less(each.plan, "method").items()))
+                axes.plot(*points_of([each], cost), "k.", markersize=6)
+                annotate(axes, each, cost, words(less(each.plan, "method").items()))
             for kind, line in lines.items():
                 colour = blocks[kind.block_size]
                 style = {"color": colour, "marker": markers[kind.method], "markersize": 5, "linewidth": 0.9}
                 style["markerfacecolor"] = "white" if kind.method == "static" else colour
-                name = f"{kind.method}, B = {kind.block_size}{_beyond(line)}" if kind.sparsity == usual else None
-                axes.errorbar(*_points(line, cost), _spreads(line), label=name, capsize=2, **style)
+                name = f"{kind.method}, B = {kind.block_size}{given_beside(line)}" if kind.sparsity == usual else None
+                axes.errorbar(*points_of(line, cost), spreads_of(line), label=name, capsize=2, **style)
                 for each in line:
                     beside = [size_of(each.settings)] if several else []
                     beside += [f"{kind.sparsity:g}"] if kind.sparsity != usual else []
-                    _annotate(axes, each, cost, " ".join(beside))
-            for each, number, name in _numbered(variants):
-                _plot_number(axes, _points([each], cost), number, name, blocks[each.settings["block_size"]])
-            _cross_out(axes, [(each, each.mean(cost)) for each in configurations])
-            if _spans(each.mean(cost) for each in configurations):
+                    annotate(axes, each, cost, " ".join(beside))
+            for each, number, name in numbered(variants):
+                plot_number(axes, points_of([each], cost), number, name, blocks[each.settings["block_size"]])
+            cross_out(axes, [(each, each.mean(cost)) for each in configurations])
+            if spans_much(each.mean(cost) for each in configurations):
                 axes.set_xscale("log")
                 axes.xaxis.set_minor_formatter("")
             if cost == "seconds":
@@ -134,16 +141,16 @@ def plot_exploration(configurations: Sequence[Configuration], path: str | PathLi
     (size, sparsity), chosen = max(groups.items(), key=lambda group: len(group[1]))
     if len(chosen) < 2:
         return False
-    colours = _colours(each.settings["block_size"] for each in chosen)
-    markers = _markers(each.settings["regrow_rule"] for each in chosen)
+    colours = colours_of(each.settings["block_size"] for each in chosen)
+    markers = markers_of(each.settings["regrow_rule"] for each in chosen)
     with picture(path, 1, 2, (9.6, 3.9), f"{size}, sparsity {sparsity:g}", sharey=True) as (figure, panels):
         labels = set()
         plain, variants = plainest(chosen, "block_size", "regrow_rule")
         for axes, (result, axis) in zip(panels, EXPLORATION.items(), strict=True):
-            for each, number, name in _numbered(variants):
+            for each, number, name in numbered(variants):
                 colour = colours[each.settings["block_size"]]
-                _plot_number(axes, ([100 * each.mean(result)], [each.loss]), number, name, colour)
-            _cross_out(axes, [(each, 100 * each.mean(result)) for each in chosen])
+                plot_number(axes, ([100 * each.mean(result)], [each.loss]), number, name, colour)
+            cross_out(axes, [(each, 100 * each.mean(result)) for each in chosen])
             for each in plain:
                 block, rule = each.settings["block_size"], each.settings["regrow_rule"]
                 name = f"B={block}, {rule}"
@@ -165,7 +172,7 @@ def plot_sweeps(configurations: Sequence[Configuration], path: str | PathLike[st
     panels = {key: lines for key, lines in panels.items() if lines}
     if not panels:
         return False
-    with _grid(path, len(panels), height=3.4) as grid:
+    with grid_of(path, len(panels), height=3.4) as grid:
         for axes, (key, lines) in zip(grid, panels.items(), strict=True):
             _sweep(axes, key, lines)
     return True
@@ -173,13 +180,13 @@ def plot_sweeps(configurations: Sequence[Configuration], path: str | PathLike[st
 
 def _sweep(axes: Axes, key: str, lines: Mapping[str, Sequence[Configuration]]) -> None:
     names = [each.settings[key] for line in lines.values() for each in line]
-    numeric = all(_is_number(name) for name in names)
+    numeric = all(is_number(name) for name in names)
     for place, (name, line) in enumerate(lines.items()):
         values = [float(each.settings[key]) if numeric else str(each.settings[key]) for each in line]
         style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": "o", "capsize": 2}
         style["linestyle"] = DASHES[place // len(COLOURS) % len(DASHES)] if numeric else ":"
-        axes.errorbar(values, [each.loss for each in line], _spreads(line), label=name, **style)
-        _cross_out(axes, zip(line, values, strict=True))
+        axes.errorbar(values, [each.loss for each in line], spreads_of(line), label=name, **style)
+        cross_out(axes, zip(line, values, strict=True))
     if numeric and key in LOGARITHMIC:
         ticks = sorted({float(name) for name in names})
         axes.set_xscale("log")
@@ -187,7 +194,7 @@ def _sweep(axes: Axes, key: str, lines: Mapping[str, Sequence[Configuration]]) -
         axes.minorticks_off()
     axes.set_xlabel(SWEEPS[key])
     axes.set_ylabel("loss (nats)")
-    _legend(axes)
+    add_legend(axes)
 
 
 def plot_learning_rates(configurations: Sequence[Configuration], path: str | PathLike[str]) -> bool:
@@ -198,7 +205,7 @@ def plot_learning_rates(configurations: Sequence[Configuration], path: str | Pat
             panels.setdefault(size_of(each.settings), []).append(each)
     if not panels:
         return False
-    with _grid(path, len(panels), height=3.6) as grid:
+    with grid_of(path, len(panels), height=3.6) as grid:
         for axes, (size, swept) in zip(grid, panels.items(), strict=True):
             for place, (each, name) in enumerate(zip(swept, label(swept, ("size", "preset")), strict=True)):
                 style: dict[str, Any] = {
@@ -216,7 +223,7 @@ def plot_learning_rates(configurations: Sequence[Configuration], path: str | Pat
             axes.minorticks_off()
             axes.set_xlabel("peak learning rate (dotted: by the rule)")
             axes.set_ylabel("evaluation loss (nats)")
-            _legend(axes)
+            add_legend(axes)
     return True
 
 
@@ -259,7 +266,7 @@ def plot_untrained(configurations: Sequence[Configuration], path: str | PathLike
             matching = [each for each in line if each.settings["block_size"] in blocks]
             plain, _ = plainest(matching, "size", "preset", "sparsity", "block_size")
             chosen = sorted(plain, key=lambda each: each.settings["sparsity"])
-            spreads = _spreads(chosen)
+            spreads = spreads_of(chosen)
             points = [each.settings["sparsity"] for each in chosen], [each.loss for each in chosen]
             axes.errorbar(*points, spreads, label=name, color=COLOURS[place], marker="o", capsize=2)
         axes.set_xlabel("share of weights that do not train")
@@ -269,7 +276,7 @@ def plot_untrained(configurations: Sequence[Configuration], path: str | PathLike
 
 
 PICTURES: dict[str, tuple[Callable[[Sequence[Configuration], Path], bool], str]] = {
-    "pareto.png": (plot_pareto, "Loss against training FLOPs and seconds: dense family, static and dynamic sparse"),
+    "pareto.png": (plot_pareto, "Loss against training FLOPs and time; bars: standard deviation over seeds"),
     "pairs.png": (plot_pairs, "What a dynamic topology changes, in pairs of a seed that differ in the method alone"),
     "sweeps.png": (plot_sweeps, "Loss against one setting, all others equal; bars: standard deviation over seeds"),
     "exploration.png": (plot_exploration, "Loss against DOF coverage and newborn share"),
@@ -280,88 +287,3 @@ PICTURES: dict[str, tuple[Callable[[Sequence[Configuration], Path], bool], str]]
     "learning_rate.png": (plot_learning_rates, "Learning rates, and where the rule puts the best one"),
     "untrained.png": (plot_untrained, "Weights that do not train: zero, or constant at their initial values"),
 }
-
-
-@contextmanager
-def _grid(path: str | PathLike[str], count: int, height: float) -> Iterator[list[Axes]]:
-    """A picture of `count` panels, three in a row, each `height` inches high."""
-    columns = min(3, count)
-    rows = -(-count // columns)
-    with picture(path, rows, columns, (4.6 * columns, height * rows), "", squeeze=False) as (_, grid):
-        panels = list(grid.flat)
-        for axes in panels[count:]:
-            axes.set_axis_off()
-        yield panels[:count]
-
-
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[1]:  # a single line has no name
-        axes.legend(frameon=False, fontsize=6.5)
-
-
-def _beyond(line: Iterable[Configuration]) -> str:
-    """What the plan gives the members of a line beside that which makes them one."""
-    plans = dict.fromkeys(words(less(each.plan, "size", "preset", *Series._fields).items()) for each in line)
-    return "".join(f", {given}" for given in plans if given)
-
-
-def _numbered(variants: Iterable[tuple[Configuration, str]]) -> Iterator[tuple[Configuration, int, str]]:
-    """Each variant, its number, and what the number means if it is the first to have it: else no name."""
-    numbers: dict[str, int] = {}
-    for each, apart in variants:
-        name = "_" if apart in numbers else apart
-        yield each, numbers.setdefault(apart, len(numbers) + 1), name
-
-
-def _plot_number(axes: Axes, point: tuple[list[float], list[float]], number: int, name: str, colour: str) -> None:
-    """A dot with a number, which beside the name is the marker in the legend."""
-    axes.plot(*point, ".", color=colour, markersize=5)
-    place = point[0][0], point[1][0]
-    axes.annotate(str(number), place, (-3, -2), ha="right", fontsize=6, textcoords="offset points", color=colour)
-    axes.plot([], [], marker=f"${number}$", linestyle="", color="#404040", markersize=5 + len(str(number)), label=name)
-
-
-def _cross_out(axes: Axes, points: Iterable[tuple[Configuration, Any]]) -> None:
-    """Mark those of which a run has hardly learnt more than the frequencies of pieces."""
-    for each, place in points:
-        if each.on_plateau:
-            known = any(line.get_label() == PLATEAU_WORDS for line in axes.get_lines())
-            name = "_" if known else PLATEAU_WORDS
-            axes.plot([place], [each.loss], "x", color="#404040", markersize=7, label=name, zorder=3)
-
-
-def _annotate(axes: Axes, each: Configuration, cost: str, text: str) -> None:
-    point = each.mean(cost), each.loss
-    beside = axes.annotate(text, point, (4, 3), fontsize=6, textcoords="offset points", color="#404040")
-    beside.set_in_layout(False)  # else panels shrink beside a long one
-
-
-def _points(line: Iterable[Configuration], cost: str) -> tuple[list[float], list[float]]:
-    points = [(each.mean(cost), each.loss) for each in line]
-    return [cost for cost, _ in points], [loss for _, loss in points]
-
-
-def _spreads(line: Iterable[Configuration]) -> list[float]:
-    return [each.spread or 0.0 for each in line]
-
-
-def _colours(names: Iterable[Any]) -> dict[Any, str]:
-    return {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(sorted(set(names), key=order))}
-
-
-def _markers(names: Iterable[Any]) -> dict[Any, str]:
-    others = (name for name in dict.fromkeys(names) if name not in MARKERS)
-    return MARKERS | {name: OTHER_MARKERS[place % len(OTHER_MARKERS)] for place, name in enumerate(others)}
-
-
-def _spans(costs: Iterable[float]) -> bool:
-    found = list(costs)
-    return min(found) > 0 and max(found) > 3 * min(found)
-
-
-def _is_number(text: Any) -> bool:
-    try:
-        float(text)
-    except (TypeError, ValueError):
-        return False
-    return not isinstance(text, bool)

@@ -8,18 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from study.analysis import (
-    Configuration,
-    cost_ratio_interval,
-    dense_family,
-    loss_at_cost,
-    order,
-    series,
-    size_of,
-    title,
-)
+from study.analysis import Configuration, cost_ratio_interval, dense_family, loss_at_cost, series, size_of
 from study.intervals import Interval
 from study.pairs import find_pairs
+from study.words import order, title
 
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.reports.tables import markdown_table

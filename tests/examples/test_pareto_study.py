@@ -20,8 +20,6 @@ from study.analysis import (
     cost_ratio,
     cost_ratio_interval,
     dense_family,
-    difference,
-    label,
     learning_rate_rule,
     loss_at_cost,
     pareto_front,
@@ -35,6 +33,7 @@ from study.plan import Run
 from study.report import format_table, pair_rows, ratios, results, table_rows, write_report
 from study.runs import StudyRun, mean_newborn_share, read_run, read_step_seconds
 from study.untrained import add_untrained_rest_
+from study.words import difference, label
 from toy import toy_model
 
 from hf_dynsparse import sparse_layers
