@@ -24,11 +24,13 @@ def plot_pairs(configurations: Sequence[Configuration], path: str | PathLike[str
     configuration; those with a run on the plateau are crossed out.
     """
     groups = find_pairs(configurations)
-    if not groups:
+    told = [result for result in RESULTS if any(np.isfinite(each.interval(result).mean) for each in groups)]
+    if not told:
         return False
     colours = colours_of(group.dynamic.settings["block_size"] for group in groups)
-    with picture(path, 1, 2, (10.4, 1.3 + 0.32 * len(groups)), "", sharey=True) as (figure, panels):
-        for axes, (result, axis) in zip(panels, RESULTS.items(), strict=True):
+    size = 2.4 + 4.0 * len(told), 1.3 + 0.32 * len(groups)
+    with picture(path, 1, len(told), size, "", sharey=True, squeeze=False) as (figure, (panels,)):
+        for axes, result in zip(panels, told, strict=True):
             shown = [0.0]
             axes.axvline(0.0, color="#404040", linewidth=1.2)
             for row, group in enumerate(groups):
@@ -45,7 +47,7 @@ def plot_pairs(configurations: Sequence[Configuration], path: str | PathLike[str
                 shown += [end for end in (*ends, *differences) if end is not None and np.isfinite(end)]
             margin = 0.06 * (max(shown) - min(shown)) or 1.0
             axes.set_xlim(min(shown) - margin, max(shown) + margin)
-            axes.set_xlabel(axis)
+            axes.set_xlabel(RESULTS[result])
         panels[0].set_yticks(range(len(groups)), [f"{each.common}, {each.differs}" for each in groups], fontsize=7)
         panels[0].set_ylim(len(groups) - 0.5, -0.5)  # the first on top
         crossed = "; crossed out: a run on the plateau" if any(group.on_plateau for group in groups) else ""
