@@ -15,7 +15,7 @@ from hf_dynsparse.reports.pictures.style import picture
 
 
 RESULTS = {"eval_loss": "loss: static - dynamic (nats)", "context_gain": "context gain: dynamic - static (nats)"}
-HEADING = "right of 0: dynamic is better. Bars: 95 % interval over seeds; strokes: each seed; hollow: a single one"
+HEADING = "right of 0: dynamic is better\nbars: 95 % interval over seeds; strokes: each seed; hollow: a single one"
 
 
 def plot_pairs(configurations: Sequence[Configuration], path: str | PathLike[str]) -> bool:
@@ -50,6 +50,6 @@ def plot_pairs(configurations: Sequence[Configuration], path: str | PathLike[str
             axes.set_xlabel(RESULTS[result])
         panels[0].set_yticks(range(len(groups)), [f"{each.common}, {each.differs}" for each in groups], fontsize=7)
         panels[0].set_ylim(len(groups) - 0.5, -0.5)  # the first on top
-        crossed = "; crossed out: a run on the plateau" if any(group.on_plateau for group in groups) else ""
+        crossed = "\ncrossed out: a run on the plateau" if any(group.on_plateau for group in groups) else ""
         figure.suptitle(HEADING + crossed, fontsize=8)
     return True
