@@ -20,7 +20,8 @@ The keys of a sweep are flags of run_mlm_dynsparse.py too, or `size`; `method: d
 trains the vocabulary of all. Flags that this script does not know go to every run. Finished runs are skipped, so an
 interrupted study goes on where it stopped, and a longer plan adds to a shorter one.
 
-Writes a folder a run and its log, results.parquet, table.md, pictures, and report.html, which holds all of it.
+Writes a folder a run and its log, results.parquet (a row a run), results.json (differences of pairs and ratios, with
+intervals), table.md, pictures, and report.html, which holds all of it.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from study.analysis import best_configurations
 from study.jobs import Job, StudyParser, naming, run_jobs
 from study.pictures import draw_study
 from study.plan import Run, plan_runs, read_plan
-from study.report import format_table, write_report
+from study.report import format_table, results, write_report
 from study.runs import read_run, read_step_seconds
 
 from hf_dynsparse.files import write_atomically
@@ -51,8 +52,8 @@ from hf_dynsparse.training.threads import default_threads, usable_cores
 SCRIPT = Path(mlm.__file__)
 ONCE = {"recipe": "paper", "eval_strategy": "no", "save_strategy": "no", "disable_tqdm": "true"}
 TUNED = ("seed", "learning_rate")  # no matter for the time of a step
-# A run that is timed logs every step, evaluates little, and updates the topology this often.
-TIMED = ["--logging_steps=1", "--max_eval_samples=8", "--topology_update_every=5"]
+# A run that is timed logs every step, evaluates little, saves nothing, and updates the topology this often.
+TIMED = ["--logging_steps=1", "--max_eval_samples=8", "--save_strategy=no", "--topology_update_every=5"]
 WHEN = ("num_topology_updates", "topology_update_every", "topology_first_step", "topology_last_step", "max_steps")
 
 
@@ -209,7 +210,7 @@ def execute_all(words: str, waves: list[list[Task]], jobs: int, output: Path, pi
 
 
 def report(runs: Sequence[Run], output: Path, plan: str, tasks: Sequence[Task]) -> None:
-    """Collect what is finished: results.parquet, pictures, table.md, report.html."""
+    """Collect what is finished: results.parquet, results.json, pictures, table.md, report.html."""
     found = []
     for run in runs:
         if is_finished(output / run.name):
@@ -227,6 +228,7 @@ def report(runs: Sequence[Run], output: Path, plan: str, tasks: Sequence[Task]) 
     pictures = draw_study(configurations, output)
     commands = [shlex.join(command(task, output)) for task in tasks]
     write_report(configurations, output / "report.html", pictures, plan=plan, commands=commands)
+    write_atomically(output / "results.json", results(configurations) + "\n")
     text = format_table(configurations)
     write_atomically(output / "table.md", text + "\n")
     print(text)

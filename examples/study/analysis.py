@@ -3,18 +3,20 @@ What many pre-training runs say together: the best of each configuration, the Pa
 equal loss would have cost (arXiv:2108.06277). Pure functions of finished runs.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
+from study.intervals import Interval, confidence_interval
 from study.runs import TOPOLOGY, StudyRun
+from study.words import difference, key_of, label, less, order
 
 from hf_dynsparse.optim.groups import sparse_learning_rate
+from hf_dynsparse.reports.facts import PLATEAU
 
 
 # What is not part of a configuration: it is averaged over, or tuned.
@@ -42,7 +44,7 @@ class Configuration:
     @property
     def plan(self) -> dict[str, Any]:
         """What the plan gives it, without seed and learning rate."""
-        return _less(self.runs[0].plan, SEED, LEARNING_RATE)
+        return less(self.runs[0].plan, SEED, LEARNING_RATE)
 
     @property
     def is_dense(self) -> bool:
@@ -67,16 +69,22 @@ class Configuration:
     @property
     def spread(self) -> float | None:
         """Standard deviation over the seeds; `None` of a single one."""
-        return stdev(run.results["eval_loss"] for run in self.runs) if len(self.runs) > 1 else None
+        losses = [number(run.results["eval_loss"]) for run in self.runs]
+        return float(np.std(losses, ddof=1)) if len(losses) > 1 else None
+
+    @property
+    def on_plateau(self) -> int:
+        """How many of the runs have hardly learnt more than the frequencies of pieces, as far as they have told."""
+        return sum(number(run.results.get("context_gain")) < PLATEAU for run in self.runs)
 
     def mean(self, result: str) -> float:
         """Mean of a result over the seeds; not a number if a run lacks it."""
-        return fmean(_number(run.results.get(result)) for run in self.runs)
+        return fmean(number(run.results.get(result)) for run in self.runs)
 
 
 def configuration_settings(run: StudyRun) -> dict[str, Any]:
     """Settings less seed and learning rate."""
-    return _less(run.settings, SEED, LEARNING_RATE)
+    return less(run.settings, SEED, LEARNING_RATE)
 
 
 def best_configurations(runs: Iterable[StudyRun]) -> list[Configuration]:
@@ -86,12 +94,12 @@ def best_configurations(runs: Iterable[StudyRun]) -> list[Configuration]:
     """
     groups: dict[str, dict[float, dict[Any, StudyRun]]] = {}
     for run in runs:
-        rates = groups.setdefault(_key(configuration_settings(run)), {})
+        rates = groups.setdefault(key_of(configuration_settings(run)), {})
         rates.setdefault(float(run.settings[LEARNING_RATE]), {}).setdefault(run.settings[SEED], run)
     found = []
     for rates in groups.values():
         losses = {
-            rate: fmean(_number(run.results["eval_loss"]) for run in seeds.values()) for rate, seeds in rates.items()
+            rate: fmean(number(run.results["eval_loss"]) for run in seeds.values()) for rate, seeds in rates.items()
         }
         best = min(losses, key=lambda rate: (math.inf if math.isnan(losses[rate]) else losses[rate], rate))
         found.append(Configuration(tuple(rates[best].values()), dict(sorted(losses.items()))))
@@ -141,6 +149,24 @@ def dense_family(configurations: Iterable[Configuration], cost: str = "flops") -
     return [(each.mean(cost), each.loss) for each in configurations if each.is_dense]
 
 
+def dense_families(
+    seeds: Iterable[Any], configurations: Iterable[Configuration], cost: str
+) -> list[list[tuple[float, float]]]:
+    """The same of each seed; of the means over seeds for all of them, if a member lacks one."""
+    members = [each for each in configurations if each.is_dense]
+    families = [
+        [
+            (number(run.results.get(cost)), number(run.results["eval_loss"]))
+            for each in members
+            for run in each.runs
+            if run.settings[SEED] == seed
+        ]
+        for seed in seeds
+    ]
+    complete = all(len(family) == len(members) for family in families)
+    return families if complete else [dense_family(members, cost) for _ in families]
+
+
 def cost_ratio(
     configuration: Configuration, family: Iterable[tuple[float, float]], cost: str = "flops"
 ) -> float | None:
@@ -150,6 +176,25 @@ def cost_ratio(
     """
     dense = cost_at_loss(family, configuration.loss)
     return None if dense is None else configuration.mean(cost) / dense
+
+
+def cost_ratio_interval(
+    configuration: Configuration, configurations: Sequence[Configuration], cost: str = "flops"
+) -> Interval | None:
+    """
+    [`cost_ratio`] with its interval over the seeds, both of the logarithm: see [`dense_families`]. Without interval
+    where there is a single seed, or one is outside of its family; `None` if the mean is.
+    """
+    ratios = []
+    families = dense_families((run.settings[SEED] for run in configuration.runs), configurations, cost)
+    for run, family in zip(configuration.runs, families, strict=True):
+        dense = cost_at_loss(family, number(run.results["eval_loss"]))
+        ratios += [] if dense is None else [math.log(number(run.results.get(cost)) / dense)]
+    if 1 < len(ratios) == len(configuration.runs):
+        found = confidence_interval(ratios)
+        return Interval(*(math.exp(found.mean + end) for end in (0.0, -found.half, found.half)), found.count)
+    mean = cost_ratio(configuration, dense_family(configurations, cost), cost)
+    return None if mean is None else Interval(mean, None, None, len(configuration.runs))
 
 
 def variations(configurations: Iterable[Configuration], key: str) -> dict[str, list[Configuration]]:
@@ -163,14 +208,12 @@ def variations(configurations: Iterable[Configuration], key: str) -> dict[str, l
     groups: dict[str, list[Configuration]] = {}
     for each in configurations:
         if not each.is_dense and not each.is_probe and each.settings.get(key) is not None:
-            groups.setdefault(_key(_less(each.settings, *ignored)), []).append(each)
+            groups.setdefault(key_of(less(each.settings, *ignored)), []).append(each)
     kept = []
     for group in groups.values():
-        plainest: dict[Any, Configuration] = {}
-        for each in sorted(group, key=lambda each: (len(each.plan), each.loss)):
-            plainest.setdefault(each.settings[key], each)
-        if len(plainest) > 1:
-            kept.append([plainest[value] for value in sorted(plainest, key=order)])
+        line, _ = plainest(group, key)
+        if len(line) > 1:
+            kept.append(sorted(line, key=lambda each: order(each.settings[key])))
     labels = label([group[0] for group in kept], ignored)
     return dict(zip(labels, kept, strict=True))
 
@@ -178,6 +221,22 @@ def variations(configurations: Iterable[Configuration], key: str) -> dict[str, l
 def size_of(settings: Mapping[str, Any]) -> str:
     """Name of the size of the model."""
     return str(settings.get("size", settings.get("preset", "mini")))
+
+
+def plainest(
+    configurations: Iterable[Configuration], *keys: str
+) -> tuple[list[Configuration], list[tuple[Configuration, str]]]:
+    """
+    One configuration for each combination of the settings `keys`: that with the fewest settings in the plan, of as
+    many the lowest loss. And the others, its variants, with what sets each apart from it in words.
+    """
+    shown: dict[str, Configuration] = {}
+    variants = []
+    for each in sorted(configurations, key=lambda each: (len(each.plan), each.loss)):
+        plain = shown.setdefault(key_of([each.settings.get(key) for key in keys]), each)
+        if plain is not each:
+            variants.append((each, difference(each.settings, plain.settings)))
+    return list(shown.values()), variants
 
 
 class Series(NamedTuple):
@@ -188,21 +247,17 @@ class Series(NamedTuple):
     sparsity: float
 
 
-def series(configurations: Iterable[Configuration]) -> tuple[dict[Series, list[Configuration]], list[Configuration]]:
+def series(
+    configurations: Iterable[Configuration],
+) -> tuple[dict[Series, list[Configuration]], list[tuple[Configuration, str]]]:
     """
-    Sparse configurations by method, block size and sparsity, each line by rising FLOPs; and the variants: those that
-    another of the same size stands for, which has fewer settings in the plan, or as many and a lower loss.
+    Sparse configurations by method, block size and sparsity, each line by rising FLOPs; and the variants of those,
+    with what sets them apart: see [`plainest`].
     """
-    plainest: dict[str, Configuration] = {}
-    variants = []
-    ordered = sorted(configurations, key=lambda each: (len(each.plan), each.loss))
-    for each in (each for each in ordered if not each.is_dense and not each.is_probe):
-        shown = plainest.setdefault(
-            _key([each.settings.get(key) for key in ("size", "preset", *Series._fields)]), each
-        )
-        variants += [each] if shown is not each else []
+    sparse = (each for each in configurations if not each.is_dense and not each.is_probe)
+    shown, variants = plainest(sparse, "size", "preset", *Series._fields)
     lines: dict[Series, list[Configuration]] = {}
-    for each in sorted(plainest.values(), key=lambda each: each.mean("flops")):
+    for each in sorted(shown, key=lambda each: each.mean("flops")):
         lines.setdefault(Series(*(each.settings[key] for key in Series._fields)), []).append(each)
     return dict(sorted(lines.items(), key=lambda item: [order(part) for part in item[0]])), variants
 
@@ -217,60 +272,5 @@ def learning_rate_rule(each: Configuration, configurations: Iterable[Configurati
     return None
 
 
-def label(configurations: Sequence[Configuration], ignored: Iterable[str] = ()) -> list[str]:
-    """A short name of each: the settings in which they differ."""
-    left = [_less(each.settings, *ignored) for each in configurations]
-    keys = dict.fromkeys(("size", "preset", "method", *(key for settings in left for key in settings)))
-    shown = []
-    for key in keys:
-        values = {_key(settings.get(key)) for settings in left}
-        if len(values - {"null"} if key in TOPOLOGY else values) > 1:  # a static run has no topology settings
-            shown.append(key)
-    return [_words((key, settings.get(key)) for key in shown) for settings in left]
-
-
-SHORT = {"sparsity": "s", "block_size": "B", "num_topology_updates": "n", "pruning_ratio": "pr"}
-
-
-def describe(key: str, value: Any) -> str:
-    """One setting in a label: the values of some speak for themselves, others are named."""
-    if value is None or value is False or (key == "sparsity" and not value):
-        return ""
-    if key in ("size", "preset", "method", "regrow_rule", "prune_score", "pruning_schedule"):
-        return str(value)
-    if value is True:
-        return key
-    number = f"{value:g}" if isinstance(value, float) else value
-    return f"{SHORT.get(key, key)}={number}"
-
-
-def title(configuration: Configuration) -> str:
-    """Its name in tables: what the plan gives it."""
-    return _words(configuration.plan.items())
-
-
-def _words(settings: Iterable[tuple[str, Any]]) -> str:
-    return " ".join(filter(None, (describe(key, value) for key, value in settings)))
-
-
-def _less(settings: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in keys}
-
-
-def _key(settings: Any) -> str:
-    """The same for equal settings, whatever their order; what is not set, or off, is as if it were not there."""
-    if isinstance(settings, dict):
-        settings = {key: value for key, value in settings.items() if value is not None and value is not False}
-    return json.dumps(settings, sort_keys=True)
-
-
-def order(value: Any) -> tuple[bool, Any]:
-    """Numbers by size, also those in strings, then words."""
-    try:
-        return False, float(value)
-    except ValueError:
-        return True, str(value)
-
-
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     return math.nan if value is None else float(value)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from statistics import mode
@@ -14,27 +13,42 @@ import numpy as np
 from study.analysis import (
     Configuration,
     dense_family,
-    label,
     learning_rate_rule,
-    order,
     pareto_front,
+    plainest,
     series,
     size_of,
     variations,
 )
+from study.marks import (
+    add_legend,
+    annotate,
+    colours_of,
+    cross_out,
+    given_beside,
+    grid_of,
+    is_number,
+    markers_of,
+    numbered,
+    plot_number,
+    points_of,
+    spans_much,
+    spreads_of,
+)
+from study.pair_picture import plot_pairs
+from study.words import label, less, words
 
 from hf_dynsparse.reports.inspection import inspect_checkpoint
 from hf_dynsparse.reports.pictures.layers import plot_layer_maps
 from hf_dynsparse.reports.pictures.style import COLOURS, DASHES, picture
+from hf_dynsparse.reports.pictures.time_axis import label_time
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-COSTS = {"flops": "training FLOPs", "seconds": "seconds of training"}
-MARKERS = {"static": "s", "dynsparse": "o", "random": "o"}
-OTHER_MARKERS = "^vDP*Xd"
+COSTS = {"flops": "training FLOPs", "seconds": "time of training"}
 EXPLORATION = {"coverage": "DOF coverage at the end", "newborn_share": "newborn share, mean over the run"}
 # Settings with a panel of their own, with the words on its axis.
 SWEEPS = {
@@ -71,40 +85,42 @@ def draw_study(configurations: Sequence[Configuration], folder: str | PathLike[s
 def plot_pareto(configurations: Sequence[Configuration], path: str | PathLike[str]) -> bool:
     """
     Loss against training FLOPs and against seconds: the dense family as a line, others by method and block size. Where
-    a study varies more than sizes, sparsities, methods and blocks, the plainest has the marker and others a dot.
+    a study varies more than sizes, sparsities, methods and blocks, the plainest has the marker, and the others have
+    numbers that the legend explains.
     """
     if not dense_family(configurations) or len(configurations) < 2:
         return False
     lines, variants = series(configurations)
-    blocks = _colours(kind.block_size for kind in lines)
-    markers = _markers(kind.method for kind in lines)
+    blocks = colours_of(kind.block_size for kind in lines)
+    markers = markers_of(kind.method for kind in lines)
     usual = mode(kind.sparsity for kind in lines) if lines else 0.0
+    several = len({size_of(each.settings) for line in lines.values() for each in line}) > 1
     with picture(path, 1, 2, (10.4, 4.4), "", sharey=True) as (figure, panels):
-        for axes, (cost, words) in zip(panels, COSTS.items(), strict=True):
+        for axes, (cost, axis) in zip(panels, COSTS.items(), strict=True):
             front = pareto_front(dense_family(configurations, cost))
             axes.plot(*zip(*front, strict=True), color="#404040", label="dense family")
-            axes.plot(*_points([each for each in configurations if each.is_dense], cost), "k.", markersize=6)
+            for each in (each for each in configurations if each.is_dense):
+                axes.plot(*points_of([each], cost), "k.", markersize=6)
+                annotate(axes, each, cost, words(less(each.plan, "method").items()))
             for kind, line in lines.items():
                 colour = blocks[kind.block_size]
                 style = {"color": colour, "marker": markers[kind.method], "markersize": 5, "linewidth": 0.9}
                 style["markerfacecolor"] = "white" if kind.method == "static" else colour
-                name = f"{kind.method}, B = {kind.block_size}" if kind.sparsity == usual else None
-                axes.errorbar(*_points(line, cost), _spreads(line), label=name, capsize=2, **style)
-                for each in line if kind.sparsity != usual else ():
-                    axes.annotate(
-                        f"{kind.sparsity:g}",
-                        (each.mean(cost), each.loss),
-                        (4, 3),
-                        fontsize=6,
-                        textcoords="offset points",
-                    )
-            for each in variants:
-                colour = blocks[each.settings["block_size"]]
-                axes.plot(*_points([each], cost), ".", color=colour, markersize=3, alpha=0.5)
-            if _spans(each.mean(cost) for each in configurations):
+                name = f"{kind.method}, B = {kind.block_size}{given_beside(line)}" if kind.sparsity == usual else None
+                axes.errorbar(*points_of(line, cost), spreads_of(line), label=name, capsize=2, **style)
+                for each in line:
+                    beside = [size_of(each.settings)] if several else []
+                    beside += [f"{kind.sparsity:g}"] if kind.sparsity != usual else []
+                    annotate(axes, each, cost, " ".join(beside))
+            for each, number, name in numbered(variants):
+                plot_number(axes, points_of([each], cost), number, name, blocks[each.settings["block_size"]])
+            cross_out(axes, [(each, each.mean(cost)) for each in configurations])
+            if spans_much(each.mean(cost) for each in configurations):
                 axes.set_xscale("log")
                 axes.xaxis.set_minor_formatter("")
-            axes.set_xlabel(words)
+            if cost == "seconds":
+                label_time(axes)
+            axes.set_xlabel(axis)
         panels[0].set_ylabel("evaluation loss (nats)")
         heading = (
             f"sparsity {usual:g}; others: beside the marker" if len({kind.sparsity for kind in lines}) > 1 else ""
@@ -125,19 +141,24 @@ def plot_exploration(configurations: Sequence[Configuration], path: str | PathLi
     (size, sparsity), chosen = max(groups.items(), key=lambda group: len(group[1]))
     if len(chosen) < 2:
         return False
-    colours = _colours(each.settings["block_size"] for each in chosen)
-    markers = _markers(each.settings["regrow_rule"] for each in chosen)
+    colours = colours_of(each.settings["block_size"] for each in chosen)
+    markers = markers_of(each.settings["regrow_rule"] for each in chosen)
     with picture(path, 1, 2, (9.6, 3.9), f"{size}, sparsity {sparsity:g}", sharey=True) as (figure, panels):
         labels = set()
-        for axes, (result, words) in zip(panels, EXPLORATION.items(), strict=True):
-            for each in chosen:
+        plain, variants = plainest(chosen, "block_size", "regrow_rule")
+        for axes, (result, axis) in zip(panels, EXPLORATION.items(), strict=True):
+            for each, number, name in numbered(variants):
+                colour = colours[each.settings["block_size"]]
+                plot_number(axes, ([100 * each.mean(result)], [each.loss]), number, name, colour)
+            cross_out(axes, [(each, 100 * each.mean(result)) for each in chosen])
+            for each in plain:
                 block, rule = each.settings["block_size"], each.settings["regrow_rule"]
                 name = f"B={block}, {rule}"
                 shown = "_" if name in labels else name
                 labels.add(name)
                 point = [100 * each.mean(result)], [each.loss]
                 axes.plot(*point, markers[rule], color=colours[block], markersize=5, label=shown)
-            axes.set_xlabel(f"{words} (%)")
+            axes.set_xlabel(f"{axis} (%)")
         panels[0].set_ylabel("evaluation loss (nats)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=7.5)
     return True
@@ -151,7 +172,7 @@ def plot_sweeps(configurations: Sequence[Configuration], path: str | PathLike[st
     panels = {key: lines for key, lines in panels.items() if lines}
     if not panels:
         return False
-    with _grid(path, len(panels), height=3.4) as grid:
+    with grid_of(path, len(panels), height=3.4) as grid:
         for axes, (key, lines) in zip(grid, panels.items(), strict=True):
             _sweep(axes, key, lines)
     return True
@@ -159,12 +180,13 @@ def plot_sweeps(configurations: Sequence[Configuration], path: str | PathLike[st
 
 def _sweep(axes: Axes, key: str, lines: Mapping[str, Sequence[Configuration]]) -> None:
     names = [each.settings[key] for line in lines.values() for each in line]
-    numeric = all(_is_number(name) for name in names)
+    numeric = all(is_number(name) for name in names)
     for place, (name, line) in enumerate(lines.items()):
         values = [float(each.settings[key]) if numeric else str(each.settings[key]) for each in line]
         style: dict[str, Any] = {"color": COLOURS[place % len(COLOURS)], "marker": "o", "capsize": 2}
-        style["linestyle"] = "-" if numeric else ":"
-        axes.errorbar(values, [each.loss for each in line], _spreads(line), label=name, **style)
+        style["linestyle"] = DASHES[place // len(COLOURS) % len(DASHES)] if numeric else ":"
+        axes.errorbar(values, [each.loss for each in line], spreads_of(line), label=name, **style)
+        cross_out(axes, zip(line, values, strict=True))
     if numeric and key in LOGARITHMIC:
         ticks = sorted({float(name) for name in names})
         axes.set_xscale("log")
@@ -172,7 +194,7 @@ def _sweep(axes: Axes, key: str, lines: Mapping[str, Sequence[Configuration]]) -
         axes.minorticks_off()
     axes.set_xlabel(SWEEPS[key])
     axes.set_ylabel("loss (nats)")
-    _legend(axes)
+    add_legend(axes)
 
 
 def plot_learning_rates(configurations: Sequence[Configuration], path: str | PathLike[str]) -> bool:
@@ -183,7 +205,7 @@ def plot_learning_rates(configurations: Sequence[Configuration], path: str | Pat
             panels.setdefault(size_of(each.settings), []).append(each)
     if not panels:
         return False
-    with _grid(path, len(panels), height=3.6) as grid:
+    with grid_of(path, len(panels), height=3.6) as grid:
         for axes, (size, swept) in zip(grid, panels.items(), strict=True):
             for place, (each, name) in enumerate(zip(swept, label(swept, ("size", "preset")), strict=True)):
                 style: dict[str, Any] = {
@@ -201,7 +223,7 @@ def plot_learning_rates(configurations: Sequence[Configuration], path: str | Pat
             axes.minorticks_off()
             axes.set_xlabel("peak learning rate (dotted: by the rule)")
             axes.set_ylabel("evaluation loss (nats)")
-            _legend(axes)
+            add_legend(axes)
     return True
 
 
@@ -241,11 +263,10 @@ def plot_untrained(configurations: Sequence[Configuration], path: str | PathLike
     blocks = {each.settings["block_size"] for each in lines["untrained"]}
     with picture(path, 1, 1, (5.6, 3.8), "") as (_, axes):
         for place, (name, line) in enumerate(lines.items()):
-            chosen = sorted(
-                (each for each in line if each.settings["block_size"] in blocks),
-                key=lambda each: each.settings["sparsity"],
-            )
-            spreads = _spreads(chosen)
+            matching = [each for each in line if each.settings["block_size"] in blocks]
+            plain, _ = plainest(matching, "size", "preset", "sparsity", "block_size")
+            chosen = sorted(plain, key=lambda each: each.settings["sparsity"])
+            spreads = spreads_of(chosen)
             points = [each.settings["sparsity"] for each in chosen], [each.loss for each in chosen]
             axes.errorbar(*points, spreads, label=name, color=COLOURS[place], marker="o", capsize=2)
         axes.set_xlabel("share of weights that do not train")
@@ -255,7 +276,8 @@ def plot_untrained(configurations: Sequence[Configuration], path: str | PathLike
 
 
 PICTURES: dict[str, tuple[Callable[[Sequence[Configuration], Path], bool], str]] = {
-    "pareto.png": (plot_pareto, "Loss against training FLOPs and seconds: dense family, static and dynamic sparse"),
+    "pareto.png": (plot_pareto, "Loss against training FLOPs and time; bars: standard deviation over seeds"),
+    "pairs.png": (plot_pairs, "What a dynamic topology changes, in pairs of a seed that differ in the method alone"),
     "sweeps.png": (plot_sweeps, "Loss against one setting, all others equal; bars: standard deviation over seeds"),
     "exploration.png": (plot_exploration, "Loss against DOF coverage and newborn share"),
     "patterns.png": (
@@ -265,51 +287,3 @@ PICTURES: dict[str, tuple[Callable[[Sequence[Configuration], Path], bool], str]]
     "learning_rate.png": (plot_learning_rates, "Learning rates, and where the rule puts the best one"),
     "untrained.png": (plot_untrained, "Weights that do not train: zero, or constant at their initial values"),
 }
-
-
-@contextmanager
-def _grid(path: str | PathLike[str], count: int, height: float) -> Iterator[list[Axes]]:
-    """A picture of `count` panels, three in a row, each `height` inches high."""
-    columns = min(3, count)
-    rows = -(-count // columns)
-    with picture(path, rows, columns, (4.6 * columns, height * rows), "", squeeze=False) as (_, grid):
-        panels = list(grid.flat)
-        for axes in panels[count:]:
-            axes.set_axis_off()
-        yield panels[:count]
-
-
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[1]:  # a single line has no name
-        axes.legend(frameon=False, fontsize=6.5)
-
-
-def _points(line: Iterable[Configuration], cost: str) -> tuple[list[float], list[float]]:
-    points = [(each.mean(cost), each.loss) for each in line]
-    return [cost for cost, _ in points], [loss for _, loss in points]
-
-
-def _spreads(line: Iterable[Configuration]) -> list[float]:
-    return [each.spread or 0.0 for each in line]
-
-
-def _colours(names: Iterable[Any]) -> dict[Any, str]:
-    return {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(sorted(set(names), key=order))}
-
-
-def _markers(names: Iterable[Any]) -> dict[Any, str]:
-    others = (name for name in dict.fromkeys(names) if name not in MARKERS)
-    return MARKERS | {name: OTHER_MARKERS[place % len(OTHER_MARKERS)] for place, name in enumerate(others)}
-
-
-def _spans(costs: Iterable[float]) -> bool:
-    found = list(costs)
-    return min(found) > 0 and max(found) > 3 * min(found)
-
-
-def _is_number(text: Any) -> bool:
-    try:
-        float(text)
-    except (TypeError, ValueError):
-        return False
-    return not isinstance(text, bool)

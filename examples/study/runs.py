@@ -61,6 +61,7 @@ def read_run(folder: str | Path, plan: Mapping[str, Any], step_seconds: "StepSec
     log = state["log_history"]
     results = {name: summary.get(name) for name in RESULTS}
     results["sparsity_reached"] = summary["sparsity"]
+    results["data"] = json.dumps(summary.get("data"), sort_keys=True)
     results["newborn_share"] = mean_newborn_share(log)
     results["seconds"] = step_seconds.of(summary) if step_seconds else summary["seconds"]
     results["seconds_from"] = "timed alone" if step_seconds else "the run itself"
@@ -73,14 +74,15 @@ def _settings(plan: Mapping[str, Any], *files: Mapping[str, Any]) -> dict[str, A
     summary, config, state = files
     settings: dict[str, Any] = {
         "seed": summary["seed"],
-        "learning_rate": summary["learning_rate"],
+        "learning_rate": float(f"{summary['learning_rate']:.6g}"),  # rules round in ways of their own
         "method": "dynsparse",
     }
     settings |= plan
     if settings["method"] == "dense":
         return settings | {"sparsity": 0.0, "block_size": None}
-    settings["sparsity"] = float(plan.get("sparsity", config["sparsity"]))
-    settings["block_size"] = str(plan.get("block_size", config["block_size"]))
+    own = summary | config  # other architectures than ours have neither in their configuration
+    settings["sparsity"] = float(plan.get("sparsity", own["sparsity"]))
+    settings["block_size"] = str(plan.get("block_size", own["block_size"]))
     recorded = state.get("stateful_callbacks", {}).get("TopologyCallback", {}).get("args", {})
     recorded = {OLD_NAMES.get(name, name): value for name, value in recorded.items()}
     if summary["topology_updates"]:

@@ -18,22 +18,26 @@ from study.analysis import (
     best_configurations,
     cost_at_loss,
     cost_ratio,
+    cost_ratio_interval,
     dense_family,
-    label,
     learning_rate_rule,
     loss_at_cost,
     pareto_front,
     series,
     variations,
 )
+from study.intervals import confidence_interval
+from study.pairs import find_pairs
 from study.pictures import PICTURES, draw_study
 from study.plan import Run
-from study.report import format_table, ratios, table_rows, write_report
+from study.report import format_table, pair_rows, ratios, results, table_rows, write_report
 from study.runs import StudyRun, mean_newborn_share, read_run, read_step_seconds
 from study.untrained import add_untrained_rest_
+from study.words import difference, label
 from toy import toy_model
 
 from hf_dynsparse import sparse_layers
+from hf_dynsparse.reports.pictures.time_axis import linear_ticks, logarithmic_ticks
 
 
 STUDY = EXAMPLES / "pareto_study.py"
@@ -51,7 +55,13 @@ SPARSE = "toy_sparsity=0.5_block_size=8_dynsparse_num_topology_updates=2_seed=3"
 
 
 def made_up(
-    loss: float, flops: float = 1e9, *, method: str = "dense", seconds: float | None = None, **plan: Any
+    loss: float,
+    flops: float = 1e9,
+    *,
+    method: str = "dense",
+    seconds: float | None = None,
+    gain: float | None = None,
+    **plan: Any,
 ) -> StudyRun:
     """A run that nobody ran. What a sparse run records by itself has its usual values."""
     plan = {"size": "wide", "method": method, **plan}
@@ -63,12 +73,24 @@ def made_up(
     if method not in ("dense", "static"):
         usual = {"num_topology_updates": 40, "pruning_ratio": 0.5, "pruning_schedule": "cosine", "prune_score": "l1"}
         settings = {**usual, "regrow_rule": "random", **settings}
-    results = {"eval_loss": loss, "flops": flops, "dense_flops": 8e9, "seconds": seconds or flops / 1e6}
+    results = {
+        "eval_loss": loss,
+        "context_gain": gain,
+        "flops": flops,
+        "dense_flops": 8e9,
+        "seconds": seconds or flops / 1e6,
+    }
     results |= {
         "coverage": 0.8 if method == "dynsparse" else 0.1,
         "newborn_share": 0.2 if method == "dynsparse" else None,
     }
-    results |= {"hardware": "abacus", "versions": "python 3", "seconds_from": "the run itself"}
+    results |= {
+        "steps": 2000,
+        "data": "some",
+        "hardware": "abacus",
+        "versions": "python 3",
+        "seconds_from": "the run itself",
+    }
     return StudyRun(Path("nowhere"), plan, settings, results)
 
 
@@ -187,6 +209,107 @@ def test_the_ratio_at_equal_loss():
     assert cost_ratio(sparse, dense_family(configurations, "seconds"), "seconds") == pytest.approx(3.0)
 
 
+def test_the_ratio_has_an_interval_over_seeds():
+    """Each seed against the dense family of the same seed: 0.5 and 0.125, the geometric mean of which is 0.25."""
+    runs = [*DENSE, made_up(4.5, 1e9, size="s", seed=1), made_up(3.5, 4e9, size="m", seed=1)]
+    runs += [made_up(2.5, 16e9, size="l", seed=1), made_up(3.5, 1e9, method="static")]
+    runs += [made_up(3.0, 1e9, method="static", seed=1)]  # dense: half way from 3.5 to 2.5, that is 8e9
+    configurations = best_configurations(runs)
+    found = cost_ratio_interval(configurations[-1], configurations)
+    assert found.mean == pytest.approx(0.25)
+    # Logarithms of 2 and 8 differ by log(4), their deviation is log(4) / sqrt(2): 12.706 log(4) / 2 on either side.
+    assert found.high / found.mean == pytest.approx(4 ** (12.706 / 2))
+    assert found.low * found.high == pytest.approx(0.25**2)
+
+    # A dense member without seed 1: both against the means, which have 3.5 at 4^(3/4) e9, and 3 at 4^(4/3) e9.
+    configurations = best_configurations([run for run in runs if run.results["eval_loss"] != 2.5 or run in DENSE])
+    found = cost_ratio_interval(configurations[-1], configurations)
+    assert found.mean == pytest.approx(4 ** -((3 / 4 + 4 / 3) / 2))
+    *dense, sparse = best_configurations(runs[:-1])  # one seed
+    assert cost_ratio_interval(sparse, dense)[1:] == (None, None, 1)
+    assert cost_ratio_interval(sparse, []) is None
+
+
+def test_an_interval_is_by_students_t():
+    """0.1, 0.2, 0.3: deviation 0.1, and 4.303 at two degrees of freedom: 4.303 * 0.1 / sqrt(3) = 0.2484."""
+    found = confidence_interval([0.1, 0.2, 0.3])
+    assert found == pytest.approx((0.2, 0.2 - 0.24843, 0.2 + 0.24843, 3), abs=1e-5)
+    assert found.half == pytest.approx(0.24843, abs=1e-5)
+    # 0 and 1: deviation 1 / sqrt(2), 12.706 at one: half of it on either side. More than the table has: its last.
+    assert confidence_interval([0.0, 1.0]).high == pytest.approx(0.5 + 12.706 / 2)
+    assert confidence_interval([0.0, 1.0] * 50).half == pytest.approx(2.086 * math.sqrt(25 / 99) / 10)
+    assert confidence_interval([0.3]) == (0.3, None, None, 1)
+    assert math.isnan(confidence_interval([math.nan, 1.0]).half)
+
+
+def paired_runs() -> list[StudyRun]:
+    """Static and two dynamic methods; the third seed of the second method is missing, and one has left no plateau."""
+    runs = [made_up(loss, method="static", seed=seed, gain=gain) for seed, (loss, gain) in enumerate(STATIC)]
+    runs += [made_up(loss, method="dynsparse", seed=seed, gain=1.0) for seed, loss in enumerate((2.9, 3.0, 3.1))]
+    runs += [made_up(loss, method="rigl", pruning_ratio=0.3, seed=seed) for seed, loss in ((1, 3.3), (3, 2.0))]
+    return [
+        *runs,
+        made_up(3.0, method="static", seed=7, untrained_rest=True),
+        made_up(2.0, method="dynsparse", size="x"),
+    ]
+
+
+STATIC = ((3.0, 0.9), (3.2, 0.7), (3.4, 0.05))
+
+
+def test_runs_that_differ_in_the_method_are_compared_seed_by_seed():
+    plain, rigl = find_pairs(best_configurations([*DENSE, *paired_runs()]))
+    assert (plain.common, plain.differs, plain.seeds, plain.alone) == ("wide", "dynsparse", [0, 1, 2], ())
+    assert plain.differences() == pytest.approx([0.1, 0.2, 0.3])
+    assert plain.interval().half == pytest.approx(0.24843, abs=1e-5)
+    assert plain.differences("context_gain") == pytest.approx([0.1, 0.3, 0.95])  # positive where dynamic is better
+    assert plain.on_plateau == 1
+    assert (rigl.differs, rigl.seeds, rigl.alone) == ("rigl pr=0.3", [1], (0, 2, 3))
+    assert rigl.interval() == pytest.approx((-0.1, None, None, 1), nan_ok=True)
+    assert rigl.of_dynamic("coverage") == 0.1
+
+
+@pytest.mark.parametrize("other", [{"sparsity": 0.5}, {"block_size": "4"}, {"max_steps": 9}, {"seed": 1}], ids=str)
+def test_what_differs_in_more_than_the_method_is_no_pair(other):
+    assert len(find_pairs(best_configurations([made_up(3.0, method="static"), made_up(2.9, method="set")]))) == 1
+    assert not find_pairs(best_configurations([made_up(3.0, method="static"), made_up(2.9, method="set", **other)]))
+
+
+@pytest.mark.parametrize("result", ["steps", "data"])
+def test_other_data_or_steps_are_no_pair(result):
+    static, dynamic = made_up(3.0, method="static"), made_up(2.9, method="dynsparse", block_age_adam=True)
+    assert len(find_pairs(best_configurations([static, dynamic]))) == 1  # ages are nothing to a static topology
+    dynamic.results[result] = "other"
+    assert not find_pairs(best_configurations([static, dynamic]))
+
+
+def test_tables_and_numbers_hold_pairs_and_plateaus():
+    configurations = best_configurations([*DENSE, *paired_runs()])
+    plain, rigl = pair_rows(configurations)
+    assert list(plain.values()) == [
+        *("wide", "dynsparse", "0.001", "+0.2000", "-0.0484 to +0.4484", "+0.450", "-0.654 to +1.554"),
+        *("0, 1, 2", "20.0%", "80.0%", "1 of 6 runs"),
+    ]
+    assert [rigl[key] for key in ("95 % interval", "context gain, dynamic - static", "seeds")] == [
+        *("one seed", "-", "1; 0 alone; 2 alone; 3 alone")
+    ]
+    cells = {row["configuration"]: row["context gain"] for row in table_rows(configurations)}
+    assert cells["wide static"] == "0.55 plateau: 1 of 3"
+    assert "Positive: it is better" in format_table(configurations)
+    numbers = json.loads(results(configurations), parse_constant=pytest.fail)  # no NaN
+    assert numbers["pairs"][0]["eval_loss"]["high"] == pytest.approx(0.4484, abs=1e-4)
+    assert numbers["pairs"][1]["context_gain"]["mean"] is None
+    assert [ratio["flops"].get("count") for ratio in numbers["ratios_at_equal_loss"]] == [3, 3, 2, None]
+
+
+def test_times_are_in_words():
+    assert logarithmic_ticks(40, 400) == {60: "1 min", 120: "2 min", 300: "5 min"}
+    assert list(logarithmic_ticks(1, 1e6).values()) == ["1 s", "10 s", "2 min", "30 min", "4 h", "2 d"]
+    assert list(linear_ticks(0, 3000).values()) == ["0", "10 min", "20 min", "30 min", "40 min", "50 min"]
+    assert list(linear_ticks(-1, 5)) == [-1, 0, 1, 2, 3, 4, 5]
+    assert linear_ticks(5.2, 5.8) == {}
+
+
 def test_the_best_learning_rate_has_the_lowest_mean_over_seeds():
     rates = {1e-3: (3.0, 3.2), 2e-3: (2.8, 3.6), 4e-3: (3.4,)}
     runs = [
@@ -249,7 +372,8 @@ def test_the_plainest_stands_for_its_variants():
         ("dynsparse", "16", 0.9): [3.2, 2.9],
         ("static", "16", 0.9): [3.4],
     }
-    assert [each.loss for each in variants] == [3.0]
+    assert [(each.loss, words) for each, words in variants] == [(3.0, "pr=0.3")]
+    assert difference({"readmit": True, "seed": None}, {"regrow_std": 0.1}) == "readmit no regrow_std"
 
 
 def test_labels_say_the_difference():
@@ -318,7 +442,7 @@ def many_runs(folder: Path) -> list[StudyRun]:
     runs += [made_up(3.4, 2e9, method="dynsparse", sparsity=0.5, seed=seed) for seed in (0, 1)]
     runs += [made_up(3.4, 1e9, method="static", sparsity=sparsity, untrained_rest=True) for sparsity in (0.5, 0.9)]
     runs += [
-        made_up(3.4, 1e9, method="dynsparse", prune_score="l2"),
+        made_up(3.4, 1e9, method="dynsparse", prune_score="l2", gain=0.05),
         made_up(3.4, 1e9, method="set", pruning_ratio=0.3),
     ]
     for rule in ("random", "gradient"):
@@ -498,6 +622,15 @@ def test_a_recorded_default_is_a_setting(tmp_path):
     }
     assert run.results["seconds"] == 5.0
     assert run.results["seconds_from"] == "the run itself"
+
+
+def test_other_architectures_record_their_blocks_in_the_summary(tmp_path):
+    write_run(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text()) | {"block_size": 8, "learning_rate": 4e-3 + 3e-18}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "config.json").write_text("{}")
+    settings = read_run(tmp_path, {}).settings
+    assert (settings["sparsity"], settings["block_size"], settings["learning_rate"]) == (0.9004, "8", 0.004)
 
 
 def test_a_folder_has_no_wildcards_in_its_name():

@@ -38,7 +38,10 @@ MODELS = {
         **{"dtype": "float64", "sparsity": 0.8, "group_lasso": 0.1},
     },
     # Six steps an epoch, the last with 19 rows.
-    "uneven": {"regrow_rule": "gradient", "dtype": "float64", "rows": 5 * 32 + 19},
+    "uneven": {
+        **{"prune_score": "weight_gradient", "regrow_rule": "rank_one", "dtype": "float64"},
+        "rows": 5 * 32 + 19,
+    },
     "easy first": {
         **{"packed": True, "dtype": "float64", "regrow_rule": "gradient"},
         **{"seq_length_schedule": "8:0.5,32", "mlm_probability_schedule": "0.3:0.15"},

@@ -119,7 +119,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, updater: TopologyU
     [
         {"regrow_rule": "gradient", "prune_score": "fisher"},
         {"regrow_rule": "correlation", "prune_score": "movement", "regrow_std": 0.01},
-        {"regrow_rule": "random", "prune_score": "saliency", "prune_min_age": 1},
+        {"regrow_rule": "rank_one_random", "prune_score": "saliency", "prune_min_age": 1},
     ],
     ids=lambda settings: settings["regrow_rule"],
 )

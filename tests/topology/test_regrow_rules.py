@@ -15,6 +15,7 @@ from hf_dynsparse.topology.dense_gradient import DenseGradientProbe
 pytestmark = pytest.mark.usefixtures("deterministic")
 
 BY_GRADIENT = {"gradient", "gradient_normalised", "correlation", "gradient_random", "weight_gradient", "mest"}
+BY_SCALES = {"rank_one", "rank_one_random"}
 
 
 @pytest.mark.parametrize("block_size", [1, 4, (1, 4), (4, 2)], ids=str)
@@ -44,6 +45,8 @@ def test_the_probe_measures_every_channel(block_size: object) -> None:
         blocks_of(correlation, everything, layer.block_shape),
     )
     assert correlation.abs().max() <= 1
+    bound = SCORES["rank_one"].function(BlockStatistics(layer.num_blocks, generator(), x.device, **fields))
+    assert (fields["gradient"].square().sum((1, 2)).sqrt() <= bound).all()
     probe.remove()
     assert not probe.squares
 
@@ -65,10 +68,11 @@ def regrown_columns(rule: str, block_size: int, outlier: float) -> list[int]:
 
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_an_input_that_is_an_outlier_draws_regrowth_by_gradient_alone(block_size: int) -> None:
-    for rule, share in {"gradient": 0.9, "gradient_random": 0.6}.items():
+    for rule, share in {"gradient": 0.9, "gradient_random": 0.6, "rank_one": 0.9}.items():
         columns = regrown_columns(rule, block_size, 30.0)
         assert len(columns) == 13
         assert columns.count(2) >= share * 13
+    assert 3 < regrown_columns("rank_one_random", block_size, 30.0).count(2) < 13
     for rule in ("gradient_normalised", "correlation"):
         columns = regrown_columns(rule, block_size, 30.0)
         assert len(columns) == 13
@@ -144,7 +148,9 @@ def test_a_dense_gradient_is_collected_only_where_it_is_needed() -> None:
         settings = TopologySettings(num_topology_updates=1, prune_score=prune_score, regrow_rule=regrow_rule)
         layer = make_layer()
         updater = TopologyUpdater(layer, torch.optim.AdamW(layer.parameters()), 2, settings)
-        assert (updater._probe is not None) == bool({prune_score, regrow_rule} & {*BY_GRADIENT, "momentum"})
+        dense = bool({prune_score, regrow_rule} & {*BY_GRADIENT, "momentum"})
+        assert (updater._probe is not None) == (dense or regrow_rule in BY_SCALES)
+        assert (updater.observed_positions > 0) == dense
     assert {name for name, score in SCORES.items() if "gradient" in score.needs} == BY_GRADIENT
 
 

@@ -87,6 +87,23 @@ def test_an_input_that_is_always_zero_counts_for_nothing() -> None:
     assert score.tolist() == [1.0, 4.0, 1.5]
 
 
+def test_rank_one_by_hand() -> None:
+    """Inputs of scales 3 and 4, outputs of 1, 2 and 2: 5 * 3. Then 2 * 3, and nothing where inputs are zero."""
+    scales = {"input_scale": torch.tensor([[[3.0, 4.0]], [[0.0, 2.0]], [[0.0, 0.0]]])}
+    scales["output_scale"] = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 3.0], [9.0, 9.0, 9.0]]).unsqueeze(2)
+    assert SCORES["rank_one"].function(statistics(3, **scales)).tolist() == pytest.approx([15.0, 6.0, 0.0])
+
+
+def test_rank_one_random_draws_in_proportion() -> None:
+    """Of pairs of 3 and 1 the first wins in three of four; one of 0 never, and its score is finite."""
+    scales = {"input_scale": torch.tensor([3.0, 1.0, 0.0]).repeat(4000).view(-1, 1, 1)}
+    scales["output_scale"] = torch.ones(12000, 1, 1)
+    scores = SCORES["rank_one_random"].function(statistics(12000, **scales)).view(-1, 3)
+    assert scores.isfinite().all()
+    shares = torch.bincount(scores.argmax(1), minlength=3) / 4000
+    assert shares.tolist() == pytest.approx([0.75, 0.25, 0.0], abs=0.02)  # three standard deviations
+
+
 def test_channels_of_rounding_are_not_blown_up() -> None:
     by_rounding = torch.tensor([[[1.0, 1.0]], [[1e-9, 1e-9]], [[1.0, 1e-9]]])
     scales = {"input_scale": torch.ones(3, 1, 2), "output_scale": torch.tensor([1.0, 1e-9, 1.0]).view(3, 1, 1)}
@@ -150,7 +167,7 @@ def test_every_score_declares_what_it_looks_at() -> None:
 def test_names() -> None:
     size, use = ("l1", "l1_patient", "l2", "linf"), ("weight_gradient", "fisher", "saliency", "movement", "mest")
     assert tuple(PRUNE_SCORES) == (*size, "random", "gradient", *use)
-    by_gradient = "gradient_normalised", "correlation", "gradient_random", "momentum"
+    by_gradient = "gradient_normalised", "correlation", "rank_one", "rank_one_random", "gradient_random", "momentum"
     assert ("random", "gradient", "unfired", "balanced", *by_gradient) == tuple(REGROW_RULES)
     with pytest.raises(ValueError, match="`regrow_rule` must be one of random, gradient, unfired, .* Got 'l1'"):
         resolve_score("l1", "regrow_rule", REGROW_RULES)

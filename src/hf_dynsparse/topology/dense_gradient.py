@@ -1,6 +1,6 @@
 """
-The dense gradient of the sparse layers and the scale of what it is made of, for scores that ask for them: built at
-update steps and nowhere else, unless its mean over the steps is asked for.
+The dense gradient of the sparse layers, and the scale of what it is made of, for scores that ask for them: taken at
+update steps and nowhere else, unless the mean over the steps is asked for.
 """
 
 import weakref
@@ -16,15 +16,16 @@ from ..ops import observe_weight_gradient
 
 class DenseGradientProbe:
     """
-    Sums the dense gradient of each layer's weight over the backward passes between construction and `remove`, and with
-    `scales` the squares of its inputs and of the gradients of its outputs, over the tokens that the loss depends on.
+    Sums over the backward passes between construction and `remove`, for each layer, with `gradient` the dense gradient
+    of its weight, and with `scales` the squares of its inputs and of the gradients of its outputs, over the tokens
+    that the loss depends on.
 
-    Costs one dense matrix product and one dense fp32 matrix per layer while it is attached. A probe that is dropped is
-    removed.
+    The gradient costs one dense matrix product and one dense fp32 matrix per layer while the probe is attached; the
+    scales a pass over inputs and gradients, and two vectors. A probe that is dropped is removed.
     """
 
-    def __init__(self, layers: Iterable[BlockSparseLinear], scales: bool = True) -> None:
-        self.layers, self.scales = tuple(layers), scales
+    def __init__(self, layers: Iterable[BlockSparseLinear], gradient: bool = True, scales: bool = True) -> None:
+        self.layers, self.gradient, self.scales = tuple(layers), gradient, scales
         self.gradients: dict[BlockSparseLinear, torch.Tensor] = {}
         self.squares: dict[BlockSparseLinear, tuple[torch.Tensor, torch.Tensor]] = {}
         # Observers belong to the process: they must keep neither a probe nor a model alive.
@@ -38,11 +39,12 @@ class DenseGradientProbe:
 
     def _accumulate(self, layer: BlockSparseLinear, grad: torch.Tensor, input: torch.Tensor) -> None:
         dtype = torch.promote_types(grad.dtype, torch.float32)
-        product = (grad.T @ input).to(dtype)  # [out, in]
-        if layer in self.gradients:
-            self.gradients[layer] += product
-        else:
-            self.gradients[layer] = product
+        if self.gradient:
+            product = (grad.T @ input).to(dtype)  # [out, in]
+            if layer in self.gradients:
+                self.gradients[layer] += product
+            else:
+                self.gradients[layer] = product
         if self.scales:
             self._accumulate_squares(layer, grad, input, dtype)
 
@@ -58,6 +60,10 @@ class DenseGradientProbe:
         else:
             self.squares[layer] = of_input, of_output
 
+    def has_seen(self, layer: BlockSparseLinear) -> bool:
+        """Whether a backward pass went through the layer."""
+        return layer in self.gradients or layer in self.squares
+
     def reduce(self) -> None:
         """
         Average over the ranks, if there are several. Every rank must call it.
@@ -66,15 +72,17 @@ class DenseGradientProbe:
             RuntimeError: if no backward pass went through a layer.
         """
         for layer in self.layers:
-            if layer not in self.gradients:
+            if not self.has_seen(layer):
                 if not layer.values.requires_grad:  # frozen since
                     continue
                 raise RuntimeError(
-                    "A score of the dense gradient must see a backward pass between the previous `step(...)` of the "
-                    f"updater and this one. Got none through {layer}. Call `step` once after every optimiser step."
+                    "A score of the dense gradient, or of what it is made of, must see a backward pass between the "
+                    f"previous `step(...)` of the updater and this one. Got none through {layer}. Call `step` once "
+                    "after every optimiser step."
                 )
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                for tensor in (self.gradients[layer], *self.squares.get(layer, ())):
+                product = (self.gradients[layer],) if self.gradient else ()
+                for tensor in (*product, *self.squares.get(layer, ())):
                     torch.distributed.all_reduce(tensor)
                     tensor /= torch.distributed.get_world_size()
 

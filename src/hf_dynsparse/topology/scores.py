@@ -157,6 +157,25 @@ def correlation(blocks: BlockStatistics) -> torch.Tensor:
     return _over(by_input, _given(blocks.output_scale)).abs().sum((1, 2))
 
 
+def rank_one(blocks: BlockStatistics) -> torch.Tensor:
+    """
+    Norm of the scales of the input channels of a block, times that of its outputs: what the norm of its dense gradient
+    cannot exceed, and is in proportion to if inputs and output gradients are independent of each other (K-FAC,
+    arXiv:1503.05671, section 3). Needs no dense gradient.
+    """
+    scales = _given(blocks.input_scale), _given(blocks.output_scale)
+    return torch.stack([scale.float().square().sum((1, 2)).sqrt() for scale in scales]).prod(0)
+
+
+def rank_one_random(blocks: BlockStatistics) -> torch.Tensor:
+    """
+    Drawn one after the other, with chances in proportion to `rank_one`, whose highest are all in the same few rows and
+    columns: the highest `u^(1 / score)`, `u` uniform (Efraimidis and Spirakis, 2006), here its logarithm.
+    """
+    drawn = 1.0 - torch.rand(blocks.count, generator=blocks.generator, dtype=torch.float64)  # in (0, 1]
+    return drawn.log().to(blocks.device) / rank_one(blocks).double().clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def momentum(blocks: BlockStatistics) -> torch.Tensor:
     """L1 norm of the running mean of the dense gradient: SNFS (arXiv:1907.04840), by blocks."""
     return _given(blocks.momentum).float().abs().sum((1, 2))
@@ -217,6 +236,8 @@ SCORES: dict[str, Score] = {
     "balanced": Score(balanced, frozenset({"occupied", "barred"})),
     "gradient_normalised": Score(gradient_normalised, frozenset({"gradient", "input_scale"})),
     "correlation": Score(correlation, frozenset({"gradient", "input_scale", "output_scale"})),
+    "rank_one": Score(rank_one, frozenset({"input_scale", "output_scale"})),
+    "rank_one_random": Score(rank_one_random, frozenset({"input_scale", "output_scale"})),
     "gradient_random": Score(gradient_random, frozenset({"gradient", "barred"})),
     "momentum": Score(momentum, frozenset({"momentum"})),
 }

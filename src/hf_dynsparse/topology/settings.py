@@ -83,8 +83,9 @@ class TopologyOptions:
     regrow_rule: str = option(
         "Where new blocks grow: anywhere (random: DynSparse), where none was yet (unfired), where rows and columns "
         "are emptiest (balanced), at the largest dense gradient (gradient: RigL), the same freed of the scale of "
-        "inputs (gradient_normalised) and of outputs (correlation), or of four blocks three by gradient and one "
-        "anywhere (gradient_random: MST).",
+        "inputs (gradient_normalised) and of outputs (correlation), at the largest product of the scales of inputs "
+        "and output gradients (rank_one: needs no dense gradient), drawn in proportion to it (rank_one_random), or of "
+        "four blocks three by gradient and one anywhere (gradient_random: MST).",
         choices=REGROW_RULES,
     )
     readmit: bool = option("A block pruned in an update may return in the same update (RigL's rule).")

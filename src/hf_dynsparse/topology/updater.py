@@ -149,8 +149,9 @@ class TopologyUpdater:
         if (self.settings.observes_updates and update_is_next) or (
             self.settings.observes_every_step and updates_follow
         ):
+            gradient = "gradient" in self._needs or self.settings.observes_every_step
             scales = not self._needs.isdisjoint({"input_scale", "output_scale"})
-            self._probe = DenseGradientProbe(self._training().values(), scales)
+            self._probe = DenseGradientProbe(self._training().values(), gradient, scales)
         if self.settings.observes_active_blocks and updates_follow:
             self._active_probe = ActiveGradientProbe(self.optimizer, self._training().values())
 
@@ -189,7 +190,7 @@ class TopologyUpdater:
     @property
     def observed_positions(self) -> int:
         """Inactive positions whose gradient is being collected for the next update; usually none."""
-        if self._probe is None:
+        if self._probe is None or not self._probe.gradient:
             return 0
         return sum(layer.in_features * layer.out_features - layer.values.numel() for layer in self._probe.layers)
 
@@ -251,7 +252,7 @@ class TopologyUpdater:
         """The layers of an update: not those that are frozen, nor those whose gradient was, when it was collected."""
         layers = self._training()
         if self._probe is not None:
-            layers = {name: layer for name, layer in layers.items() if layer in self._probe.gradients}
+            layers = {name: layer for name, layer in layers.items() if self._probe.has_seen(layer)}
         frozen = [name for name in self.layers if name not in layers]
         if frozen and not self._told_frozen:
             self._told_frozen = True

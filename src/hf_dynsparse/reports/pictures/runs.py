@@ -11,6 +11,7 @@ import numpy as np
 
 from ..facts import PLATEAU
 from .style import COLOURS, DASHES, label_ends, picture
+from .time_axis import label_time
 
 
 if TYPE_CHECKING:
@@ -168,8 +169,9 @@ def plot_over_seconds(
         upper.set_ylabel("loss (nats)")
         for axes in panels[:, 0]:
             label_ends(axes)
-        lower.set_xlabel("seconds of training")
+        lower.set_xlabel("time of training")
         lower.set_xlim(left=0)
+        label_time(lower)
 
 
 def plot_sparsity_sweep(
