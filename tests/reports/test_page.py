@@ -6,12 +6,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from browser import chromium
 from toy import toy_model, toy_tokenizer
 
 from hf_dynsparse import sparse_layers
@@ -186,17 +185,19 @@ def test_names_tell_runs_apart(tmp_path):
 
 
 def test_a_run_that_goes_on(run_folder, tmp_path, monkeypatch):
-    """The page follows it: history, then a checkpoint, then its end; then it is left alone."""
+    """The page follows it: nothing, a history, a checkpoint, its end; then it is left alone."""
     going, output, pages = tmp_path / "run", tmp_path / "report.html", []
-    shutil.copytree(run_folder / "topology_history", going / "topology_history")
+    going.mkdir()
     (going / ".run.lock").write_text(f"process {os.getpid()} on another since today")
 
     def pass_time(seconds):
         assert seconds == 0.5
         pages.append(data_of(output.read_text()))
         if len(pages) == 1:
-            shutil.copytree(run_folder / "checkpoint-4", going / "checkpoint-4")
+            shutil.copytree(run_folder / "topology_history", going / "topology_history")
         if len(pages) == 2:
+            shutil.copytree(run_folder / "checkpoint-4", going / "checkpoint-4")
+        if len(pages) == 3:
             shutil.copytree(run_folder, going, dirs_exist_ok=True)
             (going / ".run.lock").unlink()
 
@@ -205,12 +206,12 @@ def test_a_run_that_goes_on(run_folder, tmp_path, monkeypatch):
     watch_page([going], output, 0.5, written=lambda: written.append(output.exists()))
     pages.append(data_of(output.read_text()))
     assert written == [True]
-    assert [page["reload"] for page in pages] == [0.5, 0.5, None]
+    assert [page["reload"] for page in pages] == [0.5, 0.5, 0.5, None]
     runs = [page["runs"][0] for page in pages]
-    assert [dict(run["summary"])["state"] for run in runs] == ["going on", "going on", "finished"]
-    assert [dict(run["summary"])["steps"] for run in runs] == ["", "4", "8"]
-    assert [len(run["curves"]) > 0 for run in runs] == [False, True, True]
-    assert all(run["maps"][OTHER]["steps"] == STEPS for run in runs)
+    assert [dict(run["summary"])["state"] for run in runs] == [*["going on"] * 3, "finished"]
+    assert [dict(run["summary"])["steps"] for run in runs] == ["", "", "4", "8"]
+    assert [len(run["curves"]) > 0 for run in runs] == [False, False, True, True]
+    assert [run["maps"].get(OTHER, {}).get("steps") for run in runs] == [None, STEPS, STEPS, STEPS]
 
 
 def test_damaged_and_empty_folders_are_named(run_folder, tmp_path):
@@ -228,77 +229,60 @@ def test_damaged_and_empty_folders_are_named(run_folder, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-# In the page: moves the slider by the events of a user, and tells its frame's owner what is to be seen then.
-DRIVER = """<script>
-(async () => {
-  const wait = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
-  const [slider, play, layer] = ["#frame", "#play", "#layer"].map((name) => document.querySelector(name));
-  const shown = () => {
-    const canvas = document.querySelector("canvas");
-    const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
-    copy.drawImage(canvas, 0, 0);
-    const pixels = [...copy.getImageData(0, 0, canvas.width, canvas.height).data];
-    return { caption: document.querySelector("#map figcaption").textContent, pixels, hash: location.hash };
-  };
-  await wait(200);
-  const first = shown();
-  slider.value = 1;
-  slider.dispatchEvent(new Event("input"));
-  await wait(200);
-  const moved = shown();
-  play.click();
-  await wait(2000);
-  const charts = [...document.querySelectorAll("#curves svg")].map((chart) => chart.getAttribute("aria-label"));
-  const page = { title: document.querySelector("h1").textContent, width: document.documentElement.scrollWidth };
-  parent.postMessage({ first, moved, played: shown(), layer: layer.value, charts, ...page }, "*");
-})();
-</script>"""
+SHOWN = """(() => {
+  const canvas = document.querySelector("canvas");
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
+  copy.drawImage(canvas, 0, 0);
+  const pixels = [...copy.getImageData(0, 0, canvas.width, canvas.height).data];
+  return { caption: document.querySelector("#map figcaption").textContent, pixels, hash: location.hash };
+})()"""
 
-# Around it: a window of Chromium is never as narrow as a telephone.
-OWNER = """<!DOCTYPE html><title></title>
-<iframe src="report.html{fragment}" style="width:{width}px;border:0"></iframe>
-<script>addEventListener("message", (event) => {{ document.title = JSON.stringify(event.data); }});</script>"""
+# Once the caption tells of a step, which it does when the blocks are drawn.
+WAIT = """new Promise((done) => setInterval(() => {{
+  if (document.querySelector("#map figcaption")?.textContent.startsWith("step {},")) done();
+}}, 20))"""
 
 
-@pytest.mark.parametrize(
-    ("width", "scheme", "fragment"),
-    [(1280, "light", ""), (400, "dark", f"#axis=flops&layer={OTHER}&frame=0")],
-    ids=["wide and light", "narrow and dark"],
-)
-def test_in_a_browser(page, run_folder, tmp_path, width, scheme, fragment):
-    found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-    chromium = next(found, None) or pytest.skip("no Chromium on the PATH")
-    (tmp_path / "report.html").write_text(page.replace("</body>", f"{DRIVER}</body>"), encoding="utf-8")
-    (tmp_path / "owner.html").write_text(OWNER.format(width=width, fragment=fragment), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,2000", "--enable-logging=stderr"]
-    flags += [f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--virtual-time-budget=6000"]
-    command = [chromium, *flags, "--dump-dom", (tmp_path / "owner.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "CONSOLE" not in done.stderr  # no error, and nothing that the page's own policy forbids
+def test_in_a_browser(page, run_folder, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+    first = "bert.encoder.layer.0.attention.self.query"
+    cases = [(1280, "light", "", first, 8, "tokens")]
+    cases += [(400, "dark", f"#axis=flops&layer={OTHER}&frame=0", OTHER, 0, "training FLOPs")]
+    with chromium(tmp_path / "profile") as browser:
+        for width, scheme, fragment, layer, step, axis in cases:
+            size = {"width": width, "height": 1500, "deviceScaleFactor": 1, "mobile": width < 500}
+            browser.call("Emulation.setDeviceMetricsOverride", **size)
+            browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            browser.call("Page.navigate", url="about:blank")
+            browser.call("Page.navigate", url=f"{file.as_uri()}{fragment}")
+            browser.run(WAIT.format(step))
+            assert browser.run("document.querySelector('h1').textContent") == run_folder.name
+            assert browser.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+            charts = browser.run("[...document.querySelectorAll('#curves svg')].map((chart) => chart.ariaLabel)")
+            assert charts == [f"loss against {axis}", f"DOF coverage against {axis}"]  # the others never change
+            assert browser.run("document.querySelector('#layer').value") == layer
+            seen = {step: browser.run(SHOWN)}
+            browser.run("document.querySelector('#frame').focus()")
+            browser.run("document.querySelector('#frame').value = 0")
+            for kind in ("keyDown", "keyUp"):
+                key = {"key": "ArrowRight", "code": "ArrowRight", "windowsVirtualKeyCode": 39}
+                browser.call("Input.dispatchKeyEvent", type=kind, **key)
+            browser.run(WAIT.format(4))
+            seen[4] = browser.run(SHOWN)
+            assert "frame=1" in seen[4]["hash"]
+            browser.run("document.querySelector('#play').click()")
+            browser.run(WAIT.format(8))
+            seen[8] = browser.run(SHOWN)
+            assert "frame" not in seen[8]["hash"]  # the latest, whichever it is after a reload
 
-    seen = json.loads(unescape(re.search("<title>(.*)</title>", done.stdout)[1]))
-    assert seen["title"] == run_folder.name
-    assert seen["width"] == width  # nothing sticks out
-    # What never changes is no picture.
-    axis = "training FLOPs" if fragment else "tokens"
-    assert seen["charts"] == [f"loss against {axis}", f"DOF coverage against {axis}"]
-    layer = OTHER if fragment else "bert.encoder.layer.0.attention.self.query"
-    assert seen["layer"] == layer
-    assert seen["first"]["caption"].startswith("step 0, update 0:" if fragment else "step 8, update 2:")
-    assert seen["moved"]["caption"].startswith("step 4, update 1:")
-    assert "frame=1" in seen["moved"]["hash"]
-    assert seen["played"]["caption"].startswith("step 8, update 2:")
-    assert "frame" not in seen["played"]["hash"]  # the latest, whichever it is after a reload
-
-    colours = colours_of(page, scheme)
-    frames = [Frame(layer, 0, 0, block_map) for block_map in unpacked(data_of(page)["runs"][0]["maps"][layer])]
-    for place, (newborn, ever_active) in enumerate(changes(frames)):
-        kinds = np.select([newborn, frames[place].block_map, ever_active], [3, 2, 1], 0)
-        pixels = np.array([[*bytes.fromhex(colour[1:]), 255] for colour in colours])[kinds].ravel()
-        for shown in (seen[when] for when in ("first", "moved", "played")):
-            if shown["caption"].startswith(f"step {STEPS[place]},"):
-                np.testing.assert_array_equal(shown["pixels"], pixels)
+            colours = np.array([[*bytes.fromhex(colour[1:]), 255] for colour in colours_of(page, scheme)])
+            frames = [Frame(layer, 0, 0, block_map) for block_map in unpacked(data_of(page)["runs"][0]["maps"][layer])]
+            for frame, step_of_it, (newborn, ever_active) in zip(frames, STEPS, changes(frames), strict=True):
+                kinds = np.select([newborn, frame.block_map, ever_active], [3, 2, 1], 0)
+                if step_of_it in seen:
+                    np.testing.assert_array_equal(seen[step_of_it]["pixels"], colours[kinds].ravel())
+        assert browser.complaints == []
 
 
 def colours_of(page, scheme):

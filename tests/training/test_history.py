@@ -103,8 +103,8 @@ def test_all_layers_are_kept(finished, monkeypatch, tmp_path):
             np.testing.assert_array_equal(frame.block_map, maps[name, frame.step])
     monkeypatch.setattr(history, "ALL_LAYERS", 1000)  # blocks; the toy has 1024
     trainer = toy_trainer(tmp_path)
-    callback = history.TopologyHistory(trainer)
-    callback._record(trainer.args, trainer.state, trainer.model)
+    callback = TopologyHistory(trainer)
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
     assert list(read_layers(tmp_path)) == [LAYER]
 
 

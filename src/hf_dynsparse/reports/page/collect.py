@@ -56,14 +56,15 @@ def _collect(folder: Path, name: str, map_bytes: int, texts: Sequence[str] | Non
     if is_saved:
         models = dict(sorted({**models, (facts.get("steps") or 0): folder}.items()))
     history = read_layers(folder)
-    if not (models or history or facts.get("history") or "steps" in facts):
+    holder = lock_holder(folder)
+    if not (models or history or facts.get("history") or "steps" in facts or holder):
         raise ValueError(
             f"A run must have left something in its folder. Got {folder} without summary.json, trainer_state.json, "
-            "checkpoint-* and topology_history. Name the --output_dir of a run, or wait for its first checkpoint."
+            "checkpoint-* and topology_history. Name the --output_dir of a run."
         )
     reports = {step: inspect_checkpoint(model) for step, model in models.items()}
     report = next(reversed(reports.values()), None)
-    state = "going on" if lock_holder(folder) else "finished" if (folder / "summary.json").exists() else "not finished"
+    state = "going on" if holder else "finished" if (folder / "summary.json").exists() else "not finished"
     maps, left_out = code_maps({**_saved_frames(reports), **history}, map_bytes)
     return {
         "name": name,
