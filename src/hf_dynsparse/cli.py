@@ -323,9 +323,10 @@ def _add_report(commands: Any) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     """Write one page, which needs nothing but a browser: summary, curves, block maps, kernels, filled masks."""
+    from .reports.facts import PAGE_FILE
     from .reports.page.write import watch_page, write_page
 
-    output = args.output or Path(args.runs[0] if len(args.runs) == 1 else ".", "report.html")
+    output = args.output or Path(args.runs[0] if len(args.runs) == 1 else ".", PAGE_FILE)
 
     def written() -> None:
         _say(output)

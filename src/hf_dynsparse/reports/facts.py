@@ -20,6 +20,8 @@ PICTURES = {
     "ticket.png": "Attention heads by their gates, and the intermediate neurons of each layer that stay",
 }
 
+PAGE_FILE = "report.html"  # what `hf-dynsparse report` writes into the folder of a run
+
 PLATEAU = 0.1  # nats of context gain under which a model is hardly better than the frequencies of pieces
 
 EXPLORED = ("coverage", "topology_updates")

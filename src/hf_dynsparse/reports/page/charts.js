@@ -3,13 +3,17 @@
 // Elements and line charts. Texts become text nodes, never HTML.
 
 function put(node, attributes, children) {
-  for (const [name, value] of Object.entries(attributes || {})) node.setAttribute(name, value);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   node.append(...children);
   return node;
 }
-const html = (tag, attributes, ...children) => put(document.createElement(tag), attributes, children);
-const svg = (tag, attributes, ...children) =>
+const html = (tag, attributes = {}, ...children) => put(document.createElement(tag), attributes, children);
+const svg = (tag, attributes = {}, ...children) =>
   put(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
+const colour = (run) => `var(--run-${run % 7})`;
+const dashes = (run) => ["none", "6 3", "2 3", "8 3 2 3"][Math.floor(run / 7) % 4];
+const stroke = (run) => `stroke:${colour(run)};stroke-dasharray:${dashes(run)}`;
 
 // Steps between ticks that people read: 1, 2, 5 and their tens; of a time halves and quarters of an hour.
 const TIMES = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400];
@@ -23,26 +27,25 @@ function tickStep(span, count, isTime) {
 
 function ticks(from, to, count, isTime = false) {
   const step = tickStep(to - from || 1, count, isTime);
-  const found = [];
-  for (let number = Math.ceil(from / step - 1e-9) + 0; number * step <= to + step * 1e-9; number++) found.push(number * step);
-  return found;
+  const first = Math.ceil(from / step - 1e-9), last = Math.floor(to / step + 1e-9);
+  return Array.from({ length: last - first + 1 }, (_, place) => (first + place) * step);
 }
 
-const round = (value, digits = 3) => Number(value.toPrecision(digits)).toString();
+const round = (value, digits = 4) => Number(value.toPrecision(digits)).toString();
 
 function large(value) {
-  if (value >= 1e12) return value.toExponential(2).replace(/\.?0+e\+?/, "e");
-  for (const [letter, scale] of [["G", 1e9], ["M", 1e6], ["K", 1e3]])
-    if (value >= scale) return `${round(value / scale, 4)} ${letter}`;
-  return round(value, 4);
+  if (value >= 1e12) return value.toExponential(2).replace(/\.?0*e\+/, "e");
+  const [letter, scale] = [[" G", 1e9], [" M", 1e6], [" K", 1e3]].find(([, scale]) => value >= scale) || ["", 1];
+  return round(value / scale) + letter;
 }
 
 function duration(seconds) {
-  if (seconds < 120) return `${round(seconds)} s`;
-  if (seconds < 7200) return `${round(seconds / 60)} min`;
-  return seconds < 172800 ? `${round(seconds / 3600)} h` : `${round(seconds / 86400)} d`;
+  if (seconds < 120) return `${round(seconds, 3)} s`;
+  if (seconds < 7200) return `${round(seconds / 60, 3)} min`;
+  return seconds < 172800 ? `${round(seconds / 3600, 3)} h` : `${round(seconds / 86400, 3)} d`;
 }
 
+// What a chart may be drawn against, by column of a point: step, tokens, seconds, FLOPs, value.
 const AXES = {
   step: { column: 0, label: "step", text: (value) => Math.round(value).toLocaleString("en") },
   tokens: { column: 1, label: "tokens", text: large },
@@ -52,64 +55,77 @@ const AXES = {
 const VALUE = 4;
 const SHARES = /^dynsparse\/(coverage|newborn_share|pruning_ratio|sparsity)$/;
 
-// One chart: `curves` are {key, label, run, points} with points [step, tokens, seconds, FLOPs, value]; the axis ends at `most`.
-function drawChart(figure, title, curves, axisName, most, plateau) {
-  const axis = AXES[axisName];
-  const width = Math.max(260, figure.clientWidth), height = figure.matches(":first-child") ? 320 : 230;
-  const left = 54, right = 14, top = 10, bottom = 26;
+// One chart of curves {key, label, name, run, points}, with an axis from 0 to `most` and a line at `plateau` if given.
+function drawChart(figure, title, curves, axis, most, plateau) {
+  const size = { width: Math.max(260, figure.clientWidth), height: figure.matches(":first-child") ? 320 : 230 };
+  const left = 54, right = size.width - 14, top = 10, bottom = size.height - 26;
+  const along = (point) => point[axis.column];
+  const known = curves.map((curve) => ({ ...curve, points: curve.points.filter((point) => along(point) !== null) }));
   const isShare = SHARES.test(curves[0].key);
-  const known = curves.map((curve) => ({ ...curve, points: curve.points.filter((point) => point[axis.column] !== null) }));
-  const all = known.flatMap((curve) => curve.points);
-  const values = all.map((point) => point[VALUE]).concat(plateau === undefined ? [] : [plateau, 0]);
-  let low = Math.min(...values), high = Math.max(...values);
-  if (isShare || curves[0].key === "learning_rate") low = Math.min(0, low);
+  const text = (value) => {
+    if (isShare) return `${round(100 * value, 3)}\u00a0%`;
+    return Math.abs(value) >= 1e4 ? large(value) : round(value);
+  };
+
+  const values = known.flatMap((curve) => curve.points.map((point) => point[VALUE]));
+  if (isShare || curves[0].key === "learning_rate") values.push(0);
+  if (plateau !== undefined) values.push(0, plateau);
+  let [low, high] = [Math.min(...values), Math.max(...values)];
   const pad = 0.04 * (high - low || Math.abs(high) || 1);
   [low, high] = [low === 0 ? 0 : low - pad, high + pad];
-  const x = (value) => left + (value / most) * (width - left - right);
-  const y = (value) => height - bottom - ((value - low) / (high - low)) * (height - top - bottom);
-  const valueText = (value) => (isShare ? `${round(100 * value)}\u00a0%` : Math.abs(value) >= 1e4 ? large(value) : round(value, 4));
+  const x = (value) => left + (value / most) * (right - left);
+  const y = (value) => bottom - ((value - low) / (high - low)) * (bottom - top);
 
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": `${title} against ${axis.label}` });
-  for (const value of ticks(low, high, height / 55)) {
-    picture.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }));
-    picture.append(svg("text", { x: left - 6, y: y(value) + 4, "text-anchor": "end" }, valueText(value)));
+  const label = `${title} against ${axis.label}`;
+  const box = `0 0 ${size.width} ${size.height}`;
+  const picture = svg("svg", { viewBox: box, height: size.height, role: "img", "aria-label": label });
+  const line = (kind, value) => svg("line", { class: kind, x1: left, x2: right, y1: y(value), y2: y(value) });
+  const print = (text, x, y, anchor) => picture.append(svg("text", { x, y, "text-anchor": anchor }, text));
+  for (const value of ticks(low, high, size.height / 55)) {
+    picture.append(line("grid", value));
+    print(text(value), left - 6, y(value) + 4, "end");
   }
-  for (const value of ticks(0, most, Math.max(2, width / 80), axis.isTime)) {
-    const anchor = x(value) > width - 30 ? "end" : "middle";
-    picture.append(svg("text", { x: anchor === "end" ? width - 2 : x(value), y: height - 8, "text-anchor": anchor }, axis.text(value)));
+  for (const value of ticks(0, most, Math.max(2, size.width / 80), axis.isTime)) {
+    const [place, anchor] = x(value) > right - 16 ? [size.width - 2, "end"] : [x(value), "middle"];
+    print(axis.text(value), place, size.height - 8, anchor);
   }
   if (plateau !== undefined) {
-    picture.append(svg("line", { class: "plateau", x1: left, x2: width - right, y1: y(plateau), y2: y(plateau) }));
-    picture.append(svg("text", { x: width - right, y: y(plateau) - 4, "text-anchor": "end" }, "plateau of word frequencies"));
+    picture.append(line("plateau", plateau));
+    print("plateau of word frequencies", right, y(plateau) - 4, "end");
   }
   for (const { key, run, points } of known) {
-    const path = points.map((point, place) => `${place ? "L" : "M"}${x(point[axis.column]).toFixed(1)} ${y(point[VALUE]).toFixed(1)}`);
-    const isThin = key === "loss" && curves.length > 1;
-    const style = `stroke:var(--run-${run % 7});stroke-dasharray:${dashes(run)}`;
-    picture.append(svg("path", { d: path.join(""), style, "stroke-width": isThin ? 1 : 2, opacity: isThin ? 0.6 : 1 }));
+    const places = points.map((point) => [x(along(point)).toFixed(1), y(point[VALUE]).toFixed(1)]);
+    const look = key === "loss" && curves.length > 1 ? { "stroke-width": 1, opacity: 0.6 } : { "stroke-width": 2 };
+    picture.append(svg("path", { d: places.length ? `M${places.join("L")}` : "", style: stroke(run), ...look }));
     if (key.startsWith("eval_"))
-      for (const point of points)
-        picture.append(svg("circle", { cx: x(point[axis.column]), cy: y(point[VALUE]), r: 3, style: `fill:var(--run-${run % 7})` }));
+      picture.append(...places.map(([cx, cy]) => svg("circle", { cx, cy, r: 3, style: `fill:${colour(run)}` })));
   }
-  const readout = html("figcaption", {}, "");
-  const cursor = svg("line", { class: "cursor", y1: top, y2: height - bottom, visibility: "hidden" });
-  picture.append(cursor);
-  picture.addEventListener("pointermove", (event) => {
-    const box = picture.getBoundingClientRect();
-    const at = (((event.clientX - box.left) * (width / box.width) - left) / (width - left - right)) * most;
-    const distance = (point) => Math.abs(point[axis.column] - at);
-    const nearest = known.filter((curve) => curve.points.length).map((curve) => [curve, curve.points.reduce((best, point) => (distance(point) < distance(best) ? point : best))]);
-    if (!nearest.length) return;
-    const place = nearest.map(([, point]) => point).reduce((best, point) => (distance(point) < distance(best) ? point : best))[axis.column];
-    put(cursor, { x1: x(place), x2: x(place), visibility: "visible" }, []);
-    const many = new Set(known.map((curve) => curve.run)).size > 1;
-    readout.textContent = `${axis.text(place)}: ` + nearest.map(([curve, point]) => `${many ? `${curve.name}, ` : ""}${curve.label} ${valueText(point[VALUE])}`).join("; ");
-  });
-  picture.addEventListener("pointerleave", () => {
-    cursor.setAttribute("visibility", "hidden");
-    readout.textContent = "";
-  });
-  figure.replaceChildren(html("h3", {}, title), picture, readout);
-}
+  figure.replaceChildren(html("h3", {}, title), picture, readout(picture, known));
 
-const dashes = (run) => ["none", "6 3", "2 3", "8 3 2 3"][Math.floor(run / 7) % 4];
+  // The numbers of all curves where the pointer is.
+  function readout(picture, known) {
+    const caption = html("figcaption");
+    const cursor = svg("line", { class: "cursor", y1: top, y2: bottom, visibility: "hidden" });
+    picture.append(cursor);
+    const drawn = known.filter((curve) => curve.points.length);
+    const several = new Set(drawn.map((curve) => curve.run)).size > 1;
+    picture.addEventListener("pointermove", (event) => {
+      const { left: edge, width } = picture.getBoundingClientRect();
+      const at = ((((event.clientX - edge) * size.width) / width - left) / (right - left)) * most;
+      const nearer = (one, other) => (Math.abs(along(other) - at) < Math.abs(along(one) - at) ? other : one);
+      const nearest = drawn.map((curve) => curve.points.reduce(nearer));
+      if (!nearest.length) return;
+      const place = along(nearest.reduce(nearer));
+      put(cursor, { x1: x(place), x2: x(place), visibility: "visible" }, []);
+      const told = drawn.map(({ name, label }, each) => {
+        return `${several ? `${name}, ` : ""}${label} ${text(nearest[each][VALUE])}`;
+      });
+      caption.textContent = `${axis.text(place)}: ${told.join("; ")}`;
+    });
+    picture.addEventListener("pointerleave", () => {
+      cursor.setAttribute("visibility", "hidden");
+      caption.textContent = "";
+    });
+    return caption;
+  }
+}

@@ -43,4 +43,4 @@ def code_maps(layers: Mapping[str, Sequence[Frame]], room: int) -> tuple[dict[st
 def _bits(frames: Sequence[Frame]) -> str:
     packed = np.packbits(np.stack([frame.block_map.ravel() for frame in frames]), axis=1)  # [frames, bytes]
     packed[1:] ^= packed[:-1].copy()
-    return base64.b64encode(gzip.compress(packed.tobytes(), mtime=0)).decode()
+    return base64.b64encode(gzip.compress(packed.tobytes(), compresslevel=6, mtime=0)).decode()

@@ -1,7 +1,16 @@
+// What is on the page, section by section.
+
 const { runs, plateau, reload, made } = JSON.parse(document.getElementById("data").textContent);
 const find = (selector) => document.querySelector(selector);
 const several = runs.length > 1;
-const broken = (name) => name.split(/(?<=[_/.])/).flatMap((part) => [part, html("wbr")]); // where a long name may break
+const broken = (name) => name.split(/(?<=[_/.])/).flatMap((part) => [part, html("wbr")]); // where names may break
+const row = (...cells) => html("tr", {}, ...cells);
+const heading = (scope, ...text) => html("th", { scope }, ...text);
+const cell = (...content) => html("td", {}, ...content);
+const note = (text) => html("p", { class: "note" }, text);
+const swatch = (run) =>
+  svg("svg", { width: 28, height: 10, "aria-hidden": "true" },
+    svg("path", { d: "M0 5H28", "stroke-width": 3, style: stroke(run) }));
 
 // What is chosen stands in the address, and so survives a reload: #axis=tokens&layer=...&frame=3
 const state = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
@@ -11,206 +20,112 @@ function choose(changes) {
   history.replaceState(null, "", `#${new URLSearchParams(state)}`);
 }
 
-const swatch = (run) =>
-  svg("svg", { width: 28, height: 10, "aria-hidden": "true" },
-    svg("path", { d: "M0 5H28", "stroke-width": 3, style: `stroke:var(--run-${run % 7});stroke-dasharray:${dashes(run)}` }));
-
 function showHeader() {
   find("#title").append(...(several ? [`${runs.length} runs`] : broken(runs[0].name)));
-  find("#made").textContent = `Written ${made}` + (reload ? `; loads itself again every ${reload} s while training goes on` : "");
-  if (several) find("#runs").append(...runs.map((run, place) => html("li", {}, swatch(place), html("span", {}, ...broken(run.name)))));
+  const again = reload ? `; loads itself again every ${reload} s while training goes on` : "";
+  find("#made").textContent = `Written ${made}${again}`;
+  const entry = (run, place) => html("li", {}, swatch(place), html("span", {}, ...broken(run.name)));
+  if (several) find("#runs").append(...runs.map(entry));
 }
 
 // A row for each label that a run has a text for, and a column for each run. What is not known is no difference.
 function compare(table, rowsOf) {
-  const tables = runs.map((run) => new Map(rowsOf(run)));
-  const labels = [...new Set(tables.flatMap((rows) => [...rows.keys()]))];
-  const rows = labels.map((label) => [label, ...tables.map((rows) => rows.get(label) || "")]).filter(([, ...cells]) => cells.some(Boolean));
-  const body = rows.map(([label, ...cells]) => {
-    const differs = new Set(cells.filter(Boolean)).size > 1;
-    return html("tr", differs ? { class: "differs" } : {}, html("th", { scope: "row" }, label), ...cells.map((cell) => html("td", {}, cell || "–")));
-  });
-  if (several) table.append(html("thead", {}, html("tr", {}, html("td", {}), ...runs.map((run) => html("th", { scope: "col" }, ...broken(run.name))))));
-  table.append(html("tbody", {}, ...body));
-  return rows.length;
+  const columns = runs.map((run) => new Map(rowsOf(run)));
+  const labels = [...new Set(columns.flatMap((column) => [...column.keys()]))];
+  const body = html("tbody");
+  for (const label of labels) {
+    const texts = columns.map((column) => column.get(label) || "");
+    if (!texts.some(Boolean)) continue;
+    body.append(row(heading("row", label), ...texts.map((text) => cell(text || "–"))));
+    if (new Set(texts.filter(Boolean)).size > 1) body.lastChild.className = "differs";
+  }
+  if (several) table.append(html("thead", {}, row(cell(), ...runs.map((run) => heading("col", ...broken(run.name))))));
+  table.append(body);
+  return body.children.length;
 }
 
-// Charts: losses together, everything else by itself. What never changes in any run is no picture.
-const curves = runs.flatMap((run, place) => run.curves.map((curve) => ({ ...curve, run: place, name: run.name })));
-const varies = (key) => curves.some((curve) => curve.key === key && new Set(curve.points.map((point) => point[VALUE])).size > 1);
-function chartsToDraw() {
-  const keys = [...new Set(curves.map((curve) => curve.key))];
+// Losses come together, everything else by itself. What never changes in any run is no picture.
+function chartsOf(curves) {
+  const first = ["eval_context_gain", "learning_rate", "dynsparse/coverage", "dynsparse/newborn_share"];
+  const byKey = Map.groupBy(curves, (curve) => curve.key);
   const isLoss = (key) => key === "loss" || key === "eval_loss";
-  const order = (key) => ["eval_context_gain", "learning_rate", "dynsparse/coverage", "dynsparse/newborn_share"].indexOf(key) + 1 || 9;
-  const alone = keys.filter((key) => !isLoss(key) && (key.startsWith("eval_") || varies(key))).sort((one, other) => order(one) - order(other));
-  const groups = alone.map((key) => curves.filter((curve) => curve.key === key));
-  if (keys.some(isLoss)) groups.unshift(curves.filter((curve) => isLoss(curve.key)));
-  return groups;
+  const varies = (group) => group.some(({ points }) => points.some((point) => point[VALUE] !== points[0][VALUE]));
+  const isDrawn = (key) => !isLoss(key) && (key.startsWith("eval_") || varies(byKey.get(key)));
+  const keys = [...new Set([...first.filter((key) => byKey.has(key)), ...byKey.keys()])].filter(isDrawn);
+  const losses = curves.filter((curve) => isLoss(curve.key));
+  const groups = keys.map((key) => [byKey.get(key)[0].label, byKey.get(key)]);
+  return losses.length ? [["loss", losses], ...groups] : groups;
 }
 
 function showCurves() {
-  const groups = chartsToDraw();
-  const known = Object.keys(AXES).filter((name) => curves.some((curve) => curve.points.some((point) => point[AXES[name].column] !== null)));
-  if (!known.length) return void find("#curves").replaceChildren(find("#curves h2"), html("p", { class: "note" }, "Nothing is logged yet: a checkpoint brings the log along."));
+  const curves = runs.flatMap((run, place) => run.curves.map((curve) => ({ ...curve, run: place, name: run.name })));
+  const points = curves.flatMap((curve) => curve.points);
+  const costs = (axis) => points.map((point) => point[AXES[axis].column]).filter(Boolean);
+  const known = Object.keys(AXES).filter((axis) => costs(axis).length);
+  if (!known.length) {
+    const missing = note("Nothing is logged yet: a checkpoint brings the log along.");
+    return find("#curves").replaceChildren(find("#curves h2"), missing);
+  }
   if (!known.includes(state.axis)) state.axis = known.includes("tokens") ? "tokens" : known[0];
-  const figures = groups.map(() => html("figure"));
-  find(".charts").append(...figures);
-  const lengthOf = (axis) => Math.max(...curves.flatMap((curve) => curve.points.map((point) => point[AXES[axis].column])));
-  const draw = () => groups.forEach((group, place) => {
-    const isLoss = group.some((curve) => /^(eval_)?loss$/.test(curve.key));
-    const gain = group[0].key === "eval_context_gain" ? plateau : undefined;
-    drawChart(figures[place], isLoss ? "loss" : group[0].label + (gain ? " (nats)" : ""), group, state.axis, lengthOf(state.axis), gain);
-  });
-  for (const name of known) {
-    const radio = html("input", { type: "radio", name: "axis", value: name, ...(name === state.axis ? { checked: "" } : {}) });
-    radio.addEventListener("change", () => { choose({ axis: name }); draw(); });
-    find("#curves fieldset").append(html("label", {}, radio, ` ${AXES[name].label}`));
+  const charts = chartsOf(curves).map(([title, group]) => ({ title, group, figure: html("figure") }));
+  find(".charts").append(...charts.map(({ figure }) => figure));
+  function draw() {
+    const most = Math.max(...costs(state.axis));
+    for (const { title, group, figure } of charts) {
+      const line = group[0].key === "eval_context_gain" ? plateau : undefined;
+      drawChart(figure, title + (line ? " (nats)" : ""), group, AXES[state.axis], most, line);
+    }
   }
-  let width = 0;
-  new ResizeObserver(() => requestAnimationFrame(() => {
-    if (width === (width = find(".charts").clientWidth)) return; // the charts' own height
-    draw();
-  })).observe(find(".charts"));
-}
-
-// Block maps. All frames of a layer: one Uint8Array of packed bits each.
-const unpacked = new Map();
-async function framesOf(map) {
-  if (!unpacked.has(map)) {
-    const zipped = Uint8Array.from(atob(map.bits), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([zipped]).stream().pipeThrough(new DecompressionStream("gzip"));
-    const bits = new Uint8Array(await new Response(stream).arrayBuffer());
-    const size = bits.length / map.steps.length;
-    for (let place = size; place < bits.length; place++) bits[place] ^= bits[place - size]; // a frame holds what has changed
-    unpacked.set(map, map.steps.map((_, place) => bits.subarray(place * size, (place + 1) * size)));
+  for (const axis of known) {
+    const radio = html("input", { type: "radio", name: "axis", ...(axis === state.axis ? { checked: "" } : {}) });
+    radio.addEventListener("change", () => {
+      choose({ axis });
+      draw();
+    });
+    find("#curves fieldset").append(html("label", {}, radio, ` ${AXES[axis].label}`));
   }
-  return unpacked.get(map);
-}
-
-const KINDS = [["never", "never active"], ["before", "active before"], ["active", "active"], ["newborn", "new since the frame before"]];
-
-async function drawMap(canvas, caption, map, step) {
-  const frames = await framesOf(map);
-  const place = Math.max(0, map.steps.findLastIndex((each) => each <= step));
-  const [rows, columns] = map.grid;
-  const style = getComputedStyle(document.documentElement);
-  const colours = KINDS.map(([kind]) => style.getPropertyValue(`--${kind}`).trim()).map((text) => [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16)));
-  const context = canvas.getContext("2d");
-  [canvas.width, canvas.height] = [columns, rows];
-  const picture = context.createImageData(columns, rows);
-  const isSet = (frame, block) => (frame[block >> 3] >> (7 - (block & 7))) & 1;
-  const counts = [0, 0, 0, 0];
-  for (let block = 0; block < rows * columns; block++) {
-    let kind = 0;
-    if (isSet(frames[place], block)) kind = place && !isSet(frames[place - 1], block) ? 3 : 2;
-    else for (let earlier = 0; earlier < place && !kind; earlier++) kind = isSet(frames[earlier], block);
-    counts[kind]++;
-    picture.data.set([...colours[kind], 255], 4 * block);
-  }
-  context.putImageData(picture, 0, 0);
-  const share = (count) => `${round((100 * count) / (rows * columns))}\u00a0%`;
-  const update = map.updates[place] < 0 ? "" : `, update ${map.updates[place]}`;
-  const left = map.left_out ? `; ${map.left_out} frames are left out, for size` : "";
-  caption.textContent = `step ${map.steps[place].toLocaleString("en")}${update}: ${rows} x ${columns} blocks, ${share(counts[2] + counts[3])} active, ${counts[3]} new, ${share(counts[1] + counts[2] + counts[3])} active at some time${left}`;
-  canvas.setAttribute("aria-label", caption.textContent);
-}
-
-function showMaps() {
-  const names = [...new Set(runs.flatMap((run) => Object.keys(run.maps)))];
-  const missing = runs.filter((run) => run.maps_left_out.length);
-  find("#left-out").textContent = missing.map((run) => `${run.name}: no room for the maps of ${run.maps_left_out.length} layers.`).join(" ");
-  if (!names.length) return void find("#map").remove();
-  const [select, slider, play, when] = ["#layer", "#frame", "#play", "#when"].map(find);
-  const length = (name) => Math.max(...runs.map((run) => run.maps[name]?.steps.length || 0));
-  if (!names.includes(state.layer)) state.layer = names.reduce((best, name) => (length(name) > length(best) ? name : best));
-  select.append(...names.map((name) => html("option", name === state.layer ? { selected: "" } : {}, name)));
-  find("#kinds").append(...KINDS.map(([kind, label]) => html("li", {}, html("i", { style: `background:var(--${kind})` }), label)));
-  let steps = [], panels = [];
-
-  function chooseLayer() {
-    const shown = runs.map((run, place) => ({ place, name: run.name, map: run.maps[state.layer] })).filter((run) => run.map);
-    steps = [...new Set(shown.flatMap((run) => run.map.steps))].sort((one, other) => one - other);
-    panels = shown.map((run) => ({ ...run, canvas: html("canvas", { role: "img" }), caption: html("figcaption") }));
-    find(".maps").replaceChildren(...panels.map(({ place, name, map, canvas, caption }) => {
-      const zoom = Math.max(1, Math.floor(480 / Math.max(...map.grid)));
-      canvas.style.width = `${zoom * map.grid[1]}px`;
-      const figure = html("figure", {}, ...(several ? [html("h3", {}, swatch(place), " ", ...broken(name))] : []), canvas, caption);
-      figure.style.maxWidth = `min(100%, ${Math.max(280, zoom * map.grid[1])}px)`;
-      return figure;
-    }));
-    slider.max = steps.length - 1;
-    slider.disabled = play.disabled = steps.length < 2;
-    slider.value = state.frame ?? steps.length - 1; // the latest, unless another is chosen
-    return draw();
-  }
-  async function draw() {
-    const step = steps[slider.value];
-    when.textContent = step.toLocaleString("en");
-    slider.setAttribute("aria-valuetext", `step ${step}`);
-    await Promise.all(panels.map(({ canvas, caption, map }) => drawMap(canvas, caption, map, step)));
-  }
-  const move = (place) => {
-    slider.value = place;
-    choose({ frame: Number(place) === steps.length - 1 ? undefined : place });
-    return draw();
-  };
-  let timer = 0;
-  function stop() {
-    timer = clearInterval(timer);
-    play.textContent = "Play";
-    play.setAttribute("aria-pressed", "false");
-  }
-  play.addEventListener("click", () => {
-    if (timer) return stop();
-    play.textContent = "Pause";
-    play.setAttribute("aria-pressed", "true");
-    if (Number(slider.value) === steps.length - 1) move(0);
-    timer = setInterval(() => {
-      move(Number(slider.value) + 1);
-      if (Number(slider.value) === steps.length - 1) stop();
-    }, Math.min(600, Math.max(60, 8000 / steps.length)));
-  });
-  slider.addEventListener("input", () => { stop(); move(slider.value); });
-  select.addEventListener("change", () => { stop(); choose({ layer: select.value, frame: undefined }); chooseLayer(); });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  return chooseLayer();
+  let width = 0; // a drawing changes the height, which is no reason for another
+  const redraw = () => width !== (width = find(".charts").clientWidth) && draw();
+  new ResizeObserver(() => requestAnimationFrame(redraw)).observe(find(".charts"));
 }
 
 function showLayers() {
-  const rows = new Map();
-  runs.forEach((run, place) => run.layers.forEach((layer) => rows.set(layer[0], [...(rows.get(layer[0]) || []), [place, ...layer.slice(1)]])));
-  if (!rows.size) return void find("#layers").remove();
-  const most = Math.max(...[...rows.values()].flat().map((cells) => cells[4]));
-  const bar = ([place, , , , density]) =>
-    html("div", { class: "bar" }, html("i", { style: `width:${(70 * density) / most}%;background:var(--run-${place % 7})` }), round(density, 4));
-  const headings = ["layer", "density", "shape", "block", "nnzb"].map((text) => html("th", { scope: "col" }, text));
-  const texts = (cells, place) => [...new Set(cells.map((each) => each[place]))].join(", ");
-  find("#layers table").append(
-    html("thead", {}, html("tr", {}, ...headings)),
-    html("tbody", {}, ...[...rows].map(([name, cells]) =>
-      html("tr", {}, html("th", { scope: "row" }, ...broken(name)), html("td", {}, ...cells.map(bar)), ...[1, 2, 3].map((place) => html("td", {}, texts(cells, place)))))));
+  const layers = runs.flatMap((run, place) => run.layers.map(([name, ...sizes]) => ({ name, sizes, place })));
+  if (!layers.length) return find("#layers").remove();
+  const most = Math.max(...layers.map(({ sizes }) => sizes[3]));
+  const bar = ({ sizes, place }) => {
+    const style = `width:${(70 * sizes[3]) / most}%;background:${colour(place)}`;
+    return html("div", { class: "bar" }, html("i", { style }), round(sizes[3]));
+  };
+  const body = [...Map.groupBy(layers, ({ name }) => name)].map(([name, alike]) => {
+    const texts = [0, 1, 2].map((place) => cell([...new Set(alike.map(({ sizes }) => sizes[place]))].join(", ")));
+    return row(heading("row", ...broken(name)), cell(...alike.map(bar)), ...texts);
+  });
+  const headings = ["layer", "density", "shape", "block", "nnzb"].map((text) => heading("col", text));
+  find("#layers table").append(html("thead", {}, row(...headings)), html("tbody", {}, ...body));
 }
 
-function showTables(selector, rowsOf, noteOf = () => "") {
+// A table of its own for each run that has one.
+function showTables(section, rowsOf, noteOf = () => "") {
   for (const run of runs) {
+    if (noteOf(run)) section.append(note((several ? `${run.name}: ` : "") + noteOf(run)));
     const [headings, ...rows] = rowsOf(run);
-    if (noteOf(run)) find(selector).append(html("p", { class: "note" }, (several ? `${run.name}: ` : "") + noteOf(run)));
-    if (!rows.length) continue;
-    find(selector).append(html("div", { class: "wide" }, html("table", {},
-      ...(several ? [html("caption", {}, ...broken(run.name))] : []),
-      html("thead", {}, html("tr", {}, ...headings.map((text) => html("th", { scope: "col" }, text)))),
-      html("tbody", {}, ...rows.map((cells) => html("tr", {}, ...cells.map((cell) => html("td", {}, cell))))))));
+    if (!headings) continue;
+    const table = html("table", {}, ...(several ? [html("caption", {}, ...broken(run.name))] : []));
+    table.append(html("thead", {}, row(...headings.map((text) => heading("col", text)))));
+    table.append(html("tbody", {}, ...rows.map((texts) => row(...texts.map((text) => cell(text))))));
+    section.append(html("div", { class: "wide" }, table));
   }
-  if (find(selector).children.length === 1) find(selector).remove();
+  if (section.children.length === 1) section.remove(); // a heading alone
 }
 
 showHeader();
 compare(find("#summary table"), (run) => run.summary);
 if (!compare(find("#settings"), (run) => run.settings)) find("#summary details").remove();
 showCurves();
+showMaps();
 showLayers();
-showTables("#kernels", (run) => run.kernels);
-showTables("#masks", (run) => run.masks, (run) => run.masks_note);
-window.addEventListener("hashchange", () => location.reload());
+showTables(find("#kernels"), (run) => run.kernels);
+showTables(find("#masks"), (run) => run.masks, (run) => run.masks_note);
+addEventListener("hashchange", () => location.reload());
 if (reload) setTimeout(() => location.reload(), 1000 * reload);
-Promise.resolve(showMaps()).then(() => document.body.setAttribute("data-drawn", ""));

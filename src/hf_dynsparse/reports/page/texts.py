@@ -29,7 +29,7 @@ def summary_rows(facts: Mapping[str, Any], report: CheckpointReport | None, stat
     rows |= {name: known.get(name) for name in ("steps", "epochs")}
     rows |= {"tokens": large(known.get("tokens")), "training FLOPs": large(known.get("flops"))}
     if known.get("flops") and known.get("dense_flops"):
-        rows["of the dense twin's"] = f"{known['flops'] / known['dense_flops']:.1%}"
+        rows["of dense FLOPs"] = f"{known['flops'] / known['dense_flops']:.1%}"
     rows |= {"training time": duration(known.get("seconds")), "tokens per second": known.get("tokens_per_second")}
     rows |= {"evaluation loss": known.get("eval_loss")}
     rows |= {name: known.get(name.replace(" ", "_")) for name in ("perplexity", "context gain")}
@@ -41,7 +41,8 @@ def summary_rows(facts: Mapping[str, Any], report: CheckpointReport | None, stat
     if report and report.layers:
         coverage = known.get("coverage")
         rows |= {"DOF coverage": coverage and f"{coverage:.1%}", "topology updates": known.get("topology_updates")}
-    rows |= {name: known.get(name.replace(" ", "_")) for name in ("learning rate", "seed", "processes", "hardware")}
+    rows |= {"learning rate": facts.get("learning_rate")}  # the highest; the log has that of each step
+    rows |= {name: known.get(name) for name in ("seed", "processes", "hardware")}
     rows["versions"] = ", ".join(f"{name} {version}" for name, version in (known.get("versions") or {}).items())
     return [[name, readable(value)] for name, value in rows.items()]
 

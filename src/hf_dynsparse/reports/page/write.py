@@ -106,7 +106,7 @@ def _write(runs: Sequence[dict[str, Any]], output: str | Path, reload: float | N
     parts = {
         "TITLE": escape(", ".join(run["name"] for run in runs)),
         "STYLE": (HERE / "style.css").read_text(encoding="utf-8"),
-        "SCRIPT": "".join((HERE / name).read_text(encoding="utf-8") for name in ("charts.js", "page.js")),
+        "SCRIPT": "".join((HERE / name).read_text(encoding="utf-8") for name in ("charts.js", "maps.js", "page.js")),
         "DATA": data.replace("<", "\\u003c"),  # no text in it can end the element that holds it
     }
     page = (HERE / "page.html").read_text(encoding="utf-8")
