@@ -15,6 +15,7 @@ from toy import toy_model, toy_tokenizer
 
 from hf_dynsparse import sparse_layers
 from hf_dynsparse.reports.page import write
+from hf_dynsparse.reports.page.collect import collect_run
 from hf_dynsparse.reports.page.curves import MAX_POINTS, log_curves
 from hf_dynsparse.reports.page.maps import code_maps
 from hf_dynsparse.reports.page.texts import duration, large
@@ -109,6 +110,14 @@ def test_block_maps_survive_their_code(page, run_folder):
         maps = {name: draw.random(layer.grid) < 0.3 for name, layer in sparse_layers(toy_model()).items()}
         assert (coded["updates"][place], coded["steps"][place]) == (update, step)
         np.testing.assert_array_equal(unpacked(coded)[place], maps[OTHER])
+
+
+def test_without_a_history_checkpoints_tell(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run", ignore=shutil.ignore_patterns("topology_history"))
+    coded = collect_run(run, "run", 10**6, ["w1 [MASK]"])["maps"]
+    for name, layer in sparse_layers(toy_model()).items():
+        assert (coded[name]["steps"], coded[name]["updates"]) == ([4, 8], [-1, -1])
+        np.testing.assert_array_equal(unpacked(coded[name])[1], layer.layout.to_mask().numpy())
 
 
 def test_what_finds_no_room_is_named():
