@@ -127,7 +127,10 @@ setup(
     package_dir={"": "src", "hf_dynsparse.examples": "examples"},
     packages=[*find_packages("src"), *EXAMPLES],
     py_modules=["hf_dynsparse_cli"],
-    package_data={"hf_dynsparse": ["py.typed", "*/*.md"], **dict.fromkeys(EXAMPLES, ["*.yaml", "*.html", "*.md"])},
+    package_data={
+        "hf_dynsparse": ["py.typed", "*/*.md", "reports/page/*.*"],
+        **dict.fromkeys(EXAMPLES, ["*.yaml", "*.html", "*.md"]),
+    },
     ext_modules=[native_extension(variant, flags) for variant, flags in VARIANTS.items()],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
     python_requires=">=3.11",  # as transformers 5.23

@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "dense to sparse, and sparse to dense, ONNX or BSR",
     "push": "put a saved model on the Hub",
     "card": "write the model card again",
+    "report": "a page that shows one or several runs",
     "animate": "a moving picture of a run's topology",
     "fill": "the words that models put in the place of a mask",
     "train": "pre-train or fine-tune a model",

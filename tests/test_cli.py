@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def test_train_runs_the_script(task, installed, tmp_path, monkeypatch):
     assert ended.value.code == [str(examples / f"{script}.py"), f"hf-dynsparse train {task}", "--output_dir", "--help"]
 
 
-@pytest.mark.parametrize("command", ["inspect", "estimate", "convert", "push", "card", "animate", "fill"])
+@pytest.mark.parametrize("command", ["inspect", "estimate", "convert", "push", "card", "report", "animate", "fill"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as ended:
         hf_dynsparse_cli.main([command, "--help"])
@@ -122,7 +123,7 @@ def test_help_teaches(command, capsys):
     examples = printed.partition("examples:\n")[2].splitlines()
     assert examples
     for example in examples:  # each of them is understood
-        words = example.split()
+        words = shlex.split(example)
         assert words[:2] == ["hf-dynsparse", command]
         assert cli._parser().parse_args(words[1:]).run
 
@@ -287,6 +288,22 @@ def test_animate(tmp_path, capsys):
             assert picture.info["duration"] == milliseconds
 
 
+def test_report(saved, tmp_path, capsys, monkeypatch):
+    """A page in the folder of one run, here for several; opened once, whether it is watched or not."""
+    opened = []
+    monkeypatch.setattr(cli.webbrowser, "open", opened.append)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree(saved, tmp_path / name)
+        (tmp_path / name / "summary.json").write_text("{}")
+    assert run(capsys, "report", "a", "--open") == f"{Path('a', 'report.html')}\n"
+    assert run(capsys, "report", "a", "b", "--open", "--watch", "0.1") == "report.html\n"
+    other = tmp_path / "other.html"
+    assert run(capsys, "report", "a", "b", "--output", other) == f"{other}\n"
+    assert opened == [(tmp_path / name).as_uri() for name in ("a/report.html", "report.html")]
+    assert all("<h1" in Path(name).read_text() for name in ("a/report.html", "report.html", "other.html"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -329,6 +346,11 @@ def test_animate(tmp_path, capsys):
         (["animate", "SAVED"], "without topology_history. Train with examples/run_mlm_dynsparse.py"),
         (["animate", "no where"], "RUN_FOLDER must hold a history of the topology. Got no where without"),
         (["animate", "SAVED", "--seconds", "soon"], "argument --seconds: invalid float value: 'soon'"),
+        (["report"], "the following arguments are required: RUN"),
+        (["report", "no where"], "must have left something in its folder. Got no where without summary.json"),
+        (["report", "SAVED", "SAVED"], "A page shows each run once. Got "),
+        (["report", "SAVED", "--watch", "0"], "argument --watch: must be positive and finite. Got '0'"),
+        (["report", "SAVED", "--fill", "no mask"], "A text must hold [MASK] where a word is missing"),
         (["push", "TARGET", "user/name"], "Only a folder that `save_pretrained` wrote can be pushed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -387,6 +409,7 @@ def refusals(capsys, folder, *commands):
         "card": ["card", folder],
         "convert": ["convert", folder, folder.parent / "target", "--to", "dense"],
         "push": ["push", folder, "user/name"],
+        "report": ["report", folder],
     }
     before = files_of(folder)
     for command in commands:
@@ -446,17 +469,20 @@ def test_a_malformed_file_of_a_run_is_one_line(file, text, saved, tmp_path, caps
         text = json.dumps({**json.loads(text), "steps": 1, "hardware": "x", "tokens_per_second": 1.0})
     shutil.copytree(saved, tmp_path / "model")
     (tmp_path / "model" / file).write_text(text)
-    for command, message in refusals(capsys, tmp_path / "model", "card", "push"):
+    commands = ("card", "push") if "versions" in text else ("card", "push", "report")
+    for command, message in refusals(capsys, tmp_path / "model", *commands):
         assert str(tmp_path / "model") in message
         assert " must be " in message or " must hold " in message or "may be pushed" in message, command
 
 
 def test_a_malformed_history_is_one_line(tmp_path, capsys):
     frame = {"blocks": np.packbits(np.eye(4, dtype=bool)), "grid": (4, 4), "about": np.array([0, 0]), "layer": "q"}
-    write_frame(tmp_path, Frame("q", 1, 5, np.eye(4, dtype=bool)))
+    write_frame(tmp_path, Frame("q", 1, 5, np.eye(4, dtype=bool)), {"k": np.eye(4, dtype=bool)})
     file = tmp_path / "topology_history" / "step-000000009.npz"
     changes = [{"grid": grid} for grid in ((4,), (-1, 4), (0, 0), (10**9, 10**9), (4.5, 4), ("a", "b"), (2, 8))]
     changes += [{"about": about} for about in ([1], ["a", "b"])] + [{"blocks": np.ones(2)}]
+    others = {"other_layers": np.array(["k"]), "other_grids": np.array([(4, 4)]), "other_blocks": frame["blocks"]}
+    changes += [{**others, name: value} for name, value in (("other_layers", ["k", "l"]), ("other_grids", [(4, 8)]))]
     for change in changes:
         np.savez_compressed(file, **{**frame, **change})
         assert "of a topology history must " in fail(capsys, "animate", tmp_path)
@@ -486,6 +512,7 @@ def test_code_of_a_repository_is_never_run(command, model_type, saved, tmp_path,
         "convert": ["convert", folder, tmp_path / "target", "--to", "dense"],
         "sparse": ["convert", folder, tmp_path / "target", "--to", "sparse"],
         "push": ["push", folder, "user/name"],
+        "report": ["report", folder],
     }
     with suppress(SystemExit):
         hf_dynsparse_cli.main([str(argument) for argument in arguments.get(command, [command, folder])])

@@ -76,7 +76,8 @@ def test_without_a_compiler_the_wheel_has_no_libraries_and_the_archive_all_sourc
     printed = build(tree, "false", "sdist", "bdist_wheel")
     assert 'building extension "hf_dynsparse.ops._native_portable" failed' in printed
     _, files = the_wheel(tree)
-    assert {"hf_dynsparse/ops/native.py", "hf_dynsparse_cli.py"} <= set(files)
+    page = {f"hf_dynsparse/reports/page/{name}" for name in ("page.html", "page.js", "style.css")}
+    assert {"hf_dynsparse/ops/native.py", "hf_dynsparse_cli.py", *page} <= set(files)
     # `hf-dynsparse train` finds in the package what a checkout has beside it.
     examples = {path.relative_to(tree).as_posix() for path in (tree / "examples").rglob("*.*")}
     assert {"examples/run_mlm_dynsparse.py", "examples/study/report.html", "examples/accelerate/cpu.yaml"} <= examples
@@ -93,6 +94,7 @@ def test_without_a_compiler_the_wheel_has_no_libraries_and_the_archive_all_sourc
     assert (
         {"docs/images/pareto.png", "csrc/block_sparse.cpp", "csrc/vectors.hpp", "tests/helpers.py"} <= needed <= packed
     )
+    assert {f"src/{file}" for file in page} <= packed
     assert [name for name in packed if name.endswith(".so")] == []
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import sys
+import webbrowser
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil, inf
@@ -50,7 +51,7 @@ def run_command(argv: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="hf-dynsparse")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_inspect, _add_estimate, _add_convert, _add_push, _add_card, _add_animate, _add_fill):
+    for add in (_add_inspect, _add_estimate, _add_convert, _add_push, _add_card, _add_report, _add_animate, _add_fill):
         add(commands)
     return parser
 
@@ -300,6 +301,43 @@ def _card(args: argparse.Namespace) -> None:
         raise ValueError(f"--with_weights copies the model to another folder. Got {args.folder} alone. Give --to too.")
     named = {} if args.to is None else {"model_name": args.to.resolve().name}
     _say(write_model_card(args.folder, args.to, with_weights=args.with_weights, **named))
+
+
+def _add_report(commands: Any) -> None:
+    examples = [
+        "runs/medium-s90-b16 --open",
+        "runs/static runs/dynamic runs/dense --output comparison.html",
+        "runs/medium-s90-b16 --watch 30 --open",
+        'runs/medium-s90-b16 --fill "The weather was [MASK] today."',
+    ]
+    parser = _command(commands, _report, examples)
+    parser.add_argument("runs", type=Path, metavar="RUN", nargs="+", help="output folder of a run, finished or not")
+    where = "default: report.html in RUN; of several runs, here"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=where)
+    parser.add_argument("--open", action="store_true", help="in the browser")
+    watch = "write it again every so many seconds (default: 10) until the runs are finished; the open page follows"
+    parser.add_argument("--watch", type=_rate, nargs="?", const=10.0, metavar="SECONDS", help=watch)
+    fill = "text with [MASK] for the models to fill, as often as you like (default: a few, if the model is small)"
+    parser.add_argument("--fill", metavar="TEXT", action="append", help=fill)
+
+
+def _report(args: argparse.Namespace) -> None:
+    """Write one page, which needs nothing but a browser: summary, curves, block maps, kernels, filled masks."""
+    from .reports.facts import PAGE_FILE
+    from .reports.page.write import watch_page, write_page
+
+    output = args.output or Path(args.runs[0] if len(args.runs) == 1 else ".", PAGE_FILE)
+
+    def written() -> None:
+        _say(output)
+        if args.open:
+            webbrowser.open(output.resolve().as_uri())
+
+    if args.watch is None:
+        write_page(args.runs, output, args.fill)
+        written()
+    else:
+        watch_page(args.runs, output, args.watch, args.fill, written)
 
 
 def _add_animate(commands: Any) -> None:

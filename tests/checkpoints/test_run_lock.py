@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from hf_dynsparse.checkpoints import run_lock as module
-from hf_dynsparse.checkpoints.run_lock import LOCK_FILE, run_lock
+from hf_dynsparse.checkpoints.run_lock import LOCK_FILE, lock_holder, run_lock
 from hf_dynsparse.training.scripts import find_checkpoint, holds_output_dir
 from tests.toy import toy_arguments, toy_model, toy_trainer
 
@@ -93,6 +94,15 @@ def test_another_process_has_it_until_it_dies(tmp_path):
         with run_lock(tmp_path):
             assert f"process {os.getpid()} " in (tmp_path / LOCK_FILE).read_text()
     assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_who_has_it(tmp_path):
+    assert lock_holder(tmp_path) is None
+    with run_lock(tmp_path):
+        assert lock_holder(tmp_path).startswith(f"process {os.getpid()} on ")
+    for host, is_told in ((socket.gethostname(), False), ("another", True)):  # here it has ended
+        (tmp_path / LOCK_FILE).write_text(f"process {2**30} on {host} since today")
+        assert bool(lock_holder(tmp_path)) is is_told
 
 
 def test_a_folder_made_for_nothing_goes(tmp_path):

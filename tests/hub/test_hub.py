@@ -209,6 +209,7 @@ def test_what_a_run_leaves_stays_behind(folder: Path) -> None:
         "checkpoint-3/model.safetensors",
         "runs/events",
         "topology_history/step-1.npz",
+        "report.html",
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"\x80\x04")

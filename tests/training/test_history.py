@@ -11,7 +11,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_dynsparse import sparse_layers
 from hf_dynsparse.reports.pictures.blocks import KINDS, changes, colours_of_kinds, mean_of_squares, paint_blocks
-from hf_dynsparse.topology.frames import HISTORY_FOLDER, Frame, history_files, read_history, write_frame
+from hf_dynsparse.topology.frames import (
+    HISTORY_FOLDER,
+    Frame,
+    history_files,
+    read_history,
+    read_layers,
+    write_frame,
+)
+from hf_dynsparse.training.callbacks import history
 from hf_dynsparse.training.callbacks.history import TopologyHistory
 
 
@@ -85,8 +93,23 @@ def test_frames_are_the_block_maps_of_the_run(finished):
     assert len({frame.block_map.tobytes() for frame in frames}) == 4
 
 
+def test_all_layers_are_kept(finished, monkeypatch, tmp_path):
+    folder, _, maps = finished
+    layers = read_layers(folder)
+    assert layers.keys() == {name for name, _ in maps}
+    for name, frames in layers.items():
+        assert [(frame.layer, frame.step) for frame in frames] == [(name, step) for step in UPDATES]
+        for frame in frames:
+            np.testing.assert_array_equal(frame.block_map, maps[name, frame.step])
+    monkeypatch.setattr(history, "ALL_LAYERS", 1000)  # blocks; the toy has 1024
+    trainer = toy_trainer(tmp_path)
+    callback = TopologyHistory(trainer)
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert list(read_layers(tmp_path)) == [LAYER]
+
+
 def test_history_is_small(finished):
-    assert all(file.stat().st_size < 1500 for file in history_files(finished[0]))
+    assert all(file.stat().st_size < 3000 for file in history_files(finished[0]))
     assert {path.suffix for path in (finished[0] / HISTORY_FOLDER).iterdir()} == {".npz"}
 
 

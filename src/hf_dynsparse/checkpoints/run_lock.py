@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -69,3 +70,20 @@ def _take(lock: FileLock, folder: Path) -> None:
                 "`output_dir`, or `save_strategy='no'`."
             ) from error
         logger.warning("The file system of %s has no locks: see to it that no other run writes there.", folder)
+
+
+def lock_holder(folder: str | Path) -> str | None:
+    """What holds a folder, as its lock file says; `None` if nothing does, or what did has ended on this machine."""
+    try:
+        holder = Path(folder, LOCK_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.match(r"process (\d+) on (\S+) since ", holder)
+    if found and found[2] == socket.gethostname():
+        try:
+            os.kill(int(found[1]), 0)
+        except ProcessLookupError:
+            return None
+        except OSError:  # of another user
+            pass
+    return holder

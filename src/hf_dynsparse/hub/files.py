@@ -15,6 +15,7 @@ from ..compress.int8.quantizer import int8_modules
 from ..files import read_object
 from ..models import DynSparseBertConfig
 from ..nn.linear import sparse_layers
+from ..reports.facts import PAGE_FILE
 from ..topology.frames import HISTORY_FOLDER
 from .allowed import check_file, check_regular
 
@@ -27,7 +28,7 @@ TRAINING_STATE = (*STATE_FILES, CHECKSUM_FILE)
 _LEFT_OUT = (
     *(name for name in TRAINING_STATE if name != TRAINER_STATE_NAME),  # its history is what a card tells
     *("training_args.bin", "checkpoint-*", LAST_CHECKPOINT, STAGING_FOLDER, f"{PENDING}*", "[._]*"),
-    *("runs", HISTORY_FOLDER),  # event files, and a frame for every topology update
+    *("runs", HISTORY_FOLDER, PAGE_FILE),  # event files, a frame for every topology update, and what shows them
 )
 
 Files = Mapping[str, Path | bytes]

@@ -1,5 +1,6 @@
 """Facts of a model, a run and its machine, for cards, summaries and tables."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ PICTURES = {
     "ticket.png": "Attention heads by their gates, and the intermediate neurons of each layer that stay",
 }
 
+PAGE_FILE = "report.html"  # what `hf-dynsparse report` writes into the folder of a run
+
 PLATEAU = 0.1  # nats of context gain under which a model is hardly better than the frequencies of pieces
 
 EXPLORED = ("coverage", "topology_updates")
+LOGGED = (*EXPLORED, "newborn_share", "pruning_ratio", "sparsity", "flops", "tokens", "tokens_per_second")
 
 # What is read of the files of a run.
 STATE_KINDS: Kinds = {
@@ -31,9 +35,12 @@ STATE_KINDS: Kinds = {
     "stateful_callbacks": dict[str, Any],
 }
 
-LOG_KINDS: Kinds = {"step": int, "loss": float, **{f"dynsparse/{name}": float for name in EXPLORED}}
+LOG_KINDS: Kinds = {
+    **{"step": int, "loss": float, "learning_rate": float},
+    **{f"dynsparse/{name}": float for name in LOGGED},
+}
 
-CALLBACK_KINDS: Kinds = {"TopologyCallback": dict[str, dict[str, Any]]}
+CALLBACK_KINDS: Kinds = dict.fromkeys(("TopologyCallback", "KernelCallback"), dict[str, dict[str, Any]])
 
 SUMMARY_KINDS: Kinds = {
     **dict.fromkeys(("steps", "seq_len", "topology_updates", "train_sequences", "eval_sequences", "processes"), int),
@@ -67,9 +74,17 @@ def read_facts(folder: Path) -> dict[str, Any]:
             scores: Kinds = {name: float for name in entry if name.startswith("eval_")}
             check_object(entry, f"the log of {state_file}", {**LOG_KINDS, **scores})
         facts["topology"] = (callbacks.get("TopologyCallback") or {}).get("args")
+        kernels = (callbacks.get("KernelCallback") or {}).get("attributes") or {}
+        facts["kernels"] = check_object(kernels, str(state_file), {"choices": list[dict[str, Any]]}).get("choices")
     if summary_file.exists():
         facts |= read_object(summary_file, SUMMARY_KINDS)
     return facts
+
+
+def seconds_so_far(entry: Mapping[str, Any]) -> float | None:
+    """Spent in optimiser steps until this entry of a log; `None` if it does not tell."""
+    rate = entry.get("dynsparse/tokens_per_second")
+    return entry["dynsparse/tokens"] / rate if rate else None
 
 
 def describe_start(name_or_path: str | None) -> dict[str, Any]:

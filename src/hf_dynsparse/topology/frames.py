@@ -1,8 +1,11 @@
-"""The topology of one layer over a run: a frame at the start and after every update, its file, and its colours."""
+"""The topology of the layers of a run: frames at the start and after every update, and their files."""
 
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,38 +33,55 @@ class Frame:
     block_map: np.ndarray
 
 
-def write_frame(run_dir: str | Path, frame: Frame) -> None:
+def write_frame(run_dir: str | Path, frame: Frame, others: Mapping[str, np.ndarray] | None = None) -> None:
     """
     Write one frame, a bit a block, into the history of a run; another of the same step is replaced. A process that is
     killed meanwhile leaves none that is half written.
+
+    Args:
+        others (`Mapping[str, np.ndarray]`, *optional*): block maps of more layers after the same update, by name.
     """
+    arrays: dict[str, Any] = {
+        "blocks": np.packbits(frame.block_map),
+        "grid": frame.block_map.shape,
+        "about": np.array([frame.update, frame.step]),
+        "layer": frame.layer,
+    }
+    if others:
+        arrays["other_layers"] = np.array(list(others))
+        arrays["other_grids"] = np.array([block_map.shape for block_map in others.values()])
+        arrays["other_blocks"] = np.packbits(np.concatenate([block_map.ravel() for block_map in others.values()]))
     content = BytesIO()
-    np.savez_compressed(
-        content,
-        blocks=np.packbits(frame.block_map),
-        grid=frame.block_map.shape,
-        about=np.array([frame.update, frame.step]),
-        layer=frame.layer,
-    )
+    np.savez_compressed(content, **arrays)
     write_atomically(Path(run_dir, HISTORY_FOLDER, f"step-{frame.step:09d}.npz"), content.getvalue())
 
 
 def read_history(run_dir: str | Path) -> list[Frame]:
     """
-    The frames of a run in the order of their steps; none if it kept no history.
+    The frames of the layer that a run keeps for its moving picture, in the order of their steps; none if it kept none.
 
     Raises:
         ValueError: if a file is damaged, or of a layer of another size, naming it.
     """
     files = history_files(run_dir)
-    frames = [_read_frame(file) for file in files]
-    for file, frame in zip(files, frames, strict=True):
-        if frame.block_map.shape != frames[0].block_map.shape:
-            raise ValueError(
-                f"All frames of a topology history must have as many blocks. Got {file} with {frame.block_map.shape}, "
-                f"and {files[0]} with {frames[0].block_map.shape}. Delete those of another run."
-            )
+    frames = [_read_frames(file)[0] for file in files]
+    _check_sizes(files, frames)
     return frames
+
+
+def read_layers(run_dir: str | Path) -> dict[str, list[Frame]]:
+    """
+    As [`read_history`], of every layer that a run has kept, by name. Runs of earlier versions have kept one.
+    """
+    files: dict[str, list[Path]] = {}
+    layers: dict[str, list[Frame]] = {}
+    for file in history_files(run_dir):
+        for frame in _read_frames(file):
+            files.setdefault(frame.layer, []).append(file)
+            layers.setdefault(frame.layer, []).append(frame)
+    for name, frames in layers.items():
+        _check_sizes(files[name], frames)
+    return layers
 
 
 def history_files(run_dir: str | Path) -> list[Path]:
@@ -77,23 +97,40 @@ def forget_frames(run_dir: str | Path, after: int) -> None:
             file.unlink()
 
 
-def _read_frame(file: Path) -> Frame:
+def _read_frames(file: Path) -> list[Frame]:
+    """Of all layers in a file; that of the moving picture comes first."""
     try:
         with file.open("rb") as content, np.load(content) as arrays:
-            grid, about, blocks = arrays["grid"], arrays["about"], arrays["blocks"]
-            layer = str(arrays["layer"])
+            held = dict(arrays)
+        names, grids = [str(held["layer"])], held["grid"][None]
+        block_maps = _unpack(held["blocks"], grids)
+        if "other_layers" in held:
+            names += held["other_layers"].tolist()
+            block_maps += _unpack(held["other_blocks"], held["other_grids"])
+        update, step = (operator.index(number) for number in held["about"])
+        return [Frame(name, update, step, block_map) for name, block_map in zip(names, block_maps, strict=True)]
     except OSError:
         raise
     except Exception as error:  # what NumPy, zipfile and zlib raise has no base in common
-        raise _damaged(file, str(error)) from error
-    whole = grid.dtype.kind == about.dtype.kind == "i" and grid.shape == about.shape == (2,) and grid.min() > 0
-    rows, columns = grid.tolist() if whole else (0, 0)
-    if blocks.dtype != np.uint8 or blocks.shape != (-(-rows * columns // 8),) or not whole:
-        raise _damaged(file, f"a grid of {grid.tolist()} with {blocks.size} bytes, at {about.tolist()}")
-    update, step = about.tolist()
-    block_map = np.unpackbits(blocks, count=rows * columns).reshape(rows, columns)
-    return Frame(layer, update, step, block_map.astype(bool))
+        raise ValueError(f"A frame of a topology history must be whole. Got {file}: {error}. Delete it.") from error
 
 
-def _damaged(file: Path, reason: str) -> ValueError:
-    return ValueError(f"A frame of a topology history must be whole. Got {file}: {reason}. Delete it.")
+def _unpack(blocks: np.ndarray, grids: np.ndarray) -> list[np.ndarray]:
+    """The block maps of those `grids` `[layers, 2]` that stand in `blocks` one after the other, a bit a block."""
+    if grids.dtype.kind != "i" or grids.ndim != 2 or grids.shape[1] != 2 or grids.min() < 1:
+        raise ValueError(f"grids of {grids.tolist()}")
+    counts = [rows * columns for rows, columns in grids.tolist()]
+    if blocks.dtype != np.uint8 or blocks.shape != (-(-sum(counts) // 8),):
+        raise ValueError(f"grids of {grids.tolist()} with {blocks.size} bytes")
+    flat = np.unpackbits(blocks, count=sum(counts)).astype(bool)
+    each = np.split(flat, np.cumsum(counts)[:-1])
+    return [block_map.reshape(grid) for block_map, grid in zip(each, grids.tolist(), strict=True)]
+
+
+def _check_sizes(files: Sequence[Path], frames: Sequence[Frame]) -> None:
+    for file, frame in zip(files, frames, strict=True):
+        if frame.block_map.shape != frames[0].block_map.shape:
+            raise ValueError(
+                f"All frames of a topology history must have as many blocks. Got {file} with {frame.block_map.shape}, "
+                f"and {files[0]} with {frames[0].block_map.shape}. Delete those of another run."
+            )

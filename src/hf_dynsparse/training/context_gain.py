@@ -16,7 +16,7 @@ from transformers import Trainer
 from .._transformers import EvalLoopOutput
 from ..models.heads import predicting_labelled
 from ..models.losses import IGNORED
-from ..reports.facts import PLATEAU
+from ..reports.facts import PLATEAU, seconds_so_far
 
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class ContextGainTrainer(Trainer):
             return
         so_far = f"context gain {now[GAIN]:.2f} after {now['dynsparse/tokens'] / 1e6:.3g} M tokens"
         if now[GAIN] >= PLATEAU:
-            logger.info("left the plateau of word frequencies: %s, %.3g s", so_far, _seconds(now))
+            logger.info("left the plateau of word frequencies: %s, %.3g s", so_far, seconds_so_far(now) or 0.0)
         elif not earlier:
             logger.info("still on the plateau of word frequencies: %s. %s", so_far, WHAT_HELPS)
 
@@ -168,11 +168,5 @@ def plateau_left(log_history: Iterable[Mapping[str, Any]]) -> dict[str, float | 
     found = next((entry for entry in log_history if entry.get(GAIN, 0.0) >= PLATEAU), None)
     return {
         "plateau_left_tokens": None if found is None else found["dynsparse/tokens"],
-        "plateau_left_seconds": None if found is None else _seconds(found),
+        "plateau_left_seconds": None if found is None else seconds_so_far(found),
     }
-
-
-def _seconds(entry: Mapping[str, Any]) -> float:
-    """Spent in optimiser steps until this entry of the log."""
-    rate = entry["dynsparse/tokens_per_second"]
-    return float(entry["dynsparse/tokens"] / rate) if rate else 0.0

@@ -19,12 +19,16 @@ from .topology import TopologyCallback
 
 logger = logging.getLogger(__name__)
 
+# Positions of blocks in all layers together up to which all are kept; half a megabyte a frame before it is compressed.
+ALL_LAYERS = 2**22
+
 
 class TopologyHistory(TrainerCallback):
     """
-    Keeps which blocks of a layer are active, at the start of a run and after every topology update, in
-    `topology_history/` of its output folder: a bit a block, from which `hf-dynsparse animate` draws. Where the run
-    reports to TensorBoard or trackio, the same goes there as a picture.
+    Keeps which blocks are active, at the start of a run and after every topology update, in `topology_history/` of its
+    output folder: a bit a block, from which `hf-dynsparse animate` and `hf-dynsparse report` draw. Of a model with up
+    to four million positions of blocks all layers are kept, of a larger one `layer` alone. Where the run reports to
+    TensorBoard or trackio, `layer` goes there as a picture.
 
     The frames survive interruptions: a resumed run removes those of the steps that it repeats. A disk that is full
     costs frames, not the run.
@@ -33,7 +37,8 @@ class TopologyHistory(TrainerCallback):
 
     Args:
         trainer (`Trainer`): one with a [`TopologyCallback`], such as a [`DynSparseTrainer`] of a sparse model.
-        layer (`str`, *optional*): name of the layer; by default the first into the feed-forward part, or the first.
+        layer (`str`, *optional*): the layer of the pictures; by default the first into the feed-forward part, or
+            the first.
 
     Raises:
         ValueError: if no topology is updated, or the model has no such layer.
@@ -82,11 +87,18 @@ class TopologyHistory(TrainerCallback):
     def _block_map(self, model: nn.Module) -> np.ndarray:
         return trainable_layers(model)[self.layer].layout.to_mask().cpu().numpy()
 
+    def _other_maps(self, model: nn.Module) -> dict[str, np.ndarray]:
+        layers = trainable_layers(model)
+        if sum(layer.num_blocks for layer in layers.values()) > ALL_LAYERS:
+            return {}
+        return {name: layer.layout.to_mask().cpu().numpy() for name, layer in layers.items() if name != self.layer}
+
     def _record(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         active = self._block_map(model)
         newborn, self._before = active & ~self._before, active
         try:
-            write_frame(str(args.output_dir), Frame(self.layer, self._updates, state.global_step, active))
+            frame = Frame(self.layer, self._updates, state.global_step, active)
+            write_frame(str(args.output_dir), frame, self._other_maps(model))
         except OSError as error:
             logger.warning("The topology after step %d is missing in the history: %s", state.global_step, error)
         senders = [(SENDERS[type(callback)], callback) for callback in self.callbacks if type(callback) in SENDERS]
