@@ -116,7 +116,8 @@ def main() -> None:
 
     facts = about_run(model_args, data_args)
     if args.do_train:
-        logger.info("%d training examples; %s", len(examples["train"]), topology_summary(model))
+        logger.info("%d training examples", len(examples["train"]))
+        logger.debug("%s", topology_summary(model))
         facts |= scripts.finetune(trainer, checkpoint)
     results = evaluate(trainer, examples, data_args) if args.do_eval else {}
     if args.do_predict:
@@ -213,11 +214,10 @@ def answers(predictions: Any, labels: list[str]) -> np.ndarray:
 
 
 def evaluate(trainer: DynSparseTrainer, examples: DatasetDict, data_args: SentenceArguments) -> dict[str, float]:
-    """The metrics of the validation sets, logged and saved."""
+    """The metrics of the validation sets, saved."""
     results = trainer.evaluate()
     if data_args.task_name == "mnli" and "validation_mismatched" in examples:
         results |= trainer.evaluate(examples["validation_mismatched"], metric_key_prefix="eval_mm")
-    trainer.log_metrics("eval", results)
     trainer.save_metrics("eval", results)
     return results
 

@@ -202,7 +202,10 @@ def main() -> None:
         model = load_model(model_args, data_args, config)
         if model_args.untrained_rest:
             add_untrained_rest_(model, config.initializer_range, args.seed)
-        logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
+        if sparse_layers(model):
+            logger.debug("%s", topology_summary(model))
+        else:
+            logger.info("dense baseline: no sparse layers")
         if args.learning_rate is None:
             set_learning_rates_(args, model, model_args.preset)
         if checkpoint is not None:
