@@ -1,4 +1,11 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_dynsparse[plots]"]
+#
+# [tool.uv.sources]
+# hf_dynsparse = { path = ".." }
+# ///
 r"""
 Pre-train an always-sparse encoder by masked language modelling, with a topology that evolves (arXiv:2108.06277).
 
