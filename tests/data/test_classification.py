@@ -119,7 +119,7 @@ def test_new_sentences_for_a_model_that_knows_its_labels(data: Path, tmp_path: P
         find_columns(raw, args, ("test",), labels_of(config))
     config.architectures = ["DynSparseBertForSequenceClassification"]
     assert find_columns(raw, args, ("test",), labels_of(config)) == (["title", "body"], ["no", "yes"])
-    config.num_labels = 1
+    config.id2label = {0: "LABEL_0"}
     assert labels_of(config) == []
 
 

@@ -221,7 +221,8 @@ def labels_of(config: PretrainedConfig) -> list[str] | None:
     """The labels of a fine-tuned model, none if it predicts a number; `None` if it is no classifier of sequences."""
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         return None
-    return [] if config.num_labels == 1 else [config.id2label[number] for number in range(config.num_labels)]
+    names: Any = config.id2label
+    return [] if len(names) == 1 else [names[number] for number in sorted(names)]
 
 
 def head_of(labels: list[str]) -> dict[str, Any]:
