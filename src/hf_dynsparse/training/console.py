@@ -20,8 +20,8 @@ AFTER_FIRST = 15.0
 
 def prepare_console(args: Any, logger_name: str) -> None:
     """
-    Logging of a script and of this package: from level INFO on the first process, or from `args.log_level`; and what
-    other packages say, as the functions below have it. Where nobody watches, there are no progress bars.
+    Logging of a script and of this package, from level INFO on the first process, or from `args.log_level`; and of
+    what other packages say all that means something. Where nobody watches, there are no progress bars.
 
     Args:
         args (`TrainingArguments`): of the run; changed where a default of transformers only makes for a warning.
@@ -46,7 +46,7 @@ def prepare_console(args: Any, logger_name: str) -> None:
         datasets.disable_progress_bars()
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # on by default, whereupon torch warns that there is nothing to pin for
-    # What accelerate calls its argument; torch has another name for the same.
+    # accelerate knows the old name of an argument of DDP only.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     logging.getLogger("transformers.trainer_utils").addFilter(without_shares)
     logging.getLogger("transformers.modeling_utils").addFilter(with_short_report)
@@ -70,8 +70,8 @@ def with_short_report(record: logging.LogRecord) -> bool:
     rows = re.findall(r"^(.+?) *\|\W*(?:\[\d+m)?([A-Z]{4,})", text, re.MULTILINE)
     fresh = sorted({name.rpartition(".")[0] for name, status in rows if status == "MISSING"})
     unused = sorted({name.split(".")[0] for name, status in rows if status == "UNEXPECTED"})
-    is_head = len(rows) == sum(status in ("MISSING", "UNEXPECTED") for _, status in rows)
-    if "LOAD REPORT" in text and is_head and not any(re.search(r"\d|embed", name) for name in fresh):
+    fits = {status for _, status in rows} <= {"MISSING", "UNEXPECTED"}
+    if "LOAD REPORT" in text and fits and not any(re.search(r"\d|embed", name) for name in fresh):
         parts = {"fresh weights": fresh, "left out of the checkpoint": unused}
         record.msg = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
         record.args = ()
