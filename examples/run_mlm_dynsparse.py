@@ -233,6 +233,7 @@ def main() -> None:
             logger.info("%d steps, as planned when the run began", args.max_steps)
         trainer = DynSparseTrainer(model, args, **parts)
         scripts.check_run_length(trainer)
+        scripts.tell_length(trainer)
         scripts.warn_of_plateau(trainer, data_args.max_seq_length)
         if data_args.max_eval_samples is None and args.eval_strategy != "no":
             trainer.eval_dataset = scripts.rows_while_training(trainer)

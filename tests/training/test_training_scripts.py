@@ -130,6 +130,9 @@ def test_a_run_below_the_plateau_is_warned_of(
 ) -> None:
     """Steps of twice four sequences of 16 tokens: 900,000 in all, or less."""
     trainer = toy_trainer(tmp_path, max_steps=steps, gradient_accumulation_steps=2)
+    with caplog.at_level("INFO", "hf_dynsparse"):
+        scripts.tell_length(trainer)
+    assert caplog.messages == [f"{steps:,} steps: 2.34e+03 passes over 24 sequences"]
     scripts.warn_of_plateau(trainer, 16)
     assert ("A run of 899,968 tokens is likely to end as a table of word frequencies" in caplog.text) is warned
 

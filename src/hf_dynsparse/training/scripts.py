@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import IntervalStrategy, PreTrainedModel, set_seed
 
+from .._transformers import has_length
 from ..blocks.sizes import parse_block_size
 from ..checkpoints.run_lock import run_lock
 from ..checkpoints.saved_run import SavedRun, find_run_to_resume
@@ -195,6 +196,15 @@ def rows_while_training(trainer: DynSparseTrainer) -> Any:
     trained_on = steps * trainer.get_total_train_batch_size(args)
     count = max(EVALUATED_LEAST, int(EVALUATED * trained_on / evaluations))
     return rows.select(range(min(count, len(rows)))) if isinstance(rows, datasets.Dataset) else rows.take(count)
+
+
+def tell_length(trainer: DynSparseTrainer) -> None:
+    """Say how many steps the run has, and how often it sees the text: who gives neither may expect epochs."""
+    rows: Any = trainer.train_dataset
+    steps = _steps(trainer)
+    seen = steps * trainer.get_total_train_batch_size(trainer.args)
+    passes = f": {seen / len(rows):.3g} passes over {len(rows):,} sequences" if has_length(rows) else ""
+    logger.info("%s steps%s", f"{steps:,}", passes)
 
 
 def warn_of_plateau(trainer: DynSparseTrainer, seq_len: int) -> None:
