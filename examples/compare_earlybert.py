@@ -1,4 +1,11 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_dynsparse"]
+#
+# [tool.uv.sources]
+# hf_dynsparse = { path = ".." }
+# ///
 """
 A table from finished runs of run_earlybert.py; seconds are compared with the dense run of the same task and seed.
 

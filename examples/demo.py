@@ -1,4 +1,11 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_dynsparse[plots]"]
+#
+# [tool.uv.sources]
+# hf_dynsparse = { path = ".." }
+# ///
 """
 A sparse encoder and its dense twin, pre-trained for the same time on text that is on the machine anyway, and compared:
 what they cost, what they reach, and how they fill the masks of five sentences.

@@ -1,4 +1,11 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_dynsparse[glue,study]"]
+#
+# [tool.uv.sources]
+# hf_dynsparse = { path = ".." }
+# ///
 """
 Fine-tune many models on many GLUE tasks, and compare: one table, one picture.
 

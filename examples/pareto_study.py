@@ -1,4 +1,11 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_dynsparse[study]"]
+#
+# [tool.uv.sources]
+# hf_dynsparse = { path = ".." }
+# ///
 """
 Pre-train many models from one plan, and draw loss against training FLOPs and seconds (arXiv:2108.06277).
 

@@ -1,7 +1,13 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_dynsparse[glue,plots]"]
+#
+# [tool.uv.sources]
+# hf_dynsparse = { path = ".." }
+# ///
 """
-Train a BERT with the attention heads and intermediate neurons that are worth it, found in the first steps of a run
-(EarlyBERT, arXiv:2101.00063).
+Train a BERT with only the heads and neurons that are worth it, found early in a run (EarlyBERT, arXiv:2101.00063).
 
     # a GLUE task, or sentences of your own: data and model flags of run_glue_dynsparse.py
     accelerate launch examples/run_earlybert.py \

@@ -1,4 +1,11 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_dynsparse[glue,plots]"]
+#
+# [tool.uv.sources]
+# hf_dynsparse = { path = ".." }
+# ///
 r"""
 Fine-tune a sparse or dense encoder on a GLUE task, or on sentences of your own.
 
@@ -12,8 +19,12 @@ Fine-tune a sparse or dense encoder on a GLUE task, or on sentences of your own.
     # a dense BERT made sparse by its largest blocks, learning from the dense one
     accelerate launch examples/run_glue_dynsparse.py \
         --model_name_or_path bert-base-uncased --sparsity 0.8 --block_size 4 --teacher runs/sst2-dense ...
-    # your own sentences: columns sentence1, sentence2 (or one text column) and label
-    accelerate launch examples/run_glue_dynsparse.py --train_file train.csv --validation_file valid.csv ...
+    # your own sentences: one column of text, or two, and one of labels
+    accelerate launch examples/run_glue_dynsparse.py --train_file train.csv --validation_file valid.csv \
+        --text_column_names title,body --label_column_name stars ...
+    # no training: predict the labels of a file that has none
+    accelerate launch examples/run_glue_dynsparse.py --model_name_or_path runs/sst2 --do_train false --do_eval false \
+        --do_predict --test_file new.csv --output_dir runs/predictions
 
 Writes into the output folder: model and tokenizer, README.md (a card), all_results.json, summary.json, training.png,
 and predictions of the test set with --do_predict.
@@ -46,6 +57,7 @@ from hf_dynsparse.data.classification import (
     SentenceArguments,
     find_columns,
     head_of,
+    labels_of,
     load_sentences,
     tokenize_sentences,
 )
@@ -92,7 +104,8 @@ def main() -> None:
         scripts.prepare_process(args, logger.name)
 
         raw = load_sentences(data_args, cache_dir=model_args.cache_dir, token=model_args.token)
-        columns, labels = find_columns(raw, data_args, args.splits)
+        known = None if args.do_train else known_labels(model_args)
+        columns, labels = find_columns(raw, data_args, args.splits, known)
         tokenizer = load_tokenizer(model_args)
         model = load_model(model_args, args, labels)
         check_tokenizer_and_model(tokenizer, model.config, columns, data_args)
@@ -116,7 +129,8 @@ def main() -> None:
 
     facts = about_run(model_args, data_args)
     if args.do_train:
-        logger.info("%d training examples; %s", len(examples["train"]), topology_summary(model))
+        logger.info("%d training examples", len(examples["train"]))
+        logger.debug("%s", topology_summary(model))
         facts |= scripts.finetune(trainer, checkpoint)
     results = evaluate(trainer, examples, data_args) if args.do_eval else {}
     if args.do_predict:
@@ -134,6 +148,12 @@ def check(model_args: ModelArguments, data_args: SentenceArguments, args: RunArg
     """Refuse flags that cannot work, before anything is read or built."""
     scripts.check_finetuning(model_args, args)
     data_args.check(args.splits)
+
+
+def known_labels(model_args: ModelArguments) -> list[str] | None:
+    """Those of the model, if it has been fine-tuned: they go before what is found in data to evaluate or predict."""
+    name, trust = model_args.config_name or model_args.model_name_or_path, model_args.trust_remote_code
+    return labels_of(AutoConfig.from_pretrained(name, trust_remote_code=trust, **model_args.hub))
 
 
 def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -213,11 +233,10 @@ def answers(predictions: Any, labels: list[str]) -> np.ndarray:
 
 
 def evaluate(trainer: DynSparseTrainer, examples: DatasetDict, data_args: SentenceArguments) -> dict[str, float]:
-    """The metrics of the validation sets, logged and saved."""
+    """The metrics of the validation sets, saved."""
     results = trainer.evaluate()
     if data_args.task_name == "mnli" and "validation_mismatched" in examples:
         results |= trainer.evaluate(examples["validation_mismatched"], metric_key_prefix="eval_mm")
-    trainer.log_metrics("eval", results)
     trainer.save_metrics("eval", results)
     return results
 

@@ -1,4 +1,11 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_dynsparse[plots]"]
+#
+# [tool.uv.sources]
+# hf_dynsparse = { path = ".." }
+# ///
 r"""
 Pre-train an always-sparse encoder by masked language modelling, with a topology that evolves (arXiv:2108.06277).
 
@@ -202,7 +209,10 @@ def main() -> None:
         model = load_model(model_args, data_args, config)
         if model_args.untrained_rest:
             add_untrained_rest_(model, config.initializer_range, args.seed)
-        logger.info("%s", topology_summary(model) if sparse_layers(model) else "dense baseline: no sparse layers")
+        if sparse_layers(model):
+            logger.debug("%s", topology_summary(model))
+        else:
+            logger.info("dense baseline: no sparse layers")
         if args.learning_rate is None:
             set_learning_rates_(args, model, model_args.preset)
         if checkpoint is not None:
@@ -223,6 +233,7 @@ def main() -> None:
             logger.info("%d steps, as planned when the run began", args.max_steps)
         trainer = DynSparseTrainer(model, args, **parts)
         scripts.check_run_length(trainer)
+        scripts.tell_length(trainer)
         scripts.warn_of_plateau(trainer, data_args.max_seq_length)
         if data_args.max_eval_samples is None and args.eval_strategy != "no":
             trainer.eval_dataset = scripts.rows_while_training(trainer)

@@ -1,4 +1,11 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_dynsparse[glue,plots]"]
+#
+# [tool.uv.sources]
+# hf_dynsparse = { path = ".." }
+# ///
 """
 Prune Once for All (arXiv:2111.05754): from a dense model to sparse int8 models of many tasks, from one plan.
 

@@ -1,4 +1,11 @@
 #!/usr/bin/env python
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_dynsparse[plots]"]
+#
+# [tool.uv.sources]
+# hf_dynsparse = { path = ".." }
+# ///
 r"""
 Fine-tune a sparse or dense encoder on extractive question answering: SQuAD, or questions of your own.
 
@@ -111,11 +118,11 @@ def main() -> None:
     facts, results = about_run(model_args, data_args), {}
     if args.do_train:
         counts = len(rows["train"]), len(windows["train"])
-        logger.info("%d questions in %d windows; %s", *counts, topology_summary(model))
+        logger.info("%d questions in %d windows", *counts)
+        logger.debug("%s", topology_summary(model))
         facts |= scripts.finetune(trainer, checkpoint)
     if args.do_eval:
         results = trainer.evaluate()
-        trainer.log_metrics("eval", results)
         trainer.save_metrics("eval", results)
     if args.do_predict:
         answer = answerer(rows["test"], windows["test"], data_args)

@@ -23,7 +23,7 @@ TRAINER = MODELS | {"accelerate", "datasets", "evaluate", "numpy"}
 # Rooms: files of the root, and folders with all that is in them.
 PLACES = {
     "face": Place(10, {"huggingface_hub", "safetensors", "hf_dynsparse_cli"}),  # public names and the command line
-    "training/": Place(9, TRAINER | {"yaml"}),
+    "training/": Place(9, TRAINER | {"tqdm", "yaml"}),
     "hub/": Place(8, MODELS),
     "reports/": Place(7, MODELS | {"numpy", "matplotlib", "PIL", "fsspec"}),
     "checkpoints/": Place(6, MODELS | {"filelock"}),

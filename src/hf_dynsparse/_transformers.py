@@ -116,6 +116,7 @@ OVERRIDDEN = {
         "_init_training_state": (
             "self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial"
         ),
+        "_issue_warnings_after_load": "self, load_result",
         "_load_best_model": "self",
         "_load_from_checkpoint": "self, resume_from_checkpoint, model",
         "_load_optimizer_and_scheduler": "self, checkpoint",

@@ -11,11 +11,12 @@ from hf_dynsparse.data.classification import (
     SentenceArguments,
     find_columns,
     head_of,
+    labels_of,
     load_sentences,
     tokenize_sentences,
 )
 from tests.data.test_glue import OFFICIAL
-from tests.toy import toy_tokenizer
+from tests.toy import toy_config, toy_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "blank.jsonl": '{"text": "w1", "label": "a"}\n{"text": "  ", "label": "b"}\n',
         "null.jsonl": '{"text": "w1", "label": "a"}\n{"text": null, "label": "b"}\n',
         "hub/train.csv": "sentence,label\nw1,1\n",
+        "stars.csv": "id,title,body,stars,label\n1,w1,w2,good,x\n2,w3,w4,bad,y\n",
+        "new.csv": "id,body,title\n1,w2,w1\n",
     }
     (folder / "hub").mkdir()
     for name, content in files.items():
@@ -98,6 +101,28 @@ def test_files_of_ones_own(
     assert (head["num_labels"], list(head["id2label"].values())) == (len(labels) or 1, labels or ["LABEL_0"])
 
 
+@pytest.mark.parametrize(("names", "columns"), [(None, ["title", "body"]), ("body", ["body"])])
+def test_columns_by_name(data: Path, tmp_path: Path, names: str | None, columns: list[str]) -> None:
+    given = {"train_file": "stars.csv", "label_column_name": "stars", "text_column_names": names}
+    found, labels, examples = prepare(data, tmp_path, ("train",), **given)
+    assert (found, labels, examples["train"]["labels"][:]) == (columns, ["bad", "good"], [1, 0])
+    words = toy_tokenizer().convert_ids_to_tokens(examples["train"]["input_ids"][0])
+    assert [word for word in words if word[0] == "w"] == (["w1", "w2"] if names is None else ["w2"])
+
+
+def test_new_sentences_for_a_model_that_knows_its_labels(data: Path, tmp_path: Path) -> None:
+    args = SentenceArguments(test_file=str(data / "new.csv"), text_column_names="title,body")
+    args.check(("test",))
+    raw = load_sentences(args, cache_dir=str(tmp_path))
+    config = toy_config(**head_of(["no", "yes"]))
+    with pytest.raises(ValueError, match="or a model with a classification head"):
+        find_columns(raw, args, ("test",), labels_of(config))
+    config.architectures = ["DynSparseBertForSequenceClassification"]
+    assert find_columns(raw, args, ("test",), labels_of(config)) == (["title", "body"], ["no", "yes"])
+    config.id2label = {0: "LABEL_0"}
+    assert labels_of(config) == []
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -110,6 +135,10 @@ def test_files_of_ones_own(
         ({"train_file": "glue"}, "must end in .csv"),
         ({"train_file": "own.csv", "validation_file": "own.json"}, "one format"),
         ({"train_file": "unlabelled.csv"}, "must have a column `label`. Got text, mark"),
+        ({"train_file": "own.csv", "label_column_name": "stars"}, "a column `stars`. Got text in"),
+        ({"train_file": "own.csv", "text_column_names": "txt"}, "must have the columns txt. Got text, label"),
+        ({"train_file": "own.csv", "text_column_names": "a,b,c"}, "must name one or two columns"),
+        ({"train_file": "own.csv", "text_column_names": "label"}, "other than that of the labels"),
         ({"train_file": "ragged.csv"}, "2 fields, as its header. Got 3 in line 3"),
         ({"train_file": "latin1.csv"}, "latin1.csv: byte 0xe9 in line 2"),
         ({"train_file": "header.csv"}, "at least one row. Got .*header.csv"),

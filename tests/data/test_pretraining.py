@@ -77,6 +77,10 @@ def test_every_format_holds_the_same_text(text: Path, tmp_path: Path, file: str)
     [
         ({"train_file": "null.jsonl"}, "null.jsonl. Got None in row 2"),
         ({"train_file": "null.jsonl", "validation_file": "valid.txt", "streaming": True}, "Got None in row 2"),
+        (
+            {"train_file": "numbers.csv", "text_column_name": "words"},
+            "Got 'words' for .*numbers.csv with id",
+        ),
         ({"train_file": "numbers.csv"}, "Got '?1'? in column `id` of .*numbers.csv, the first of id, sentence"),
         ({"train_file": "train.txt", "validation_file": "lists.jsonl"}, "lists.jsonl. Got list .* in row 1"),
         ({"train_file": "train.txt", "validation_file": "other.jsonl"}, "must have the column `text`. Got .*other"),
@@ -84,7 +88,7 @@ def test_every_format_holds_the_same_text(text: Path, tmp_path: Path, file: str)
     ],
 )
 def test_text_that_is_refused(text: Path, tmp_path: Path, given: dict[str, Any], message: str) -> None:
-    args = {name: str(text / value) if isinstance(value, str) else value for name, value in given.items()}
+    args = {name: str(text / value) if name.endswith("_file") else value for name, value in given.items()}
     with pytest.raises(DataError, match=message):
         [*map(list, load_text(TextArguments(**args), cache_dir=str(tmp_path)).values())]
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import runpy
 import shlex
 import shutil
@@ -360,6 +361,14 @@ def test_accelerate_launch(text: Path, tmp_path: Path, finished: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     assert "evaluation loss" in done.stdout
     assert "2 topology updates" in done.stdout
+    told = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    steps = [line.split()[1].split("/")[0] for line in told]
+    assert steps == ["1", "2", "3", "4", "4", "4"]  # training, its end, and the evaluation
+    assert re.fullmatch(r"step 3/4  loss .* tokens/s  \d+ s left  sparsity 50.0%  coverage .*%  newborn \d+%", told[2])
+    logged = [line for line in done.stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) ", line)]
+    assert len(logged) <= 6
+    assert len((done.stdout + done.stderr).splitlines()) <= 30  # with what the launcher says, and the summary
+    assert not re.search(r"it/s|UserWarning|\[transformers\]", done.stdout + done.stderr)
     assert_same_weights(tmp_path / "out", finished)
     assert {path.name for path in tmp_path.iterdir()} <= {"out", "hf"}
 

@@ -60,6 +60,7 @@ def data(tmp_path_factory):
     own = [{"text": sentence(draw), "label": draw.choice(["good", "bad", "so-so"])} for _ in range(20)]
     (folder / "own.json").write_text("".join(json.dumps(row) + "\n" for row in own))
     (folder / "own.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in own))
+    (folder / "new.csv").write_text("number,said\n1,w1 w2\n2,w3\n")
     (folder / "nolabel.csv").write_text("text,label\nw1 w2,good\nw3,\n")
     toy_tokenizer(more=("w44", "w45")).save_pretrained(folder / "large")
     without_post_processor(toy_tokenizer()).save_pretrained(folder / "bare")
@@ -171,6 +172,11 @@ def test_files_of_ones_own(run, data):
     config = json.loads((output / "config.json").read_text())
     assert list(config["id2label"].values()) == ["bad", "good", "so-so"]
     assert 0 <= json.loads((output / "summary.json").read_text())["metrics"]["accuracy"] <= 1
+    only = "--do_train false --do_eval false --do_predict true --text_column_name said"
+    run(f"{only} --test_file {data / 'new.csv'}", output="new", start=output)
+    lines = (output.parent / "new" / "predict_results_test.txt").read_text().splitlines()
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"bad", "good", "so-so"}
+    assert len(lines) == 3
 
 
 @pytest.mark.parametrize(

@@ -162,8 +162,10 @@ def assert_equal_to_rounding(reached: Outcome, expected: Outcome, dtype: str) ->
     losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (expected, reached)]
     assert len(losses[0]) == STEPS
     assert losses[1] == pytest.approx(losses[0], abs=TOLERANCE[dtype, "loss"], rel=0)
-    gains = [[entry[GAIN] for entry in run["log"] if GAIN in entry] for run in (expected, reached)]
-    assert gains[1] == pytest.approx(gains[0], abs=TOLERANCE[dtype, "loss"], rel=0)
+    # A piece may be as likely as another, and one of them the right one.
+    for score, off in ((GAIN, TOLERANCE[dtype, "loss"]), ("eval_accuracy", 0.02)):
+        scores = [[entry[score] for entry in run["log"] if score in entry] for run in (expected, reached)]
+        assert scores[1] == pytest.approx(scores[0], abs=off, rel=0)
     worst = {"loss": max(abs(a - b) for a, b in zip(*losses, strict=True))}
     for key, tensor in expected["model"].items():
         kind = "key.bias" if key.endswith("key.bias") else "parameter"

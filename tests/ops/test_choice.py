@@ -154,7 +154,7 @@ def test_an_unknown_name_is_an_error(table: None) -> None:
 def test_the_fastest_is_chosen_once_and_remembered_on_disk(
     stopwatch: Stopwatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, logger="hf_dynsparse"):
+    with caplog.at_level(logging.DEBUG, logger="hf_dynsparse"):
         for _ in range(3):
             assert choose_backend(PROBLEM).name == "slow"
     assert stopwatch.timed == 1
@@ -180,7 +180,7 @@ def test_a_timing_that_a_glance_contradicts_is_made_again(
     assert choose_backend(PROBLEM).name == "slow"
     stopwatch.seconds = {"plain": 0.4, "slow": 1.0}
     start_again()
-    with caplog.at_level(logging.INFO, logger="hf_dynsparse"):
+    with caplog.at_level(logging.DEBUG, logger="hf_dynsparse"):
         assert choose_backend(PROBLEM).name == "plain"
     assert "is contradicted by" in caplog.text
     assert stopwatch.timed == 2

@@ -10,7 +10,7 @@ import torch
 from transformers import ModernBertConfig, ModernBertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from hf_dynsparse import DynSparseBertForPreTraining, DynSparseTrainer, sparsify_
-from hf_dynsparse.training.context_gain import GAIN, gains_by_row, log_frequencies, plateau_left
+from hf_dynsparse.training.context_gain import GAIN, gains_by_row, hits_by_row, log_frequencies, plateau_left
 from tests.toy import CLS, MASK, PAD, SEP, toy_arguments, toy_collator, toy_examples, toy_model, toy_trainer
 
 
@@ -31,6 +31,7 @@ def test_by_hand() -> None:
         rows = gains_by_row(given, inputs, 4, frequencies)
         rounding = 0.1 if given.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(rows.float(), torch.tensor(expected), atol=rounding, rtol=0)
+        assert hits_by_row(given, labels).tolist() == [[1.0, 3.0], [0.0, 1.0]]  # the third piece is the likeliest
 
 
 def test_frequencies_gain_nothing(tmp_path: Path) -> None:
@@ -93,13 +94,14 @@ def test_labelled_positions_are_enough(tmp_path: Path, name: str) -> None:
     whole.compute_metrics = lambda results: {"scored": 1.0}
     everywhere = whole.evaluate()
     assert (quick < sum(rows) / 2) == leaves_out
-    for metric in ("eval_loss", GAIN):
+    for metric in ("eval_loss", "eval_accuracy", GAIN):
         assert labelled[metric] == pytest.approx(everywhere[metric], rel=1e-6), metric
     logits = whole.predict(whole.eval_dataset).predictions
     assert (logits[0] if isinstance(logits, tuple) else logits).shape == (7, 16, 64)  # for a user nothing has changed
     for size in (1, 7):
         metrics = trainer_of(tmp_path, model, per_device_eval_batch_size=size).evaluate()
         assert metrics[GAIN] == pytest.approx(labelled[GAIN], rel=1e-5)
+        assert metrics["eval_accuracy"] == labelled["eval_accuracy"]
 
 
 def test_a_model_that_always_leaves_out(tmp_path: Path) -> None:

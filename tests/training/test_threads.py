@@ -44,6 +44,7 @@ def test_scripts(variable: str | None, flag: int | None, expected: int, monkeypa
     monkeypatch.setattr("hf_dynsparse.training.threads.usable_cores", lambda: list(range(4)))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("hf_dynsparse.training.scripts.prepare_console", lambda *_: None)
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     args = {"num_threads": flag, "should_log": False, "device": torch.device("cpu"), "world_size": 2, "seed": 0}

@@ -211,7 +211,9 @@ def test_an_interrupted_stock_run_observes_nothing_once_it_is_dropped_or_told_to
         assert not _observers
 
 
-def test_the_log_of_a_stock_trainer_has_the_metrics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_of_a_stock_trainer_has_the_metrics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = {"seeded_dropout": False, "logging_steps": 2}
     with caplog.at_level(logging.INFO, "hf_dynsparse"):
         how = toy_arguments(tmp_path, **settings).topology_settings()
@@ -222,7 +224,9 @@ def test_the_log_of_a_stock_trainer_has_the_metrics(tmp_path: Path, caplog: pyte
         "Topology: 12 sparse layers at spar"
     ]
     own = own_trainer(tmp_path / "own", **settings)
+    assert "Topology:" not in capsys.readouterr().out
     own.train()
+    assert capsys.readouterr().out.count("Topology: 12 sparse layers at spar") == 1  # where nobody hears level INFO
     names = {f"dynsparse/{name}" for name in own.topology.metrics}
     assert names == {n for e in stock.state.log_history for n in e if n.startswith("dynsparse/")}
     logs = [[{n: e.get(n) for n in {*names, "loss"}} for e in t.state.log_history[:-1]] for t in (stock, own)]

@@ -222,7 +222,7 @@ def test_a_short_run_with_default_updates(tmp_path, caplog, method, updates):
     assert trainer.topology.metrics["topology_updates"] == updates
     said = [record.message for record in caplog.records if record.message.startswith("Topology:")]
     assert len(said) == 1
-    assert f"{updates} updates from step" in said[0]
+    assert f"{updates} {'updates from' if updates > 1 else 'update at'} step" in said[0]
     assert "(by default: at most 80" in said[0]
 
 

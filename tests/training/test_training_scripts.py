@@ -35,13 +35,17 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("script", ["run_mlm_dynsparse", "run_glue_dynsparse", "run_qa_dynsparse", "run_earlybert"])
-def test_help_shows_every_flag_of_ours_once_and_explains_it(arguments: Any, script: str) -> None:
+def test_help_shows_every_flag_of_ours_once_and_explains_it(
+    arguments: Any, script: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     kinds = arguments(script)
-    parser = FlagParser(kinds, description="What it does.\n\n    an example \\\n        of two lines")
+    parser = FlagParser(kinds, description=f"{sys.modules[script].__doc__}\n    an example \\\n        of two lines")
     shown = parser.format_help()
     assert shown.startswith("usage: ")
-    assert "    an example \\\n        of two lines\n" in shown
-    ours, theirs = shown.split("all flags of transformers.TrainingArguments work too:\n")
+    assert shown.splitlines()[5].startswith("  --sparsity ")
+    assert shown.endswith("    an example \\\n        of two lines\n")
+    ours, theirs = shown.split("all flags of transformers.TrainingArguments work too; --help_all explains them:\n")
+    theirs = theirs.split("\n\n")[0]
     flags = re.findall(r"^  --(\w+)", ours, re.MULTILINE)
     assert len(flags) == len(set(flags))
     assert flags.index("sparsity") == 0
@@ -55,7 +59,12 @@ def test_help_shows_every_flag_of_ours_once_and_explains_it(arguments: Any, scri
     rest = re.findall(r"--(\w+)", theirs)
     assert {"fsdp", "hub_token", "optim"} <= set(rest)
     assert set(rest).isdisjoint(flags)
-    assert {*rest, *flags, "help"} == set(actions)
+    assert {*rest, *flags, "help", argparse.SUPPRESS} == set(actions)
+    for flag in ("--help_all", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            parser.parse_args([flag])
+        everything = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE)
+        assert sorted(everything) == sorted([*flags, *rest])
 
 
 def test_flags_come_from_the_command_line_or_from_a_file(
@@ -121,6 +130,9 @@ def test_a_run_below_the_plateau_is_warned_of(
 ) -> None:
     """Steps of twice four sequences of 16 tokens: 900,000 in all, or less."""
     trainer = toy_trainer(tmp_path, max_steps=steps, gradient_accumulation_steps=2)
+    with caplog.at_level("INFO", "hf_dynsparse"):
+        scripts.tell_length(trainer)
+    assert caplog.messages == [f"{steps:,} steps: 2.34e+03 passes over 24 sequences"]
     scripts.warn_of_plateau(trainer, 16)
     assert ("A run of 899,968 tokens is likely to end as a table of word frequencies" in caplog.text) is warned
 
@@ -166,7 +178,12 @@ def test_the_output_folder_is_as_it_was(had: bool, tmp_path: Path) -> None:
     if had:
         (folder / "tokenizer").mkdir(parents=True)
     args: Any = argparse.Namespace(
-        output_dir=str(folder), process_index=0, should_save=True, push_to_hub=False, resume_from_checkpoint=None
+        output_dir=str(folder),
+        process_index=0,
+        world_size=1,
+        should_save=True,
+        push_to_hub=False,
+        resume_from_checkpoint=None,
     )
 
     @scripts.holds_output_dir

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .files import SPLIT_FLAGS, DataError, check_file, check_needed, ending_of, read_file, reading, row_limits
 from .glue import GLUE_TASKS, glue_files, read_glue
@@ -32,10 +32,21 @@ class SentenceArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
     train_file: str | None = field(
         default=None,
-        metadata={"help": "Local .csv, .tsv, .json, .jsonl or .parquet, plain or .gz, with a column `label`."},
+        metadata={"help": "Local .csv, .tsv, .json, .jsonl or .parquet, plain or .gz, with text and labels."},
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
     test_file: str | None = field(default=None, metadata={"help": "The same for prediction; labels not needed."})
+    text_column_names: str | None = field(
+        default=None,
+        metadata={
+            "help": "The column of text, or two with a comma between them for pairs. Default: sentence1,sentence2, or "
+            "the first one or two columns of strings.",
+            "aliases": ["--text_column_name"],
+        },
+    )
+    label_column_name: str = field(
+        default="label", metadata={"help": "The column of labels: words, whole numbers, or fractions to predict."}
+    )
     metric_path: str | None = field(
         default=None, metadata={"help": "Folder with the script of `evaluate`'s metric, to do without the Hub."}
     )
@@ -56,6 +67,11 @@ class SentenceArguments:
         """The local files that are given, by split."""
         files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
         return {split: file for split, file in files.items() if file is not None}
+
+    @property
+    def text_columns(self) -> list[str]:
+        """The columns of text that are given."""
+        return [name.strip() for name in (self.text_column_names or "").split(",") if name.strip()]
 
     def check(self, needed: Collection[str]) -> None:
         """
@@ -79,6 +95,11 @@ class SentenceArguments:
             raise ValueError(
                 "Give the data: `--task_name`, `--dataset_name`, or `--train_file` and `--validation_file`."
             )
+        if len(self.text_columns) > 2 or self.label_column_name in self.text_columns:
+            raise ValueError(
+                "`--text_column_names` must name one or two columns, other than that of the labels. Got "
+                f"{self.text_column_names!r} beside {self.label_column_name!r}."
+            )
         for split, file in self.files.items():
             check_file(file, f"--{split}_file", FILE_ENDINGS)
         if len({ending_of(file) for file in self.files.values()}) > 1:
@@ -96,11 +117,24 @@ class SentenceArguments:
 
 def load_sentences(args: SentenceArguments, *, cache_dir: str | None = None, token: str | None = None) -> DatasetDict:
     """
-    The splits as they are: sentences and labels.
+    The splits as they are: sentences and labels, whose column is called `label`.
 
     Raises:
         ValueError: if a file cannot be read, naming it.
     """
+    raw = _read(args, cache_dir, token)
+    return DatasetDict({split: _with_label(rows, args.label_column_name) for split, rows in raw.items()})
+
+
+def _with_label(rows: Dataset, column: str) -> Dataset:
+    """Rows whose `column` is called `label`; another of that name is left out."""
+    if column == "label":
+        return rows
+    rows = rows.remove_columns([name for name in rows.column_names if name == "label"])
+    return rows.rename_column(column, "label") if column in rows.column_names else rows
+
+
+def _read(args: SentenceArguments, cache_dir: str | None, token: str | None) -> DatasetDict:
     if args.files:
         return DatasetDict({split: read_file(file, split, cache_dir) for split, file in args.files.items()})
     if args.glue_dir is not None and args.task_name is not None:
@@ -116,12 +150,15 @@ def load_sentences(args: SentenceArguments, *, cache_dir: str | None = None, tok
     return raw
 
 
-def find_columns(raw: DatasetDict, args: SentenceArguments, needed: Collection[str]) -> tuple[list[str], list[str]]:
+def find_columns(
+    raw: DatasetDict, args: SentenceArguments, needed: Collection[str], known: list[str] | None = None
+) -> tuple[list[str], list[str]]:
     """
     The one or two columns of text, and the names of the labels, none for regression; both known to be there.
 
     Args:
         needed (`Collection[str]`): the splits that the run reads.
+        known (`list[str]`, *optional*): the labels, if a model knows them: see [`labels_of`].
 
     Raises:
         ValueError: for a split, a column or a text that is missing, naming it.
@@ -131,25 +168,31 @@ def find_columns(raw: DatasetDict, args: SentenceArguments, needed: Collection[s
     for split, rows in labelled.items():
         if "label" not in rows.column_names:
             raise DataError(
-                f"The data must have a column `label`. Got {', '.join(rows.column_names)} in {args.source(split)}. "
-                "Rename the column."
+                f"The data must have a column `{args.label_column_name}`. Got {', '.join(rows.column_names)} in "
+                f"{args.source(split)}. Name the column of labels by `--label_column_name`."
             )
     first = next(iter(raw.values()))
     task = GLUE_TASKS[args.task_name] if args.task_name is not None else None
     is_official = task is not None and set(task.sentences) <= set(first.column_names)
-    columns = list(task.sentences) if task is not None and is_official else _text_columns(first, args.source())
+    of_task = list(task.sentences) if task is not None and is_official else []
+    columns = args.text_columns or of_task or _text_columns(first, args.source())
     for split, rows in raw.items():
         if set(columns) - set(rows.column_names):
             raise DataError(
                 f"All data must have the columns {', '.join(columns)}. Got {', '.join(rows.column_names)} in "
-                f"{args.source(split)}. Name them alike."
+                f"{args.source(split)}. Name them alike, or give others by `--text_column_names`."
             )
         for column in columns:
             check_text(rows, column, args.source(split))
     if task is not None:
         return columns, list(task.labels)
+    if known is not None:
+        return columns, known
     if not labelled:
-        raise DataError("Labels must be known from a `--train_file` or `--validation_file`. Got none. Give one.")
+        raise DataError(
+            "Labels must be known from a `--train_file`, a `--validation_file` or a model with a classification head. "
+            "Got none of them. Give one."
+        )
     return columns, label_names(labelled, args.source())
 
 
@@ -172,6 +215,14 @@ def _text_columns(rows: Dataset, source: str) -> list[str]:
             "Write the text as strings."
         )
     return columns
+
+
+def labels_of(config: PretrainedConfig) -> list[str] | None:
+    """The labels of a fine-tuned model, none if it predicts a number; `None` if it is no classifier of sequences."""
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return None
+    names: Any = config.id2label
+    return [] if len(names) == 1 else [names[number] for number in sorted(names)]
 
 
 def head_of(labels: list[str]) -> dict[str, Any]:

@@ -30,6 +30,9 @@ class TextArguments:
         default=None, metadata={"help": "Local .txt, .csv, .tsv, .json, .jsonl or .parquet file, plain or .gz."}
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "The column of text. Default: text, or the first one."}
+    )
     validation_split_percentage: int = field(
         default=5, metadata={"help": "Share of the training text held out when there is no validation text."}
     )
@@ -113,11 +116,15 @@ def load_text(args: TextArguments, *, cache_dir: str | None = None, token: str |
         first = list(islice(raw["train"], 32))
     if not first:
         raise DataError(f"There must be text to train on. Got {source} without a row. Give another.")
-    column = "text" if "text" in first[0] else next(iter(first[0]))
+    column = args.text_column_name or ("text" if "text" in first[0] else next(iter(first[0])))
+    if column not in first[0]:
+        raise DataError(
+            f"`--text_column_name` must name a column. Got {column!r} for {source} with {', '.join(first[0])}."
+        )
     if column != "text" and all(looks_numeric(row[column]) for row in first):
         raise DataError(
             f"The text must be words. Got {first[0][column]!r} in column `{column}` of {source}, the first of "
-            f"{', '.join(first[0])}. Give the column of text the name `text`."
+            f"{', '.join(first[0])}. Name the column of text by `--text_column_name`."
         )
     for split in ("train", "validation"):
         if split in raw:

@@ -39,7 +39,7 @@ def _check_string(value: Any, number: int, column: str, source: str) -> None:
     if not isinstance(value, str):
         raise DataError(
             f"Text must be strings: column `{column}` of {source}. Got {shown(value)} in row {number}. Correct it, "
-            "leave the row out, or give the column of text the name `text`."
+            "leave the row out, or name the column of text by `--text_column_name`."
         )
 
 

@@ -96,7 +96,7 @@ class KernelPlan:
         if choice is None:
             choice = self._nearest(problem) if self.is_fixed else self._decide(problem)
             self.choices[problem] = choice
-            logger.info("%s: %s (%s).", problem, choice.backend, choice.why)
+            logger.debug("%s: %s (%s).", problem, choice.backend, choice.why)
         return choice
 
     def fix(self, choices: Mapping[Problem, Choice]) -> None:

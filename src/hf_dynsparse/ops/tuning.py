@@ -141,7 +141,7 @@ def recall(problem: Problem, backends: Iterable[Backend]) -> Timing | None:
         return None
     now = glance(problem, backends)
     if now[timing.fastest] > CONTRADICTED * min(now.values()):
-        logger.info("%s: the remembered timing %s is contradicted by %s; timed again.", problem, timing.seconds, now)
+        logger.debug("%s: the remembered timing %s is contradicted by %s; timed again.", problem, timing.seconds, now)
         return None
     return timing
 

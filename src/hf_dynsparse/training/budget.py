@@ -13,7 +13,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from ..checkpoints.saved_run import SavedRun
-from .trial import clock_time, format_time, run_trial
+from .callbacks.console import format_time
+from .trial import clock_time, run_trial
 
 
 logger = logging.getLogger(__name__)

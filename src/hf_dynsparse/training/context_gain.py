@@ -69,10 +69,27 @@ def gains_by_row(
     return torch.stack([by_position.sum(1), shown.sum(1).to(gains.dtype)], 1)
 
 
+def hits_by_row(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    For each row of a batch how many of the predicted positions get their piece, and their number.
+
+    Args:
+        logits: as in [`gains_by_row`].
+        labels (`torch.Tensor` of shape `(batch_size, sequence_length)`): the pieces.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, 2)` and type float32.
+    """
+    labelled = labels != IGNORED
+    found = (logits if logits.dim() == 2 else logits[labelled]).argmax(-1)  # [labelled]
+    hits = torch.zeros_like(labels, dtype=torch.float32).masked_scatter(labelled, (found == labels[labelled]).float())
+    return torch.stack([hits.sum(1), labelled.sum(1).float()], 1)
+
+
 class ContextGainTrainer(Trainer):
     """
-    [`~transformers.Trainer`] that adds `context_gain` to the metrics of an evaluation, and computes logits at labelled
-    positions only where nothing but the loss is asked for.
+    [`~transformers.Trainer`] that adds `context_gain` and the `accuracy` at all predicted positions to the metrics of
+    an evaluation, and computes logits at labelled positions only where nothing but the loss is asked for.
     """
 
     accelerator: Any
@@ -109,7 +126,7 @@ class ContextGainTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in transformers, with `context_gain` among the metrics if the counts of pieces are known."""
+        """As in transformers, with `context_gain` and `accuracy` if the counts of pieces are known."""
         losses_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         model = self.accelerator.unwrap_model(self.model)
         self._gains, self._losses_only = [], losses_only
@@ -119,8 +136,9 @@ class ContextGainTrainer(Trainer):
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
             if self._gains:
-                nats, positions = torch.cat(self._gains).cpu().double().sum(0).tolist()
+                nats, positions, hits, labelled = torch.cat(self._gains).cpu().double().sum(0).tolist()
                 if positions and output.metrics is not None:
+                    output.metrics.setdefault(f"{metric_key_prefix}_accuracy", hits / labelled)
                     output.metrics[f"{metric_key_prefix}_context_gain"] = nats / positions
         finally:
             self._gains, self._losses_only = None, False
@@ -133,13 +151,14 @@ class ContextGainTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """As in transformers; notes the gain of a batch of an evaluation."""
+        """As in transformers; notes the gain and the hits of a batch of an evaluation."""
         if self._gains is None or self._log_frequencies is None or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing takes the labels out of `inputs`
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         logits = outputs["logits" if "logits" in outputs else "prediction_logits"]
-        rows = gains_by_row(logits, given, self._mask_token_id, self._log_frequencies)
+        gains = gains_by_row(logits, given, self._mask_token_id, self._log_frequencies)
+        rows = torch.cat([gains, hits_by_row(logits, given["labels"]).to(gains.dtype)], 1)  # [batch_size, 4]
         # Ranks may have batches of other lengths. What one repeats to fill its last batch is left out, as of losses.
         rows = self.accelerator.pad_across_processes(rows)
         self._gains.append(self.accelerator.gather_for_metrics(rows))

@@ -210,7 +210,7 @@ def load_metric(
     try:
         return evaluate.load(name, config_name).compute
     except (OSError, ImportError) as error:
-        logger.warning(
+        logger.info(  # the fallback gives the same numbers
             "`evaluate` cannot load the metric %s (%s): the same is computed here.",
             "/".join(filter(None, (name, config_name))),
             type(error).__name__,

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 # These stand first in the help, before the flags of topology updates.
 SPARSITY = ("sparsity", "block_size", "distribution", "dense_baseline", "static", "finetune_mode", "method")
+HELP_ALL = ("--help_all", "--help-all")
 _THEIRS = {each.name for each in fields(TrainingArguments)}
 
 
@@ -140,11 +141,21 @@ class FinetuningRunArguments(ScriptArguments, FinetuningArguments):
 class FlagParser(PluginParser):
     """
     An [`~transformers.HfArgumentParser`] whose help shows each flag once, in groups: sparsity, then a group a
-    dataclass, then the run. Flags of the transformers Trainer to which a script adds nothing are only named.
+    dataclass, then the run. Flags of the transformers Trainer to which a script adds nothing are only named;
+    `--help_all` explains them.
+
+    Args:
+        description (`str`, *optional*): what the script does. Its first paragraph begins the help, the rest ends it.
     """
 
-    def __init__(self, kinds: Any, **kwargs: Any) -> None:
-        super().__init__(kinds, formatter_class=_Formatter, usage="%(prog)s [--flag value ...]", **kwargs)
+    shows_all = False
+
+    def __init__(self, kinds: Any, description: str | None = None, **kwargs: Any) -> None:
+        first, _, rest = (description or "").strip().partition("\n\n")
+        rest = f"examples:\n{rest}" if rest.startswith(" ") else rest
+        kwargs |= {"description": first, "epilog": rest, "usage": "%(prog)s [--flag value ...]"}
+        super().__init__(kinds, formatter_class=_Formatter, **kwargs)
+        self.add_argument(*HELP_ALL, action=_HelpAll, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS)
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """The arguments that a command line gives: no defaults."""
@@ -152,24 +163,29 @@ class FlagParser(PluginParser):
         try:
             for action in self._actions:
                 action.default = argparse.SUPPRESS
-            return vars(self.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0])
+            return vars(self.parse_known_args([flag for flag in argv if flag not in ("-h", "--help", *HELP_ALL)])[0])
         finally:
             for action, default in zip(self._actions, defaults, strict=True):
                 action.default = default
 
     def format_help(self) -> str:
-        """The help of `--help`."""
+        """The help of `--help`, or of `--help_all`."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
-        left = {action.dest: action for action in reversed(self._actions) if action.dest != "help"}
+        left = {action.dest: action for action in reversed(self._actions)}
+        del left["help"], left[argparse.SUPPRESS]
         for title, names in self._groups():
             formatter.start_section(title)
             formatter.add_arguments([left.pop(name) for name in names if name in left])
             formatter.end_section()
-        formatter.start_section("all flags of transformers.TrainingArguments work too")
-        formatter.add_text(textwrap.fill(" ".join(f"--{name}" for name in left), 115, break_on_hyphens=False))
+        formatter.start_section(f"all flags of transformers.TrainingArguments work too; {HELP_ALL[0]} explains them")
+        if self.shows_all:
+            formatter.add_arguments(reversed(left.values()))
+        else:
+            formatter.add_text(textwrap.fill(" ".join(f"--{name}" for name in left), 115, break_on_hyphens=False))
         formatter.end_section()
+        formatter.add_text(self.epilog)
         return formatter.format_help()
 
     def _groups(self) -> Iterator[tuple[str, list[str]]]:
@@ -180,6 +196,15 @@ class FlagParser(PluginParser):
             own = [name for cls in kind.__mro__ for name in vars(cls).get("__annotations__", {}) if cls not in _BASES]
             yield (kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip("."), own
         yield "flags of transformers.TrainingArguments that have another default here", [*self._defaults]
+
+
+class _HelpAll(argparse.Action):
+    """Print the help with all flags, and end."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser.shows_all = True
+        parser.print_help()
+        parser.exit()
 
 
 _BASES = (TrainingArguments, *TrainingArguments.__mro__[1:])

@@ -10,6 +10,7 @@ from typing import NoReturn
 from transformers import HfArgumentParser
 
 from ..topology.scores import OWN_NAMES
+from .console import leave_to_first
 from .plans import split_plan
 
 
@@ -66,5 +67,6 @@ class PluginParser(HfArgumentParser):
     """One that says, beside the names that can be chosen, how to add another."""
 
     def error(self, message: str) -> NoReturn:
-        """End with one line."""
+        """End with one line, of several processes the first one's."""
+        message = f"{leave_to_first()}{message}"
         super().error(f"{message}. {OWN_NAMES}" if "invalid choice" in message else message)

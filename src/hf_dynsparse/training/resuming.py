@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from torch import nn
-from transformers import TrainerState
+from transformers import PreTrainedModel, TrainerState
 
 from .._transformers import TrainOutput, has_length
 from ..checkpoints.saved_run import SavedRun, last_checkpoint
@@ -104,6 +104,13 @@ class ResumingTrainer(CallbackTrainer, SavingTrainer):
         if run.given_sizes is not None:
             run.resize_(own, self.optimizer)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        own = self.accelerator.unwrap_model(self.model)
+        tied = own.all_tied_weights_keys if isinstance(own, PreTrainedModel) else {}
+        # Tied weights are saved once, so one of their names is always missing.
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # A denser model on the way would win, or one with more of a bias, and is not what the run is to give.

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import IntervalStrategy, PreTrainedModel, set_seed
 
+from .._transformers import has_length
 from ..blocks.sizes import parse_block_size
 from ..checkpoints.run_lock import run_lock
 from ..checkpoints.saved_run import SavedRun, find_run_to_resume
@@ -29,7 +30,9 @@ from ..reports.pictures.layers import plot_block_map
 from ..reports.pictures.runs import plot_training
 from ..topology.frames import read_history
 from .arguments import DynSparseTrainingArguments
+from .callbacks.refusals import check_together
 from .callbacks.topology import TopologyCallback
+from .console import leave_to_first, prepare_console
 from .finetuning import finish_quantization_, set_final_sparsity_
 from .flags import FinetunedModelArguments, FinetuningRunArguments, FlagParser
 from .plans import check_plan, split_plan
@@ -115,6 +118,7 @@ def find_checkpoint(args: Any, token: str | None) -> str | None:
     Raises:
         ValueError, OSError: if one of them cannot be had.
     """
+    check_together(args.world_size)  # or the second process would find the folder taken, and say so instead
     if args.should_save:
         _HELD.enter_context(run_lock(args.output_dir))
     tokenizer = Path(args.output_dir, TOKENIZER_FOLDER)
@@ -194,6 +198,15 @@ def rows_while_training(trainer: DynSparseTrainer) -> Any:
     return rows.select(range(min(count, len(rows)))) if isinstance(rows, datasets.Dataset) else rows.take(count)
 
 
+def tell_length(trainer: DynSparseTrainer) -> None:
+    """Say how many steps the run has, and how often it sees the text: who gives neither may expect epochs."""
+    rows: Any = trainer.train_dataset
+    steps = _steps(trainer)
+    seen = steps * trainer.get_total_train_batch_size(trainer.args)
+    passes = f": {seen / len(rows):.3g} passes over {len(rows):,} sequences" if has_length(rows) else ""
+    logger.info("%s steps%s", f"{steps:,}", passes)
+
+
 def warn_of_plateau(trainer: DynSparseTrainer, seq_len: int) -> None:
     """Say so if the run, of sequences of `seq_len` tokens, is too short to learn more than how frequent words are."""
     args = trainer.args
@@ -219,11 +232,8 @@ def check_model_to_resume(model: PreTrainedModel, checkpoint: str) -> None:
 
 
 def prepare_process(args: Any, logger_name: str) -> None:
-    """Logging of the script and the package, CPU threads, and the seed."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for name in (logger_name, "hf_dynsparse"):
-        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
-    datasets.utils.logging.set_verbosity_warning()
+    """The console, CPU threads, and the seed."""
+    prepare_console(args, logger_name)
     if args.device.type == "cpu":
         torch.set_num_threads(args.num_threads or default_threads(args.world_size))
     set_seed(args.seed)
@@ -232,8 +242,8 @@ def prepare_process(args: Any, logger_name: str) -> None:
 @contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """
-    An error ends the script with one line that says what is wrong, and with the output folder as it was before
-    [`find_checkpoint`].
+    An error ends the script with one line that says what is wrong, of several processes the first one's, and with the
+    output folder as it was before [`find_checkpoint`].
 
     Args:
         kinds: errors of the user's making; by default those of values, files and configurations.
@@ -244,7 +254,8 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except expected as error:
         _MADE.close()
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).strip().splitlines()[-1].strip()}")
+        script, rank = Path(sys.argv[0]).name, leave_to_first()
+        sys.exit(f"{script}: error: {rank}{str(error).strip().splitlines()[-1].strip()}")
     _MADE.pop_all()
 
 
@@ -258,7 +269,6 @@ def finetune(trainer: DynSparseTrainer, checkpoint: str | None) -> dict[str, Any
     args: Any = trainer.args
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trainer.log_metrics("train", outcome.metrics)
     trainer.save_metrics("train", outcome.metrics)
     trainer.save_state()
     return finish_quantization_(trainer) if args.quantization_aware else {}

@@ -15,6 +15,7 @@ from ..nn.linear import trainable_layers
 from ..reports.facts import trainer_facts
 from ..reports.model_card import write_model_card
 from .arguments import DynSparseTrainingArguments
+from .callbacks.console import show_lines_
 from .callbacks.epoch import EpochAware, EpochCallback
 from .callbacks.throughput import find_callback
 from .context_gain import ContextGainTrainer
@@ -91,6 +92,7 @@ class DynSparseTrainer(
         if args.seeded_dropout and args.device.type == "cpu":
             seed_dropout_(model)
         super().__init__(model, args, callbacks=given, **kwargs)
+        show_lines_(self.callback_handler.callbacks)
         self.curriculum.collator(self.data_collator)  # refuses one that cannot follow
         if piece_counts is not None:
             self._compare_with(piece_counts)

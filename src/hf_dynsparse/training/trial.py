@@ -94,14 +94,6 @@ def run_trial(
     return broadcast_object_list([found])[0]
 
 
-def format_time(seconds: float) -> str:
-    """In hours and minutes, or in seconds if there are few."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return " ".join(f"{number:,} {unit}" for number, unit in ((hours, "h"), (minutes, "min")) if number)
-
-
 def clock_time(seconds: float) -> str:
     """Day of the week and time, so many seconds from now; with the date if that is not in the coming week."""
     then = time.localtime(time.time() + seconds)

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from ..reports.tables import plain_table
 from .arguments import DynSparseTrainingArguments
+from .callbacks.console import format_time
 from .threads import default_threads
-from .trial import Trial, clock_time, format_time, run_trial
+from .trial import Trial, clock_time, run_trial
 
 
 def try_twins(

@@ -18,8 +18,7 @@ def check_parallelism(args: TrainingArguments) -> None:
     Refuse what keeps parameters or moments in a form of its own, and what accelerate would silently leave out.
 
     Raises:
-        ValueError: for DeepSpeed, FSDP1, FSDP on CPUs, and processes that were launched together but do not
-            know of each other.
+        ValueError: for DeepSpeed, FSDP1, FSDP on CPUs, and see `check_together`.
     """
     state = AcceleratorState()
     if state.distributed_type == DistributedType.FSDP and state.is_fsdp2:
@@ -33,7 +32,15 @@ def check_parallelism(args: TrainingArguments) -> None:
             f"(`distributed_type: FSDP`, `fsdp_version: 2`). Got {received}. Launch with one of the files in "
             "examples/accelerate."
         )
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() != state.num_processes:
+    check_together(state.num_processes)
+
+
+def check_together(processes: int) -> None:
+    """
+    Raises:
+        ValueError: if more were launched together than the `processes` that know of each other.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() != processes:
         raise ValueError(
             f"Processes that were launched together must train together. Got {torch.distributed.get_world_size()} of "
             "them, and each would train alone, for accelerate looks for GPUs and finds none. Add `--use_cpu` "

@@ -20,6 +20,7 @@ from ...reports.layers import model_facts
 from ...topology import METHODS, TopologySettings, TopologyUpdater, ever_active, track_, untrack_
 from ...topology.exploration import is_tracked
 from ...topology.settings import OLD_NAMES, as_settings
+from .console import announce
 from .refusals import check_parallelism, check_resizing
 from .throughput import add_to_log, check_alone, saved_state
 
@@ -149,20 +150,19 @@ class TopologyCallback(TrainerCallback, ExportableState):
         self._updater.prepare(state.global_step + 1)
         self.metrics["sparsity"] = model_facts(model).sparsity
         self.metrics["coverage"] = self._updater.coverage()
-        by_default = " (by default: at most 80, and 100 steps for new blocks to grow)"
-        logger.info(
-            "Topology: %d sparse layers at sparsity %.4f%s, %d updates%s%s, prune by %s, %s.",
-            len(self._updater.layers),
-            self.metrics["sparsity"],
-            "" if settings.density_schedule == "constant" else f" on the way to {self._updater.final_sparsity:.4f}",
-            self._updater.num_updates,
-            f" from step {self._updater.update_steps[0]} to {self._updater.update_steps[-1]}"
-            if self._updater.num_updates
-            else "",
-            "" if self.settings.say_when else by_default,
-            settings.prune_score,
-            "remember what was pruned" if settings.hidden_copy else f"regrow by {settings.regrow_rule}",
-        )
+        announce(logger, self._describe(self._updater, settings), args)
+
+    def _describe(self, updater: TopologyUpdater, settings: TopologySettings) -> str:
+        """One line: what the run does to the topology."""
+        density = "" if settings.density_schedule == "constant" else f" on the way to {updater.final_sparsity:.4f}"
+        begin = f"Topology: {len(updater.layers)} sparse layers at sparsity {self.metrics['sparsity']:.4f}{density}"
+        if updater.num_updates == 0:
+            return f"{begin}, no updates: the pattern stays."
+        steps, count = updater.update_steps, updater.num_updates
+        when = f"update at step {steps[0]}" if count == 1 else f"updates from step {steps[0]} to {steps[-1]}"
+        default = "" if self.settings.say_when else " (by default: at most 80, and 100 steps for new blocks to grow)"
+        regrow = "remember what was pruned" if settings.hidden_copy else f"regrow by {settings.regrow_rule}"
+        return f"{begin}, {count} {when}{default}, prune by {settings.prune_score}, {regrow}."
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
