@@ -76,7 +76,8 @@ class DynSparseTrainer(
             raise ValueError(f"`args.teacher` is {args.teacher!r}: load that model and give it as `teacher` too.")
         if teacher is not None:
             how = args.distillation_temperature, args.distillation_weight, args.distillation_positions
-            self.distillation = Distillation(teacher, *how)
+            layers = args.distillation_layers, args.distillation_layers_weight
+            self.distillation = Distillation(teacher, *how, *layers)
             self.distillation.check_student(model)
         if not trainable_layers(model) and (args.final_sparsity is not None or args.learning_rate_rewinding):
             raise ValueError(
@@ -132,9 +133,8 @@ class DynSparseTrainer(
             logs["dynsparse/flops"] = self.state.total_flos
             logs["dynsparse/tokens"] = self.throughput.tokens
             logs["dynsparse/tokens_per_second"] = self.throughput.tokens_per_second
-            distilled = self.distillation.take_mean() if self.distillation and "loss" in logs else None
-            if distilled is not None:
-                logs["dynsparse/distillation_loss"] = distilled
+            taught = self.distillation.take_means() if self.distillation and "loss" in logs else {}
+            logs.update({f"dynsparse/{name}": loss for name, loss in taught.items()})
             if self.topology is not None:
                 logs.update(self.topology.logged)
             if self.early_bird is not None:
