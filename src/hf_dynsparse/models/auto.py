@@ -95,17 +95,21 @@ def every_block(config: BertConfig, block_size: BlockSize) -> dict[str, Any]:
     return {"sparsity": 0.0, "block_size": block_size, "nnzb": nnzb}
 
 
-def load_teacher(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+def load_teacher(auto_class: Any, name_or_path: str, *, unused: str | None = None, **kwargs: Any) -> PreTrainedModel:
     """
     A model to learn from.
+
+    Args:
+        unused (`str`, *optional*): in the names of weights of which nothing is learned.
 
     Raises:
         ValueError: if the checkpoint lacks a weight, its head for instance: a random head teaches nothing.
     """
     teacher, info = auto_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-    if info["missing_keys"]:
+    missing = sorted(key for key in info["missing_keys"] if unused is None or unused not in key)
+    if missing:
         raise ValueError(
             f"`teacher` must be a model trained for this task. Got {name_or_path}, which lacks "
-            f"{', '.join(sorted(info['missing_keys']))}. Fine-tune it first."
+            f"{', '.join(missing)}. Fine-tune it first."
         )
     return cast(PreTrainedModel, restore_position_bias_(teacher))

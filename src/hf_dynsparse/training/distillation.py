@@ -61,6 +61,8 @@ class Distillation:
         ValueError: for a weight or temperature out of range, or unknown positions.
     """
 
+    beside_labels = True  # whether the student's own loss counts too
+
     def __init__(
         self,
         teacher: nn.Module,

@@ -79,7 +79,11 @@ class LossTrainer(Trainer):
             every_token = self.distillation is not None and self.distillation.positions == "all"
             if self.masked_positions is not None and labels is not None and not every_token:
                 stack.enter_context(self.masked_positions.only(labels))
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if self.distillation is not None and not self.distillation.beside_labels:
+                outputs = model(**inputs)
+                loss = outputs[0].new_zeros(())
+            else:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # Of stock heads and label smoothing the mean over no label is NaN.
         if labels is not None:
             loss = zero_if_unlabelled(loss, labels)

@@ -43,8 +43,9 @@ class DynSparseTrainer(
     [`TopologyCallback`] under `dynsparse/`. A model without sparse layers trains as usual: the dense baseline.
 
     Args:
-        teacher (`nn.Module`, *optional*): a model with the same head to learn from beside the labels, weighted by
-            `args.distillation_weight`; training only, evaluation measures the task.
+        teacher (`nn.Module` or `Distillation`, *optional*): a model with the same head to learn from beside the
+            labels, weighted by `args.distillation_weight`; training only, evaluation measures the task. A
+            [`Distillation`] says itself what is learned.
         piece_counts (tensor or array of shape `(vocab_size,)`, *optional*): how often each piece of the vocabulary
             occurs in the training text: see [`~hf_dynsparse.data.count_pieces`]. Evaluations of a masked language
             model then give `eval_context_gain`: nats by which it beats these frequencies where `[MASK]` is shown.
@@ -66,7 +67,7 @@ class DynSparseTrainer(
         model: nn.Module,
         args: DynSparseTrainingArguments | None = None,
         *,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | Distillation | None = None,
         piece_counts: Any = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         **kwargs: Any,
@@ -77,7 +78,8 @@ class DynSparseTrainer(
         if teacher is not None:
             how = args.distillation_temperature, args.distillation_weight, args.distillation_positions
             layers = args.distillation_layers, args.distillation_layers_weight
-            self.distillation = Distillation(teacher, *how, *layers)
+            given = isinstance(teacher, Distillation)
+            self.distillation = teacher if given else Distillation(teacher, *how, *layers)
             self.distillation.check_student(model)
         if not trainable_layers(model) and (args.final_sparsity is not None or args.learning_rate_rewinding):
             raise ValueError(
@@ -98,8 +100,8 @@ class DynSparseTrainer(
         if self.compute_loss_func is None and not args.label_smoothing_factor and predicts_masked(model):
             self.masked_positions = MaskedPositions(model)
             self.compute_loss_func = self.masked_positions.loss
-        if teacher is not None:
-            self._move_model_to_device(teacher, args.device)
+        if self.distillation is not None:
+            self._move_model_to_device(self.distillation.teacher, args.device)
         if find_callback(self.callback_handler.callbacks, EpochCallback) is None:
             collator: Any = self.data_collator
             self.add_callback(EpochCallback(collator if isinstance(collator, EpochAware) else None))
