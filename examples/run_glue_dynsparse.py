@@ -54,6 +54,7 @@ from hf_dynsparse.files import write_atomically
 from hf_dynsparse.models.auto import load_pretrained, load_teacher
 from hf_dynsparse.reports.facts import describe_data, describe_start
 from hf_dynsparse.training import scripts
+from hf_dynsparse.training.collapse import is_constant
 from hf_dynsparse.training.finetuning import load_metric, prepare_finetuning_
 from hf_dynsparse.training.flags import FinetunedModelArguments, FinetuningRunArguments
 
@@ -205,7 +206,7 @@ def scorer(data_args: SentenceArguments, labels: list[str]) -> Callable[[EvalPre
             scores = {"mse": float(((predictions - outcome.label_ids) ** 2).mean())}
         if len(scores) > 1:
             scores["combined_score"] = float(np.mean(list(scores.values())))
-        return scores
+        return scores | ({"collapsed": 1.0} if is_constant(predictions, outcome.label_ids) else {})
 
     return score
 

@@ -55,6 +55,7 @@ from hf_dynsparse.files import write_atomically
 from hf_dynsparse.models.auto import load_pretrained, load_teacher
 from hf_dynsparse.reports.facts import describe_data, describe_start
 from hf_dynsparse.training import scripts
+from hf_dynsparse.training.collapse import is_constant
 from hf_dynsparse.training.finetuning import load_metric, prepare_finetuning_
 from hf_dynsparse.training.flags import FinetunedModelArguments, FinetuningRunArguments
 
@@ -205,6 +206,8 @@ def scorer(
         doubt = {"no_answer_probability": 0.0} if with_null else {}
         predictions = [{"id": id, "prediction_text": text, **doubt} for id, text in answers.best.items()]
         scores = metric(predictions=predictions, references=references)
+        if is_constant([*answers.best.values()], [str(row["answers"]["text"]) for row in references]):
+            scores["collapsed"] = 1.0
         # The best thresholds would be looked up in the answers of this very set, and need a probability.
         return {name: value for name, value in scores.items() if not name.startswith("best_")}
 

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_dynsparse import sparse_layers
 from hf_dynsparse.data import GLUE_TASKS, glue_metrics, read_glue
+from hf_dynsparse.training.collapse import is_constant
 from tests.data.test_glue import OFFICIAL
 from tests.scripts import EXAMPLES, assert_same_weights, run_script
 from tests.toy import WORDS, toy_model, toy_tokenizer, without_post_processor
@@ -100,6 +101,8 @@ def test_a_task(run, data, task):
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["task"], summary["mode"], summary["sparsity"]) == (task, "locked", 0.75)
     assert set(about.metrics) <= set(summary["metrics"])
+    assert summary["collapsed"] == ("eval_collapsed" in results) == is_constant(found, rows["label"])
+    assert "collapsed" not in summary["metrics"]
     config = json.loads((output / "config.json").read_text())
     assert config["model_type"] == "dynsparse_bert"
     if about.labels:

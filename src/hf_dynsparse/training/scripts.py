@@ -32,6 +32,7 @@ from ..reports.pictures.runs import plot_training
 from ..topology.frames import read_history
 from .arguments import DynSparseTrainingArguments
 from .callbacks.topology import TopologyCallback
+from .collapse import warn_of_collapse
 from .finetuning import finish_quantization_, set_final_sparsity_
 from .flags import FinetunedModelArguments, FinetuningRunArguments, FlagParser, PrunedModelArguments
 from .plans import check_plan, split_plan
@@ -285,6 +286,8 @@ def finetune(trainer: DynSparseTrainer, checkpoint: str | None) -> dict[str, Any
 def write_finetuning(trainer: DynSparseTrainer, results: dict[str, float], facts: dict[str, Any]) -> None:
     """[`write_results`] of a fine-tuning run: `results` of its last evaluation, and other facts."""
     summary = facts | summarize_finetuning(trainer, results)
+    if summary["collapsed"]:
+        warn_of_collapse(trainer.args, trainer.state.max_steps)
     scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["metrics"].items())
     write_results(trainer, summary, f" {scores}; {summary['sparsity']:.1%} sparse")
 

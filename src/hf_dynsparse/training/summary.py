@@ -80,6 +80,7 @@ def summarize_finetuning(trainer: "DynSparseTrainer", metrics: dict[str, float])
     topology = model_facts(model)
     return {
         "metrics": task_metrics(metrics),
+        "collapsed": "eval_collapsed" in metrics,  # one answer for the whole evaluation set
         "mode": args.finetune_mode if topology.layers else "dense",
         "sparsity": topology.sparsity,
         "block_shapes": sorted({layer.block_shape for layer in topology.layers}),
