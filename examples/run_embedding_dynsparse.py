@@ -94,7 +94,7 @@ def main() -> None:
 
         config = load_config(model_args)
         tokenizer = load_tokenizer(model_args, config, data_args.max_seq_length)
-        modules = sentence_files(model_args.model_name_or_path, model_args.token)
+        modules = sentence_files(model_args.model_name_or_path, **model_args.hub)
         pooling = choose_pooling(model_args.pooling, modules)
         teacher = find_teacher(model_args, args, config, tokenizer, data_args.max_seq_length)
         with args.main_process_first(desc="tokenize"):
@@ -191,7 +191,7 @@ def find_teacher(
             "dense encoder that it comes from."
         )
     hub = model_args.hub if args.teacher is None else model_args.hub | {"revision": "main"}
-    args.teacher = args.teacher or model_args.model_name_or_path
+    args.teacher, args.distillation_weight = args.teacher or model_args.model_name_or_path, 1.0
     teacher = load_teacher(AutoModel, args.teacher, unused="pooler", **hub)
     check_fit(tokenizer, teacher.config, length, "The teacher")
     return teacher

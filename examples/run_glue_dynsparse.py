@@ -55,7 +55,7 @@ from hf_dynsparse.models.auto import load_pretrained, load_teacher
 from hf_dynsparse.reports.facts import describe_data, describe_start
 from hf_dynsparse.training import scripts
 from hf_dynsparse.training.collapse import is_constant
-from hf_dynsparse.training.finetuning import load_metric, prepare_finetuning_
+from hf_dynsparse.training.finetuning import center_head_, load_metric, prepare_finetuning_
 from hf_dynsparse.training.flags import FinetunedModelArguments, FinetuningRunArguments
 
 
@@ -102,6 +102,8 @@ def main() -> None:
         calibration = scripts.calibration_of(model_args, args, examples.get("train"), tokenizer, checkpoint)
         model = load_model(model_args, args, config, calibration)
         prepare_finetuning_(model, args)
+        if args.do_train and not labels:
+            center_head_(model, examples["train"]["labels"])
         if checkpoint is not None:
             scripts.check_model_to_resume(model, checkpoint)
         trainer = DynSparseTrainer(

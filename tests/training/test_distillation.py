@@ -231,17 +231,16 @@ def test_weight_zero_is_training_without_a_teacher(tmp_path, cls):
     assert float(run(teacher, distillation_weight=0.5)) != pytest.approx(float(run(None)), rel=1e-3)
 
 
-@pytest.mark.parametrize("layers", [None, "all"])
-def test_accumulation_equals_one_batch(tmp_path, layers):
+def test_accumulation_equals_one_batch(tmp_path):
     """Rows hold different numbers of masked tokens, so a mean of means would show."""
-    short = {"max_steps": 3, "num_topology_updates": 1, "distillation_layers": layers}
+    short = {"max_steps": 3, "num_topology_updates": 1, "distillation_layers": "all"}
     whole = masked_trainer(tmp_path / "one", per_device_train_batch_size=8, **short)
     parts = masked_trainer(tmp_path / "two", gradient_accumulation_steps=4, per_device_train_batch_size=2, **short)
     whole.train()
     parts.train()
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
-    of_layers = (losses(trainer, "dynsparse/distillation_layers_loss") for trainer in (whole, parts))
-    assert [*map(len, of_layers)] == [3 if layers else 0] * 2
+    of_layers = [losses(trainer, "dynsparse/distillation_layers_loss") for trainer in (whole, parts)]
+    assert of_layers[1] == pytest.approx(of_layers[0], rel=1e-5)
     for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5, msg=name)
 

@@ -17,7 +17,13 @@ from hf_dynsparse.blocks.sizes import count_active_blocks
 from hf_dynsparse.data import glue_metrics
 from hf_dynsparse.models.auto import load_pretrained, load_teacher
 from hf_dynsparse.optim.recipes import FINETUNE_MODES
-from hf_dynsparse.training.finetuning import FinetuningArguments, load_metric, prepare_finetuning_, set_final_sparsity_
+from hf_dynsparse.training.finetuning import (
+    FinetuningArguments,
+    center_head_,
+    load_metric,
+    prepare_finetuning_,
+    set_final_sparsity_,
+)
 from tests.toy import TOY_SIZES, toy_batch, toy_model
 
 
@@ -193,6 +199,17 @@ def test_load_pretrained_with_a_calibration(tmp_path, kind):
     assert errors[1] < 0.7 * errors[0]
     with pytest.raises(ValueError, match="Got sparsity=None and all_blocks=False"):
         load(calibration=[inputs])
+
+
+def test_a_fresh_head_begins_at_the_mean():
+    model = toy_classifier(num_labels=1)
+    center_head_(model, [1.0, 2.0, 6.0])
+    assert model.classifier.bias.tolist() == [3.0]
+    center_head_(model, [1.0])  # it has been trained
+    assert model.classifier.bias.tolist() == [3.0]
+    classes = toy_classifier()
+    center_head_(classes, [1.0])
+    assert not classes.classifier.bias.any()
 
 
 def test_a_densified_model_is_saved_dense(tmp_path):

@@ -1,19 +1,16 @@
 """The files beside an encoder by which sentence-transformers makes sentence embeddings of its hidden states."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from ..files import fits, read_object, write_atomically
-from .loading import split_revision
+from .loading import SENTENCE_FILES, copy_companions
 
 
 MODULES, POOLING = "modules.json", "1_Pooling"
-# Settings of the root, and the folders of modules.
-SENTENCE_FILES = (MODULES, "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]*_*/*")
 
 # Our names of poolings, and their flags in the configuration of that module.
 FLAGS = {
@@ -24,12 +21,11 @@ FLAGS = {
 }
 
 
-def sentence_files(source: str, token: str | None = None) -> Path | None:
+def sentence_files(name: str, revision: str = "main", **hub: Any) -> Path | None:
     """The folder with such files of a saved model, in a folder or on the Hub; `None` if it has none."""
-    name, revision = split_revision(source)
     folder = Path(name)
     if not folder.is_dir():
-        folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=list(SENTENCE_FILES)))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(SENTENCE_FILES), **hub))
     return folder if (folder / MODULES).is_file() else None
 
 
@@ -40,21 +36,30 @@ def find_pooling(folder: Path) -> str:
     Raises:
         ValueError: if its first two modules are not an encoder and a pooling of one kind.
     """
-    kinds = [str(module["type"]).rpartition(".")[2] for module in _modules(folder)]
+    file = folder / MODULES
+    try:
+        modules = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        modules = None
+    if not fits(modules, list[dict[str, Any]]):
+        raise ValueError(f"{file} must be a list of modules. Got something else. Load an intact one.")
+    kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise ValueError(
-            f"A sentence encoder must begin with a Transformer and a Pooling. Got {', '.join(kinds)} in "
-            f"{folder / MODULES}. Give another checkpoint."
+            f"A sentence encoder must begin with a Transformer and a Pooling. Got {', '.join(kinds)} in {file}. Give "
+            "another checkpoint."
         )
-    file = folder / str(_modules(folder)[1]["path"]) / "config.json"
+    file = folder / Path(str(modules[1].get("path"))).name / "config.json"
     settings = read_object(file)
     names = {flag: name for name, flag in FLAGS.items()}
     chosen = [flag for flag, value in settings.items() if flag.startswith("pooling_mode_") and value is True]
     # A single name in newer files.
     modes = [names.get(flag, flag) for flag in chosen] or [*filter(None, [settings.get("pooling_mode")])]
     if len(modes) != 1:
-        raise ValueError(f"A sentence encoder must pool in one way. Got {', '.join(modes) or 'none'} in {file}.")
-    return modes[0]
+        raise ValueError(
+            f"A sentence encoder must pool in one way. Got {', '.join(modes) or 'none'} in {file}. Give another."
+        )
+    return str(modes[0])
 
 
 def write_sentence_files(target: Path, source: Path | None, *, pooling: str, width: int, max_seq_length: int) -> None:
@@ -69,46 +74,18 @@ def write_sentence_files(target: Path, source: Path | None, *, pooling: str, wid
         max_seq_length (`int`): tokens at which a sentence is cut.
     """
     if source is not None:
-        for pattern in SENTENCE_FILES[:-1]:
-            for file in source.glob(pattern):
-                shutil.copyfile(file, target / file.name)
-        for path in (str(module["path"]) for module in _modules(source)):
-            if path:
-                shutil.copytree(source / path, target / path, dirs_exist_ok=True)
+        copy_companions(source, target, SENTENCE_FILES)
         return
     kinds = {"": "Transformer", POOLING: "Pooling"}
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for number, (path, kind) in enumerate(kinds.items())
     ]
+    flags = {flag: name == pooling for name, flag in FLAGS.items()}
     contents = {
         MODULES: modules,
         "sentence_bert_config.json": {"max_seq_length": max_seq_length, "do_lower_case": False},
-        f"{POOLING}/config.json": {
-            "word_embedding_dimension": width,
-            **{flag: name == pooling for name, flag in FLAGS.items()},
-        },
+        f"{POOLING}/config.json": {"word_embedding_dimension": width, **flags},
     }
     for name, content in contents.items():
         write_atomically(target / name, json.dumps(content, indent=2) + "\n")
-
-
-def _modules(folder: Path) -> list[dict[str, Any]]:
-    """
-    The modules of an encoder in order, whose folders are known to lie in its own.
-
-    Raises:
-        ValueError: if they are not described as they must be.
-    """
-    file = folder / MODULES
-    try:
-        modules = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        modules = None
-    if not fits(modules, list[dict[str, Any]]) or not all({"path", "type"} <= module.keys() for module in modules):
-        raise ValueError(f"{file} must be a list of modules with `path` and `type`. Load an intact one.")
-    for module in modules:
-        path = str(module["path"])
-        if path and (Path(path).name != path or not (folder / path).is_dir()):
-            raise ValueError(f"A module must be a folder beside {file}. Got {path!r}. Load an intact one.")
-    return list(modules)
