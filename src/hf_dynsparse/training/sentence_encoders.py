@@ -46,13 +46,14 @@ class SentenceDistillation(Distillation):
         super().__init__(teacher, weight=1.0, layers=layers, layers_weight=layers_weight)
         self.pooling = pooling
 
-    def check_student(self, student: nn.Module) -> None:
+    def check_student(self, student: Any) -> None:
         """
         Raises:
             ValueError: if vocabularies or widths differ, or layers to be compared do not correspond.
         """
         super().check_student(student)
-        ours, theirs = (model.config.hidden_size for model in (student, self.teacher))
+        teacher: Any = self.teacher
+        ours, theirs = student.config.hidden_size, teacher.config.hidden_size
         if ours != theirs:
             raise ValueError(
                 f"Embeddings of teacher and student must have one width. Got {theirs} and {ours}. Take another "

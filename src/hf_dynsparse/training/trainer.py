@@ -78,9 +78,9 @@ class DynSparseTrainer(
         if teacher is not None:
             how = args.distillation_temperature, args.distillation_weight, args.distillation_positions
             layers = args.distillation_layers, args.distillation_layers_weight
-            given = isinstance(teacher, Distillation)
-            self.distillation = teacher if given else Distillation(teacher, *how, *layers)
-            self.distillation.check_student(model)
+            taught = teacher if isinstance(teacher, Distillation) else Distillation(teacher, *how, *layers)
+            taught.check_student(model)
+            self.distillation = taught
         if not trainable_layers(model) and (args.final_sparsity is not None or args.learning_rate_rewinding):
             raise ValueError(
                 "`final_sparsity` and `learning_rate_rewinding` are for sparse layers that are pruned. Got a model "
