@@ -185,6 +185,8 @@ def test_a_teacher_of_other_layers(tmp_path, layers, sizes, error):
 def test_a_teacher_that_was_named_only(tmp_path):
     with pytest.raises(ValueError, match="'somewhere': load that model"):
         DynSparseTrainer(toy_model(), toy_arguments(tmp_path, teacher="somewhere"))
+    with pytest.raises(ValueError, match="`distillation_layers` are learned from a `teacher`. Got 'all' and none"):
+        DynSparseTrainer(toy_model(), toy_arguments(tmp_path, distillation_layers="all"))
 
 
 def masked_trainer(folder, **arguments):
