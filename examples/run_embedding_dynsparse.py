@@ -215,7 +215,9 @@ def load_model(
 def about_run(model_args: ModelArguments, data_args: EmbeddingTextArguments) -> dict[str, Any]:
     """What the card tells and the trainer does not know."""
     name, file = str(data_args.dataset_name or data_args.train_file), data_args.validation_file
-    evaluated_on = "STS-B" if data_args.glue_dir else file and Path(file).name
+    evaluated_on = Path(file).name if file else f"sentences held out of {Path(name).name}"
+    if data_args.glue_dir:
+        evaluated_on += "; STS-B for spearman_cosine"
     return {
         "task": "sentence embeddings",
         **describe_start(model_args.model_name_or_path),
