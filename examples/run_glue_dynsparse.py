@@ -16,9 +16,9 @@ Fine-tune a sparse or dense encoder on a GLUE task, or on sentences of your own.
     accelerate launch examples/run_glue_dynsparse.py ... --finetune_mode dense
     # a fine-tuned model trained on with 8 bits, and saved as an int8 model (see docs/int8.md)
     accelerate launch examples/run_glue_dynsparse.py ... --quantization_aware --teacher runs/sst2-dense
-    # a dense BERT made sparse by its largest blocks, learning from the dense one
-    accelerate launch examples/run_glue_dynsparse.py \
-        --model_name_or_path bert-base-uncased --sparsity 0.8 --block_size 4 --teacher runs/sst2-dense ...
+    # a dense BERT made sparse by what 512 examples need of it, learning from the dense one
+    accelerate launch examples/run_glue_dynsparse.py --model_name_or_path bert-base-uncased \
+        --sparsity 0.8 --block_size 4 --calibration_samples 512 --teacher runs/sst2-dense ...
     # your own sentences: one column of text, or two, and one of labels
     accelerate launch examples/run_glue_dynsparse.py --train_file train.csv --validation_file valid.csv \
         --text_column_names title,body --label_column_name stars ...
@@ -51,7 +51,7 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from hf_dynsparse import DynSparseTrainer, topology_summary
+from hf_dynsparse import Calibration, DynSparseTrainer, topology_summary
 from hf_dynsparse.data import glue_metrics
 from hf_dynsparse.data.classification import (
     SentenceArguments,
@@ -66,7 +66,8 @@ from hf_dynsparse.files import write_atomically
 from hf_dynsparse.models.auto import load_pretrained, load_teacher
 from hf_dynsparse.reports.facts import describe_data, describe_start
 from hf_dynsparse.training import scripts
-from hf_dynsparse.training.finetuning import load_metric, prepare_finetuning_
+from hf_dynsparse.training.collapse import is_constant
+from hf_dynsparse.training.finetuning import center_head_, load_metric, prepare_finetuning_
 from hf_dynsparse.training.flags import FinetunedModelArguments, FinetuningRunArguments
 
 
@@ -106,15 +107,18 @@ def main() -> None:
         raw = load_sentences(data_args, cache_dir=model_args.cache_dir, token=model_args.token)
         known = None if args.do_train else known_labels(model_args)
         columns, labels = find_columns(raw, data_args, args.splits, known)
-        tokenizer = load_tokenizer(model_args)
-        model = load_model(model_args, args, labels)
-        check_tokenizer_and_model(tokenizer, model.config, columns, data_args)
+        tokenizer, config = load_tokenizer(model_args), load_config(model_args, labels)
+        check_tokenizer_and_model(tokenizer, config, columns, data_args)
         teacher = find_teacher(model_args, data_args, args, tokenizer, columns)
-        prepare_finetuning_(model, args)
-        if checkpoint is not None:
-            scripts.check_model_to_resume(model, checkpoint)
         with args.main_process_first(desc="tokenize"):
             examples = tokenize_sentences(raw, columns, labels, tokenizer, data_args)
+        calibration = scripts.calibration_of(model_args, args, examples.get("train"), tokenizer, checkpoint)
+        model = load_model(model_args, args, config, calibration)
+        prepare_finetuning_(model, args)
+        if args.do_train and not labels:
+            center_head_(model, examples["train"]["labels"])
+        if checkpoint is not None:
+            scripts.check_model_to_resume(model, checkpoint)
         trainer = DynSparseTrainer(
             model,
             args,
@@ -162,19 +166,22 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(name, trust_remote_code=model_args.trust_remote_code, **model_args.hub)
 
 
-def load_model(model_args: ModelArguments, args: RunArguments, labels: list[str]) -> PreTrainedModel:
-    """The model with a head for `labels`: sparse as it was saved, or dense and made sparse."""
-    config, head = None, head_of(labels)
-    if model_args.config_name:
-        config = AutoConfig.from_pretrained(model_args.config_name, **model_args.hub)
-        for name in list(head):
-            setattr(config, name, head.pop(name))
+def load_config(model_args: ModelArguments, labels: list[str]) -> PretrainedConfig:
+    """The configuration of a model with a head for `labels`."""
+    name, trust = model_args.config_name or model_args.model_name_or_path, model_args.trust_remote_code
+    return AutoConfig.from_pretrained(name, trust_remote_code=trust, **head_of(labels), **model_args.hub)
+
+
+def load_model(
+    model_args: ModelArguments, args: RunArguments, config: PretrainedConfig, calibration: Calibration | None
+) -> PreTrainedModel:
+    """The model of `config`: sparse as it was saved, or dense and made sparse."""
     return load_pretrained(
         AutoModelForSequenceClassification,
         all_blocks=args.finetune_mode == "gradual",
         config=config,
+        calibration=calibration,
         ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-        **head,
         **model_args.start,
     )
 
@@ -221,7 +228,7 @@ def scorer(data_args: SentenceArguments, labels: list[str]) -> Callable[[EvalPre
             scores = {"mse": float(((predictions - outcome.label_ids) ** 2).mean())}
         if len(scores) > 1:
             scores["combined_score"] = float(np.mean(list(scores.values())))
-        return scores
+        return scores | ({"collapsed": 1.0} if is_constant(predictions, outcome.label_ids) else {})
 
     return score
 
@@ -274,7 +281,7 @@ def about_run(model_args: ModelArguments, data_args: SentenceArguments) -> dict[
     return {
         "task": task or Path(data_args.train_file or str(name)).stem,
         **describe_start(model_args.model_name_or_path),
-        "pattern": "the blocks of largest L1 norm" if model_args.sparsity else "that of the checkpoint",
+        "pattern": model_args.kept if model_args.sparsity else "that of the checkpoint",
         "data": data,
         "language": data_args.language or ("en" if task else None),
         "license": model_args.license,

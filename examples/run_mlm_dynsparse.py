@@ -47,6 +47,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from hf_dynsparse import (
+    Calibration,
     DynSparseBertConfig,
     DynSparseBertForMaskedLM,
     DynSparseBertForPreTraining,
@@ -64,7 +65,7 @@ from hf_dynsparse.data import count_pieces, train_wordpiece_tokenizer
 from hf_dynsparse.data.files import DataError
 from hf_dynsparse.data.pretraining import TextArguments, load_text, make_sequences
 from hf_dynsparse.data.tokenizer_checks import check_fit, check_positions, check_tokenizer
-from hf_dynsparse.models.auto import load_teacher
+from hf_dynsparse.models.auto import is_dense, load_teacher
 from hf_dynsparse.models.presets import check_encoder, encoder_preset, overridden, tell_vocabulary_
 from hf_dynsparse.models.pretraining import continued_config, first_pattern, preset_config
 from hf_dynsparse.reports.facts import describe_data, describe_start
@@ -72,7 +73,7 @@ from hf_dynsparse.training import scripts
 from hf_dynsparse.training.budget import check_budget, plan_steps, planned_steps
 from hf_dynsparse.training.curriculum import Curriculum
 from hf_dynsparse.training.finetuning import set_final_sparsity_
-from hf_dynsparse.training.flags import HubArguments, ScriptArguments
+from hf_dynsparse.training.flags import PrunedModelArguments, ScriptArguments
 from hf_dynsparse.training.interruption import saves_when_stopped
 from hf_dynsparse.training.recipes import RECIPES, set_first_weights_, set_learning_rates_
 from hf_dynsparse.training.summary import format_summary, summarize_run
@@ -82,7 +83,7 @@ logger = logging.getLogger("run_mlm_dynsparse")
 
 
 @dataclass
-class ModelArguments(HubArguments):
+class ModelArguments(PrunedModelArguments):
     """What is trained."""
 
     model_type: str = HfArg(
@@ -196,6 +197,8 @@ def main() -> None:
         config = build_config(model_args, data_args, args, checkpoint)
         check_positions(config, data_args.max_seq_length)
         pattern = first_pattern(model_args.model_name_or_path, **model_args.hub)
+        if model_args.calibration_samples:
+            pattern = model_args.kept
         if checkpoint is not None:
             scripts.check_updates_to_resume(args, checkpoint)
         scripts.prepare_process(args, logger.name)
@@ -206,7 +209,8 @@ def main() -> None:
             fit_vocabulary_(config, tokenizer, model_args, data_args)
             sequences = make_sequences(raw, tokenizer, data_args, args.seed)
 
-        model = load_model(model_args, data_args, config)
+        calibration = scripts.calibration_of(model_args, args, sequences["train"], tokenizer, checkpoint)
+        model = load_model(model_args, data_args, config, calibration)
         if model_args.untrained_rest:
             add_untrained_rest_(model, config.initializer_range, args.seed)
         if sparse_layers(model):
@@ -270,6 +274,10 @@ def check(model_args: ModelArguments, data_args: TextArguments, args: RunArgumen
             "A run begins with the configuration of --config_name or the weights of --model_name_or_path. Got both: "
             "leave one out."
         )
+    gradual = args.topology_settings().density_schedule != "constant"
+    excluded = {"--dense_baseline": model_args.dense_baseline, "a --method that changes the density": gradual}
+    excluded |= {"no --model_name_or_path": model_args.model_name_or_path is None}
+    model_args.check_calibration(model_args.sparsity, excluded)
     check_first_weights(model_args)
     data_args.check(args.max_steps if args.time_budget is None else 1)
     Curriculum.of(args).check_text(data_args)
@@ -313,6 +321,10 @@ def build_config(
         if model_args.config_name:
             check_encoder(config, source)
         config = overridden(config, model_args.config_overrides)
+        if model_args.calibration_samples and not is_dense(config):
+            raise ValueError(
+                f"`--calibration_samples` is for dense checkpoints. Got {source}, which is sparse. Leave it out."
+            )
     if not source:
         asked = DynSparseBertConfig.sparsity if sparsity is None else sparsity
         set_first_weights_(config, args.recipe, model_args.config_overrides, asked)
@@ -336,14 +348,16 @@ def build_config(
     return config
 
 
-def load_model(model_args: ModelArguments, data_args: TextArguments, config: Any) -> PreTrainedModel:
+def load_model(
+    model_args: ModelArguments, data_args: TextArguments, config: Any, calibration: Calibration | None
+) -> PreTrainedModel:
     """The model of `config`: of a checkpoint if there is one, else fresh."""
     if not isinstance(config, DynSparseBertConfig):
         return fresh_encoder(model_args, config)
     architecture = DynSparseBertForPreTraining if data_args.nsp else DynSparseBertForMaskedLM
     if model_args.model_name_or_path:
-        source, dtype = model_args.model_name_or_path, model_args.dtype
-        return architecture.from_pretrained(source, config=config, dtype=dtype, **model_args.hub)
+        how = {"config": config, "dtype": model_args.dtype, "calibration": calibration}
+        return architecture.from_pretrained(model_args.model_name_or_path, **how, **model_args.hub)
     return architecture(config)
 
 

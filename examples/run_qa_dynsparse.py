@@ -16,9 +16,9 @@ Fine-tune a sparse or dense encoder on extractive question answering: SQuAD, or 
     accelerate launch examples/run_qa_dynsparse.py ... --finetune_mode dense
     # a fine-tuned model trained on with 8 bits, and saved as an int8 model (see docs/int8.md)
     accelerate launch examples/run_qa_dynsparse.py ... --quantization_aware --teacher runs/squad-dense
-    # a dense BERT made sparse by its largest blocks, learning from the dense one
+    # a dense BERT made sparse by what 512 windows need of it, learning from the dense one
     accelerate launch examples/run_qa_dynsparse.py --model_name_or_path bert-base-uncased --sparsity 0.8 \
-        --block_size 4 --dataset_name rajpurkar/squad --teacher runs/squad-dense --output_dir runs/squad-s80-b4
+        --calibration_samples 512 --dataset_name rajpurkar/squad --teacher runs/squad-dense --output_dir runs/squad-s80
     # some questions have no answer (SQuAD 2.0)
     accelerate launch examples/run_qa_dynsparse.py ... --dataset_name rajpurkar/squad_v2 --version_2_with_negative
     # no training: answer the questions of a file
@@ -53,7 +53,7 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from hf_dynsparse import DynSparseTrainer, topology_summary
+from hf_dynsparse import Calibration, DynSparseTrainer, topology_summary
 from hf_dynsparse.data.question_answering import SquadAnswers, longest_question
 from hf_dynsparse.data.questions import QuestionArguments, answerer, load_questions, make_windows, only_inputs
 from hf_dynsparse.data.squad import squad_metrics, squad_v2_metrics
@@ -62,6 +62,7 @@ from hf_dynsparse.files import write_atomically
 from hf_dynsparse.models.auto import load_pretrained, load_teacher
 from hf_dynsparse.reports.facts import describe_data, describe_start
 from hf_dynsparse.training import scripts
+from hf_dynsparse.training.collapse import is_constant
 from hf_dynsparse.training.finetuning import load_metric, prepare_finetuning_
 from hf_dynsparse.training.flags import FinetunedModelArguments, FinetuningRunArguments
 
@@ -98,7 +99,8 @@ def main() -> None:
         with args.main_process_first(desc="prepare the questions"):
             rows = load_questions(data_args, args.splits, cache_dir=model_args.cache_dir, token=model_args.token)
             windows = {split: make_windows(split, rows[split], tokenizer, data_args) for split in rows}
-        model = load_model(model_args, args, config)
+        calibration = scripts.calibration_of(model_args, args, windows.get("train"), tokenizer, checkpoint)
+        model = load_model(model_args, args, config, calibration)
         prepare_finetuning_(model, args)
         if checkpoint is not None:
             scripts.check_model_to_resume(model, checkpoint)
@@ -179,12 +181,15 @@ def find_teacher(
     return teacher
 
 
-def load_model(model_args: FinetunedModelArguments, args: RunArguments, config: PretrainedConfig) -> PreTrainedModel:
+def load_model(
+    model_args: FinetunedModelArguments, args: RunArguments, config: PretrainedConfig, calibration: Calibration | None
+) -> PreTrainedModel:
     """The model of `config`: sparse as it was saved, or dense and made sparse."""
     return load_pretrained(
         AutoModelForQuestionAnswering,
         all_blocks=args.finetune_mode == "gradual",
         config=config,
+        calibration=calibration,
         **model_args.start,
     )
 
@@ -208,6 +213,8 @@ def scorer(
         doubt = {"no_answer_probability": 0.0} if with_null else {}
         predictions = [{"id": id, "prediction_text": text, **doubt} for id, text in answers.best.items()]
         scores = metric(predictions=predictions, references=references)
+        if is_constant([*answers.best.values()], [str(row["answers"]["text"]) for row in references]):
+            scores["collapsed"] = 1.0
         # The best thresholds would be looked up in the answers of this very set, and need a probability.
         return {name: value for name, value in scores.items() if not name.startswith("best_")}
 
@@ -232,7 +239,7 @@ def about_run(model_args: FinetunedModelArguments, data_args: QuestionArguments)
     return {
         "task": Path(name).stem,
         **describe_start(model_args.model_name_or_path),
-        "pattern": "the blocks of largest L1 norm" if model_args.sparsity else "that of the checkpoint",
+        "pattern": model_args.kept if model_args.sparsity else "that of the checkpoint",
         "data": describe_data(name, config=data_args.dataset_config_name, evaluated_on=file and Path(file).name),
         "language": data_args.language,
         "license": model_args.license,

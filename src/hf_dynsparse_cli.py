@@ -33,6 +33,7 @@ TASKS = {
     "mlm": ("run_mlm_dynsparse", "pre-train a sparse BERT by masked language modelling"),
     "glue": ("run_glue_dynsparse", "fine-tune on a GLUE task, or on sentences of your own"),
     "qa": ("run_qa_dynsparse", "fine-tune on SQuAD, or on questions of your own"),
+    "embedding": ("run_embedding_dynsparse", "recover a sentence encoder from a dense one, without labels"),
     "earlybert": ("run_earlybert", "find the attention heads and neurons worth training, and train those"),
 }
 

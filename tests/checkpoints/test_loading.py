@@ -58,9 +58,14 @@ def test_companions_travel_and_replace_nothing(tmp_path):
         (source / name).write_text("of the source")
     (source / "tokenizer").mkdir()
     (target / "vocab.txt").write_text("of the target")
+    for name in ("modules.json", "1_Pooling/config.json", "checkpoint-1/config.json"):  # of a sentence encoder
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("of the source")
     copy_companions(source, target)
-    found = {path.name: path.read_text() for path in target.iterdir()}
-    assert found == {"tokenizer.json": "of the source", "LICENSE": "of the source", "vocab.txt": "of the target"}
+    found = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
+    assert found.pop("vocab.txt") == "of the target"
+    assert set(found) == {"tokenizer.json", "LICENSE", "modules.json", "1_Pooling/config.json"}
+    assert set(found.values()) == {"of the source"}
 
 
 def test_a_folder_appears_whole(tmp_path):

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from toy import PAD, toy_tokenizer, without_post_processor
 
-from hf_dynsparse.data.calibration import read_calibration
+from hf_dynsparse.data.calibration import batches_of_rows, read_calibration
 
 
 def test_lines_become_batches_of_similar_length(tmp_path: Path) -> None:
@@ -27,6 +28,16 @@ def test_a_tokenizer_without_padding(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("w1 w2\nw3\n")
     (batch,) = read_calibration(str(tmp_path / "text.txt"), tokenizer)
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_rows_that_are_trained_on() -> None:
+    rows = [{"input_ids": [2, *[5 + number] * (1 + number % 2), 3], "labels": number} for number in range(8)]
+    (batch,) = batches_of_rows(Dataset.from_list(rows), toy_tokenizer(), 4)
+    assert batch["input_ids"].tolist() == [[2, 5 + number, 3] for number in (0, 2, 4, 6)]
+    assert batch.keys() == {"input_ids", "attention_mask"}
+    (batch, other) = batches_of_rows(Dataset.from_list(rows).to_iterable_dataset(), toy_tokenizer(), 3, batch_size=2)
+    assert batch["input_ids"].tolist() == [[2, 6, 6, 3], [2, 5, 3, PAD]]
+    assert (batch["attention_mask"].tolist()[1], other["input_ids"].tolist()) == ([1, 1, 1, 0], [[2, 7, 3]])
 
 
 @pytest.mark.parametrize(

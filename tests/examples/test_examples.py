@@ -402,6 +402,14 @@ BAD = {
         "--model_name_or_path {finished} --sparsity 0.8",
         ("--sparsity 0.8", "0.5", "prune_ofa"),
     ),
+    "calibration of a sparse model": (
+        "--model_name_or_path {finished} --sparsity 0.5 --calibration_samples 9",
+        ("`--calibration_samples` is for dense checkpoints", "which is sparse"),
+    ),
+    "calibration of a fresh model": (
+        "--sparsity 0.5 --calibration_samples 9",
+        ("Got 9 with no --model_name_or_path",),
+    ),
     "other blocks of a sparse model": ("--model_name_or_path {finished} --block_size 4", ("--block_size 4",)),
     "a dense twin of a sparse model": ("--model_name_or_path {finished} --dense_baseline", ("--dense_baseline",)),
     "a density that a dense twin cannot reach": (

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_dynsparse import sparse_layers
 from hf_dynsparse.data import GLUE_TASKS, glue_metrics, read_glue
+from hf_dynsparse.training.collapse import is_constant
 from tests.data.test_glue import OFFICIAL
-from tests.scripts import EXAMPLES, run_script
+from tests.scripts import EXAMPLES, assert_same_weights, run_script
 from tests.toy import WORDS, toy_model, toy_tokenizer, without_post_processor
 
 
@@ -101,6 +102,8 @@ def test_a_task(run, data, task):
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["task"], summary["mode"], summary["sparsity"]) == (task, "locked", 0.75)
     assert set(about.metrics) <= set(summary["metrics"])
+    assert summary["collapsed"] == ("eval_collapsed" in results) == is_constant(found, rows["label"])
+    assert "collapsed" not in summary["metrics"]
     config = json.loads((output / "config.json").read_text())
     assert config["model_type"] == "dynsparse_bert"
     if about.labels:
@@ -132,6 +135,22 @@ def test_a_dense_start_with_a_teacher(run, data):
     assert (summary["sparsity"], summary["block_shapes"], summary["teacher"]) == (0.5, [[1, 4]], "teacher")
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert all(entry["dynsparse/distillation_loss"] > -1e-6 for entry in log if "loss" in entry)  # but for rounding
+
+
+def test_a_calibrated_start(run, data, tmp_path):
+    """It is nearer to the dense model than the largest blocks are, and a resumed run does not calibrate again."""
+    flags = f"--task_name sst2 --glue_dir {data / 'glue'} --sparsity 0.5 --block_size 4 --learning_rate 1e-6"
+    flags += " --save_strategy steps --save_steps 1 --save_total_limit 5 --max_steps 2"
+    largest, fitted = (run(f"{flags} --calibration_samples {n}", f"first-{n}", "dense") for n in (0, 20))
+    inputs = toy_tokenizer()(" ".join(WORDS[:20]), return_tensors="pt")
+    with torch.no_grad():
+        models = [AutoModel.from_pretrained(folder).eval() for folder in (data / "dense", largest, fitted)]
+        wanted, *found = (model(**inputs)[0] for model in models)
+    assert (found[1] - wanted).norm() < (found[0] - wanted).norm()
+    assert "matter most to 20 training examples" in (fitted / "README.md").read_text()
+    shutil.copytree(fitted / "checkpoint-1", tmp_path / "part" / "checkpoint-1")
+    resumed = run(f"{flags} --calibration_samples 20 --resume_from_checkpoint last", "part", "dense")
+    assert_same_weights(fitted, resumed)
 
 
 def test_gradual(run, data):
@@ -186,6 +205,9 @@ def test_files_of_ones_own(run, data):
         ("--task_name sst2 --glue_dir {data}/glue --block_size 4", "needs a `sparsity`"),
         ("--task_name sst2 --glue_dir {data}/glue --sparsity 0.5", "which is sparse or quantized already"),
         ("--task_name sst2 --glue_dir {data}/glue --block_size 4xx", "Got '4xx'"),
+        ("--task_name sst2 --glue_dir {data}/glue --calibration_samples 9", "Got 9 with no --sparsity"),
+        ("--sparsity 0.5 --finetune_mode gradual --calibration_samples 9", "Got 9 with --finetune_mode gradual"),
+        ("--sparsity 0.5 --do_train false --calibration_samples 9", "Got 9 with --do_train false"),
         ("--task_name sst2 --glue_dir {data}/glue --finetune_mode gradual", "Got sparsity=None"),
         ("--sparsity 0.5 --finetune_mode gradual --method set", "Got 0.5 with density_schedule='constant'"),
         ("--task_name sst2 --glue_dir {data}/glue --finetune_mode locked --num_topology_updates 3", "dynamic"),

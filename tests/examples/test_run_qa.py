@@ -361,10 +361,16 @@ CASES = {
         {"mode": "dynamic", "sparsity": 0.75, "topology_updates": 2, "task": "hub"},
     ),
     "sparsified, with a teacher": (
-        "--model_name_or_path {data}/dense --sparsity 0.5 --block_size 8 --teacher {finished} --eval_strategy steps"
-        " --eval_steps 2 --max_eval_samples 6 --load_best_model_at_end --metric_for_best_model f1",
+        "--model_name_or_path {data}/dense --sparsity 0.5 --block_size 8 --calibration_samples 20 --teacher {finished}"
+        " --eval_strategy steps --eval_steps 2 --max_eval_samples 6 --load_best_model_at_end"
+        " --metric_for_best_model f1",
         "--train_file {data}/train.json",
-        {"sparsity": 0.5, "block_shapes": [[8, 8]], "teacher": "out", "start": "dense"},
+        {
+            "sparsity": 0.5,
+            "block_shapes": [[8, 8]],
+            "teacher": "out",
+            "pattern": "the blocks that matter most to 20 training examples",
+        },
     ),
 }
 

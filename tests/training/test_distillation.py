@@ -14,6 +14,7 @@ from hf_dynsparse import (
     DynSparseTrainer,
 )
 from hf_dynsparse.training.distillation import Distillation, distillation_loss
+from hf_dynsparse.training.hidden_states import hidden_state_loss, hidden_states_loss
 from tests.toy import toy_arguments, toy_batch, toy_collator, toy_examples, toy_model
 
 
@@ -42,6 +43,10 @@ class Echo(torch.nn.Module):
         return self.answer
 
 
+def loss_of(distillation, inputs, outputs, *items):
+    return distillation.loss(inputs, outputs, distillation.answers(inputs), *items)
+
+
 @pytest.fixture
 def logits():
     return torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
@@ -57,10 +62,11 @@ def test_masked_language_modelling_compares_labelled_positions(logits, masked_on
     given = student[LABELS != -100] if masked_only else student
     rows = distillation_loss(torch.zeros(3, 5), torch.stack([logits[0, 1], logits[1, 0], logits[1, 2]]))
     outputs = MaskedLMOutput(logits=given)
-    assert teacher.loss({"labels": LABELS}, outputs) == pytest.approx(float(rows.mean()), rel=1e-6)
-    assert teacher.loss({"labels": LABELS}, outputs, 12) == pytest.approx(float(rows.sum()) / 12, rel=1e-6)
-    assert teacher.take_mean() == pytest.approx(float(rows.mean() + rows.sum() / 12) / 2, rel=1e-6)
-    assert teacher.take_mean() is None
+    assert loss_of(teacher, {"labels": LABELS}, outputs) == pytest.approx(float(rows.mean()), rel=1e-6)
+    assert loss_of(teacher, {"labels": LABELS}, outputs, 12) == pytest.approx(float(rows.sum()) / 12, rel=1e-6)
+    means = teacher.take_means()
+    assert means == {"distillation_loss": pytest.approx(float(rows.mean() + rows.sum() / 12) / 2, rel=1e-6)}
+    assert teacher.take_means() == {}
 
 
 def test_all_real_tokens(logits):
@@ -68,16 +74,16 @@ def test_all_real_tokens(logits):
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     rows = distillation_loss(torch.zeros(5, 5), torch.cat([logits[0], logits[1, :2]]))
     outputs, given = MaskedLMOutput(logits=torch.zeros(2, 3, 5)), {"labels": LABELS, "attention_mask": mask}
-    assert teacher.loss(given, outputs) == pytest.approx(float(rows.mean()), rel=1e-6)
+    assert loss_of(teacher, given, outputs) == pytest.approx(float(rows.mean()), rel=1e-6)
     # Three labels of twelve are in this micro-batch: a quarter of its mean.
-    assert teacher.loss(given, outputs, 12) == pytest.approx(float(rows.mean()) / 4, rel=1e-6)
+    assert loss_of(teacher, given, outputs, 12) == pytest.approx(float(rows.mean()) / 4, rel=1e-6)
     del given["attention_mask"]
     every = distillation_loss(torch.zeros(6, 5), logits.flatten(0, 1))
-    assert teacher.loss(given, outputs) == pytest.approx(float(every.mean()), rel=1e-6)
+    assert loss_of(teacher, given, outputs) == pytest.approx(float(every.mean()), rel=1e-6)
     sequence = SequenceClassifierOutput(logits=logits[:, 1])
     whole = Distillation(Echo(SequenceClassifierOutput(logits=logits[:, 0])), positions="all")
     expected = distillation_loss(logits[:, 1], logits[:, 0]).mean()
-    assert whole.loss({"labels": torch.tensor([0, 1])}, sequence) == pytest.approx(float(expected), rel=1e-6)
+    assert loss_of(whole, {"labels": torch.tensor([0, 1])}, sequence) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_at_all_tokens_the_student_predicts_them_too(tmp_path):
@@ -104,18 +110,44 @@ def test_spans_leave_padding_out(logits):
         for part in spans
         for row, length in ((0, 3), (1, 2))
     ]
-    assert teacher.loss({"attention_mask": mask}, zeros) == pytest.approx(float(torch.cat(expected).mean()), rel=1e-5)
+    assert loss_of(teacher, {"attention_mask": mask}, zeros) == pytest.approx(
+        float(torch.cat(expected).mean()), rel=1e-5
+    )
 
 
 def test_sequences(logits):
     teacher = Distillation(Echo(SequenceClassifierOutput(logits=logits[:, 0])))
-    loss = teacher.loss({"labels": torch.tensor([0, 1])}, SequenceClassifierOutput(logits=logits[:, 1]))
+    loss = loss_of(teacher, {"labels": torch.tensor([0, 1])}, SequenceClassifierOutput(logits=logits[:, 1]))
     assert loss == pytest.approx(float(distillation_loss(logits[:, 1], logits[:, 0]).mean()), rel=1e-6)
+
+
+def test_hidden_states_by_hand():
+    # Of the teacher's states the variances are 4 and 1, then 16; the last token is padding.
+    teacher = torch.tensor([[[4.0, 0.0], [1.0, 3.0]], [[8.0, 0.0], [9.0, 9.0]]])
+    student = torch.tensor([[[4.0, 2.0], [1.0, 2.0]], [[4.0, 4.0], [0.0, 0.0]]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    first, second = (4 / 2 / 4 + 1 / 2 / 1) / 2, 32 / 2 / 16
+    assert float(hidden_state_loss(student, teacher, mask)) == pytest.approx((first + second) / 2)
+    assert float(hidden_state_loss(student[:1], teacher[:1])) == pytest.approx(first)
+    choices = [states.view(2, 1, 2, 2).flatten(0, 1) for states in (student, teacher)]
+    assert float(hidden_state_loss(*choices, mask.view(2, 1, 2))) == pytest.approx((first + second) / 2)
+    own_mean = teacher.mean(-1, keepdim=True).expand_as(teacher)
+    assert float(hidden_state_loss(own_mean, teacher, mask)) == pytest.approx(1.0)
+
+
+def test_layers_that_are_compared():
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.randn(2, 3, 4, generator=draw) for _ in range(4)] for _ in range(2))
+    each = [float(hidden_state_loss(*pair)) for pair in zip(ours, theirs, strict=True)]
+    assert float(hidden_states_loss(ours, theirs, "all")) == pytest.approx(sum(each[1:]) / 3)
+    assert float(hidden_states_loss(ours, theirs, "0,2")) == pytest.approx((each[0] + each[2]) / 2)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
+        ({"layers": "1,x"}, "must be all, or a list such as 2,4,6. Got '1,x'"),
+        ({"layers_weight": 0.0}, "must be positive. Got 0.0"),
         ({"weight": 1.5}, r"must lie in \[0, 1\]. Got 1.5"),
         ({"temperature": 0.0}, "must be positive. Got 0.0"),
         ({"positions": "some"}, "must be one of labelled, all. Got 'some'"),
@@ -135,9 +167,26 @@ def test_a_teacher_of_another_vocabulary(tmp_path):
         DynSparseTrainer(toy_model(), toy_arguments(tmp_path), teacher=teacher)
 
 
+@pytest.mark.parametrize(
+    ("layers", "sizes", "error"),
+    [
+        ("all", {"hidden_size": 64}, "the same `hidden_size`. Got 64 and 32"),
+        ("all", {"num_hidden_layers": 3}, "the same `num_hidden_layers`. Got 3 and 2"),
+        ("1,4", {}, "must be at most 2, as the models have layers. Got 1,4"),
+    ],
+)
+def test_a_teacher_of_other_layers(tmp_path, layers, sizes, error):
+    with pytest.raises(ValueError, match=error):
+        DynSparseTrainer(
+            toy_model(), toy_arguments(tmp_path, distillation_layers=layers), teacher=toy_model(1, **sizes)
+        )
+
+
 def test_a_teacher_that_was_named_only(tmp_path):
     with pytest.raises(ValueError, match="'somewhere': load that model"):
         DynSparseTrainer(toy_model(), toy_arguments(tmp_path, teacher="somewhere"))
+    with pytest.raises(ValueError, match="`distillation_layers` are learned from a `teacher`. Got 'all' and none"):
+        DynSparseTrainer(toy_model(), toy_arguments(tmp_path, distillation_layers="all"))
 
 
 def masked_trainer(folder, **arguments):
@@ -186,12 +235,14 @@ def test_weight_zero_is_training_without_a_teacher(tmp_path, cls):
 
 def test_accumulation_equals_one_batch(tmp_path):
     """Rows hold different numbers of masked tokens, so a mean of means would show."""
-    short = {"max_steps": 3, "num_topology_updates": 1}
+    short = {"max_steps": 3, "num_topology_updates": 1, "distillation_layers": "all"}
     whole = masked_trainer(tmp_path / "one", per_device_train_batch_size=8, **short)
     parts = masked_trainer(tmp_path / "two", gradient_accumulation_steps=4, per_device_train_batch_size=2, **short)
     whole.train()
     parts.train()
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    of_layers = [losses(trainer, "dynsparse/distillation_layers_loss") for trainer in (whole, parts)]
+    assert of_layers[1] == pytest.approx(of_layers[0], rel=1e-5)
     for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5, msg=name)
 
@@ -208,12 +259,15 @@ def test_accumulation_equals_one_batch(tmp_path):
 )
 def test_other_heads(tmp_path, cls, labels):
     model, teacher = toy_model(0, cls), toy_model(9, cls, sparsity=0.0)
-    trainer = DynSparseTrainer(model, toy_arguments(tmp_path, distillation_weight=1.0), teacher=teacher)
+    args = toy_arguments(tmp_path, distillation_weight=1.0, distillation_layers="all", distillation_layers_weight=2.0)
+    trainer = DynSparseTrainer(model, args, teacher=teacher)
     batch = {name: x for name, x in toy_batch().items() if name != "labels"} | labels
     model.train()
     loss = trainer.compute_loss(model, batch)
     loss.backward()
     assert float(loss.detach()) > 0
+    means = trainer.distillation.take_means()
+    assert float(loss.detach()) == pytest.approx(means["distillation_loss"] + 2 * means["distillation_layers_loss"])
     assert all(layer.grad is not None for name, layer in model.named_parameters() if name.endswith("values"))
     twin = toy_model(9, cls, sparsity=0.0)  # a student that agrees with its teacher has nothing to learn
     assert float(trainer.compute_loss(twin.train(), batch).detach()) == pytest.approx(0.0, abs=1e-6)

@@ -1,5 +1,7 @@
 """Fine-tuning modes and recipes, and what is loaded for them."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import (
@@ -15,7 +17,13 @@ from hf_dynsparse.blocks.sizes import count_active_blocks
 from hf_dynsparse.data import glue_metrics
 from hf_dynsparse.models.auto import load_pretrained, load_teacher
 from hf_dynsparse.optim.recipes import FINETUNE_MODES
-from hf_dynsparse.training.finetuning import FinetuningArguments, load_metric, prepare_finetuning_, set_final_sparsity_
+from hf_dynsparse.training.finetuning import (
+    FinetuningArguments,
+    center_head_,
+    load_metric,
+    prepare_finetuning_,
+    set_final_sparsity_,
+)
 from tests.toy import TOY_SIZES, toy_batch, toy_model
 
 
@@ -173,6 +181,35 @@ def test_load_pretrained_with_all_blocks(tmp_path, kind):
     told = again.config.quantization_config.sparsity if kind == "another" else again.config.sparsity
     assert told == 0.9
     assert torch.equal(again.eval()(ids).logits, loaded.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("kind", STOCK)
+def test_load_pretrained_with_a_calibration(tmp_path, kind):
+    cls, config, sizes = STOCK[kind]
+    heads, layers = ("num_attention_heads", "num_hidden_layers") if kind == "bert" else ("n_heads", "n_layers")
+    dense = cls(config(vocab_size=64, max_position_embeddings=32, **sizes, **{heads: 2, layers: 1})).eval()
+    dense.save_pretrained(tmp_path)
+    batch, given = toy_batch(32), {"sparsity": 0.5, "block_size": 4, "config": dense.config}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    load = partial(load_pretrained, AutoModelForSequenceClassification, str(tmp_path))
+    wanted = dense.base_model(**inputs)[0]
+    found = [load(**given, calibration=how) for how in (None, [inputs])]
+    assert {layer.sparsity for model in found for layer in sparse_layers(model).values()} == {0.5}
+    errors = [(model.eval().base_model(**inputs)[0] - wanted).norm() for model in found]
+    assert errors[1] < 0.7 * errors[0]
+    with pytest.raises(ValueError, match="Got sparsity=None and all_blocks=False"):
+        load(calibration=[inputs])
+
+
+def test_a_fresh_head_begins_at_the_mean():
+    model = toy_classifier(num_labels=1)
+    center_head_(model, [1.0, 2.0, 6.0])
+    assert model.classifier.bias.tolist() == [3.0]
+    center_head_(model, [1.0])  # it has been trained
+    assert model.classifier.bias.tolist() == [3.0]
+    classes = toy_classifier()
+    center_head_(classes, [1.0])
+    assert not classes.classifier.bias.any()
 
 
 def test_a_densified_model_is_saved_dense(tmp_path):

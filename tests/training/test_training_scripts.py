@@ -19,22 +19,24 @@ from tests.scripts import EXAMPLES
 from tests.toy import toy_examples, toy_trainer
 
 
+SCRIPTS = [*(f"run_{task}_dynsparse" for task in ("mlm", "glue", "qa", "embedding")), "run_earlybert"]
+
+
 @pytest.fixture
 def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The kinds of arguments of a script."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = ("run_mlm_dynsparse", "run_glue_dynsparse", "run_qa_dynsparse", "run_earlybert")
 
     def of(script: str) -> tuple[Any, ...]:
         module: Any = import_module(script)
         return module.TASK_ARGUMENTS if script == "run_earlybert" else module.ARGUMENTS
 
     yield of
-    for name in names:
+    for name in SCRIPTS:
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("script", ["run_mlm_dynsparse", "run_glue_dynsparse", "run_qa_dynsparse", "run_earlybert"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_every_flag_of_ours_once_and_explains_it(
     arguments: Any, script: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

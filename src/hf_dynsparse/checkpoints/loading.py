@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ COMPANIONS = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model"),
     *("chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
 )
+# And what sentence-transformers reads: settings of the root, and the folders of its modules.
+SENTENCE_FILES = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]*_*/*")
 
 
 def split_revision(source: str | Path) -> tuple[str, str]:
@@ -191,16 +193,20 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def copy_companions(source: str | Path, folder: Path) -> None:
+def copy_companions(
+    source: str | Path, folder: Path, patterns: Sequence[str] = (*COMPANIONS, *SENTENCE_FILES)
+) -> None:
     """Copy tokenizer and other small files of a saved model into `folder`, where it has none of that name."""
     name, revision = split_revision(source)
     origin = Path(name)
     if not origin.is_dir():
-        origin = Path(snapshot_download(name, revision=revision, allow_patterns=list(COMPANIONS)))
-    for pattern in COMPANIONS:
+        origin = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    for pattern in patterns:
         for file in origin.glob(pattern):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+            copy = folder / file.relative_to(origin)
+            if file.is_file() and not copy.exists():
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def _config_file(source: str | Path) -> Path:

@@ -53,6 +53,7 @@ SUMMARY_KINDS: Kinds = {
     **dict.fromkeys(("tags", "datasets", "pictures"), list[str]),
     "data": dict[str, str | None],
     "metrics": dict[str, float],
+    "collapsed": bool,
     "arguments": dict[str, Any],
     "versions": dict[str, str],
     "history": list[dict[str, Any]],
@@ -170,7 +171,7 @@ def task_metrics(metrics: dict[str, float], prefix: str = "eval_") -> dict[str, 
     return {
         name.removeprefix(prefix): value
         for name, value in metrics.items()
-        if name.startswith(prefix) and not any(word in name for word in ("runtime", "per_second"))
+        if name.startswith(prefix) and not any(word in name for word in ("runtime", "per_second", "collapsed"))
     }
 
 

@@ -11,6 +11,7 @@ from ..topology.settings import option
 from .callbacks.distance_bias import parse_distance_bias
 from .curriculum import Curriculum
 from .distillation import DISTILLATION_POSITIONS, check_distillation
+from .hidden_states import check_layers
 from .rewinding import check_rewinding, rewinding
 
 
@@ -105,6 +106,21 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
         },
     )
 
+    distillation_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --teacher: learn its hidden states too, layer by layer: of all, or of a list such as 2,4,6; "
+            "0 are the embeddings. Teacher and student must have the same width and depth."
+        },
+    )
+    distillation_layers_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor of the loss of hidden states, which comes on top: the mean square error over the variance "
+            "of the teacher's."
+        },
+    )
+
     kernel_tuning: str = field(
         default="once",
         metadata={
@@ -161,6 +177,7 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
             raise ValueError(f"`kernel_tuning` must be one of {', '.join(TUNING_MODES)}. Got {self.kernel_tuning!r}.")
         how = self.distillation_temperature, self.distillation_weight, self.distillation_positions
         check_distillation(*how, prefix="distillation_")
+        check_layers(self.distillation_layers, self.distillation_layers_weight, prefix="distillation_")
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative. Got {self.group_lasso}.")
         # What the method says of the optimiser; one without ages has no new blocks to warm up.

@@ -1,4 +1,4 @@
-"""Knowledge distillation: a student learns the logits of a teacher beside its labels."""
+"""Knowledge distillation: a student learns the logits, and the hidden states, of a teacher beside its labels."""
 
 import inspect
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..models.losses import IGNORED, LABELS, at_least_one
+from .hidden_states import check_layers, check_same_layers, hidden_states_loss
 
 
 # What heads call their logits: classification, regression and masked language modelling; pre-training; spans.
@@ -41,7 +42,8 @@ def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature:
 class Distillation:
     """
     A teacher, and what its logits add to the loss: `(1 - weight) * task loss + weight * distillation loss`
-    (arXiv:2111.05754, section 3.1).
+    (arXiv:2111.05754, section 3.1). With `layers` comes `layers_weight` times the loss of hidden states on top (as in
+    arXiv:1909.10351, section 3.1): see [`~training.hidden_states.hidden_state_loss`].
 
     Token-level logits (masked language modelling) are compared where there is a label, or at all real tokens; span
     logits at real tokens, all others for each sequence.
@@ -51,27 +53,39 @@ class Distillation:
         temperature (`float`): see [`distillation_loss`].
         weight (`float`): share of the distillation loss, in [0, 1].
         positions (`str`): where the logits of tokens are compared, `"labelled"` or, as in Prune Once for All, `"all"`.
+        layers (`str`, *optional*): whose hidden states are compared: `"all"`, or a list such as `"2,4,6"`; 0 are the
+            embeddings.
+        layers_weight (`float`): factor of their loss.
 
     Raises:
         ValueError: for a weight or temperature out of range, or unknown positions.
     """
 
+    beside_labels = True  # whether the student's own loss counts too
+
     def __init__(
-        self, teacher: nn.Module, temperature: float = 2.0, weight: float = 0.5, positions: str = "labelled"
+        self,
+        teacher: nn.Module,
+        temperature: float = 2.0,
+        weight: float = 0.5,
+        positions: str = "labelled",
+        layers: str | None = None,
+        layers_weight: float = 1.0,
     ) -> None:
         check_distillation(temperature, weight, positions, "")
+        check_layers(layers, layers_weight, "")
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature, self.weight, self.positions = temperature, weight, positions
+        self.layers, self.layers_weight = layers, layers_weight
         self._accepted = set(inspect.signature(teacher.forward).parameters) - set(LABELS)
-        self._sum: torch.Tensor | float = 0.0
-        self._count = 0
+        self._sums = dict[str, tuple[torch.Tensor | float, int]]()  # by name: of the losses, and how many
 
     def check_student(self, student: nn.Module) -> None:
         """
         Refuse a student whose logits mean something else than the teacher's.
 
         Raises:
-            ValueError: if the vocabularies or the labels differ in number.
+            ValueError: if the vocabularies or the labels differ in number, or layers to be compared do not correspond.
         """
         for name in ("vocab_size", "num_labels"):
             ours, theirs = (getattr(model.config, name, None) for model in (student, self.teacher))
@@ -80,6 +94,18 @@ class Distillation:
                     f"Teacher and student must have the same `{name}`. Got {theirs} and {ours}. "
                     "Take a teacher with the student's tokenizer, trained for the same task."
                 )
+        if self.layers is not None:
+            check_same_layers(student, self.teacher, self.layers)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Arguments by which a model gives what is compared beside its logits."""
+        return {} if self.layers is None else {"output_hidden_states": True}
+
+    @torch.no_grad()
+    def answers(self, inputs: dict[str, torch.Tensor]) -> Any:
+        """What the teacher gives for what the student was given."""
+        return self.teacher(**{name: x for name, x in inputs.items() if name in self._accepted}, **self.asked)
 
     @contextmanager
     def asking(self, student: Any) -> Iterator[None]:
@@ -94,7 +120,11 @@ class Distillation:
             student.config.sparse_prediction = True
 
     def loss(
-        self, inputs: dict[str, torch.Tensor], outputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+        self,
+        inputs: dict[str, torch.Tensor],
+        outputs: Any,
+        answers: Any,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """
         The distillation loss of one batch: the mean over its rows, summed over the kinds of logits (mean of start and
@@ -103,11 +133,10 @@ class Distillation:
         Args:
             inputs (`dict[str, torch.Tensor]`): what the student was given.
             outputs (`ModelOutput`): what it gave back.
+            answers (`ModelOutput`): of the teacher, see [`answers`].
             num_items_in_batch (`int`, *optional*): divides the sum over the rows instead of their number, as the
                 student's own loss does.
         """
-        with torch.no_grad():
-            answers = self.teacher(**{name: x for name, x in inputs.items() if name in self._accepted})
         parts = []
         for name in TOKEN_OR_SEQUENCE:
             if name in outputs:
@@ -126,15 +155,26 @@ class Distillation:
             if name in outputs:
                 student, teacher = (only_tokens(logits[name], padding) for logits in (outputs, answers))
                 parts.append(distillation_loss(student, teacher, self.temperature).mean() / len(SPAN))
-        loss = torch.stack(parts).sum()
-        self._sum, self._count = self._sum + loss.detach(), self._count + 1
+        return self._kept("distillation_loss", torch.stack(parts).sum())
+
+    def layers_loss(self, inputs: dict[str, torch.Tensor], outputs: Any, answers: Any) -> torch.Tensor | None:
+        """The loss of the hidden states of one batch, a mean over its sequences; `None` without `layers`."""
+        if self.layers is None:
+            return None
+        states = outputs["hidden_states"], answers["hidden_states"]
+        loss = hidden_states_loss(*states, self.layers, inputs.get("attention_mask"))
+        return self._kept("distillation_layers_loss", loss)
+
+    def _kept(self, name: str, loss: torch.Tensor) -> torch.Tensor:
+        total, count = self._sums.get(name, (0.0, 0))
+        self._sums[name] = total + loss.detach(), count + 1
         return loss
 
-    def take_mean(self) -> float | None:
-        """Mean of the losses since the last call; `None` if there were none."""
-        mean = float(self._sum) / self._count if self._count else None
-        self._sum, self._count = 0.0, 0
-        return mean
+    def take_means(self) -> dict[str, float]:
+        """The mean of each kind of loss since the last call."""
+        means = {name: float(total) / count for name, (total, count) in self._sums.items()}
+        self._sums.clear()
+        return means
 
 
 def check_distillation(temperature: float, weight: float, positions: str, prefix: str) -> None:

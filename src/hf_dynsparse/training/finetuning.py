@@ -1,10 +1,12 @@
 """Fine-tuning: what the topology does meanwhile, recipes for it, and loading models, teachers and metrics."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from transformers import BertConfig, PreTrainedModel
 
 from ..compress.int8 import prepare_qat_, to_int8_
@@ -143,6 +145,20 @@ def prepare_finetuning_(model: PreTrainedModel, args: FinetuningArguments) -> Pr
         f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
     )
     return model
+
+
+@torch.no_grad()
+def center_head_(model: PreTrainedModel, labels: Sequence[float]) -> None:
+    """
+    Let a fresh head that predicts a number begin at the mean of the `labels`, in place. Begun at zero, the first steps
+    of a high rate bring all predictions there by way of the encoder, whose outputs then hardly depend on their inputs.
+    A head whose bias is not zero has been trained, and stays.
+    """
+    body = set(model.base_model.modules())
+    heads = (module for module in model.modules() if isinstance(module, nn.Linear) and module not in body)
+    for head in heads:
+        if head.out_features == 1 and head.bias is not None and not head.bias.any():
+            head.bias.fill_(sum(labels) / len(labels))
 
 
 def finish_quantization_(trainer: "DynSparseTrainer") -> dict[str, Any]:

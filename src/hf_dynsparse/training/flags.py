@@ -3,7 +3,7 @@
 import argparse
 import logging
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -18,7 +18,10 @@ from .plugins import PLUGIN_HELP, PluginParser
 logger = logging.getLogger(__name__)
 
 # These stand first in the help, before the flags of topology updates.
-SPARSITY = ("sparsity", "block_size", "distribution", "dense_baseline", "static", "finetune_mode", "method")
+SPARSITY = (
+    *("sparsity", "block_size", "calibration_samples", "distribution", "dense_baseline", "static"),
+    *("finetune_mode", "method"),
+)
 HELP_ALL = ("--help_all", "--help-all")
 _THEIRS = {each.name for each in fields(TrainingArguments)}
 
@@ -42,7 +45,50 @@ class HubArguments:
 
 
 @dataclass
-class FinetunedModelArguments(HubArguments):
+class PrunedModelArguments(HubArguments):
+    """Where a model comes from, and what of a dense one is kept."""
+
+    calibration_samples: int = field(
+        default=0,
+        metadata={
+            "help": "With --sparsity: pass so many training examples, such as 512, through the dense checkpoint, keep "
+            "the blocks that matter most to its outputs, and fit these: a far better start, for a minute with a small "
+            "encoder. Default: 0, the blocks of largest L1 norm."
+        },
+    )
+
+    @property
+    def kept(self) -> str:
+        """What a dense checkpoint keeps when it is made sparse, for the card."""
+        samples = self.calibration_samples
+        return (
+            f"the blocks that matter most to {samples} training examples"
+            if samples
+            else "the blocks of largest L1 norm"
+        )
+
+    def check_calibration(self, sparsity: float | None, excluded: Mapping[str, bool]) -> None:
+        """
+        Refuse examples to calibrate by where nothing is made sparse.
+
+        Args:
+            excluded (`Mapping[str, bool]`): what leaves nothing to calibrate, and whether it was given.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.calibration_samples < 0:
+            raise ValueError(f"`--calibration_samples` must not be negative. Got {self.calibration_samples}.")
+        for what, given in {"no --sparsity": sparsity is None, **excluded}.items():
+            if self.calibration_samples and given:
+                raise ValueError(
+                    "`--calibration_samples` of the training set choose what a dense checkpoint keeps at its "
+                    f"--sparsity. Got {self.calibration_samples} with {what}. Leave one of them out."
+                )
+
+
+@dataclass
+class FinetunedModelArguments(PrunedModelArguments):
     """What is fine-tuned."""
 
     model_name_or_path: str | None = field(
@@ -51,8 +97,8 @@ class FinetunedModelArguments(HubArguments):
     sparsity: float | None = field(
         default=None,
         metadata={
-            "help": "Make a dense checkpoint sparse: leave out this share, keep the blocks of largest L1 norm. With "
-            "--finetune_mode gradual step by step, while it trains."
+            "help": "Make a dense checkpoint sparse: leave out this share, and keep the blocks of largest L1 norm, or "
+            "those that --calibration_samples choose. With --finetune_mode gradual step by step, while it trains."
         },
     )
     block_size: str | None = field(

@@ -24,6 +24,7 @@ class LossTrainer(Trainer):
     """
 
     accelerator: Any
+    current_gradient_accumulation_steps: int
     distillation: Distillation | None = None
     masked_positions: MaskedPositions | None = None
     _losses_only = False  # of this evaluation nothing else is asked for
@@ -68,6 +69,8 @@ class LossTrainer(Trainer):
             with nullcontext() if labels is None or places is None else places.only(labels):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing takes the labels out of `inputs`
+        if self.distillation is not None:
+            inputs = {**inputs, **self.distillation.asked}
         student = self.accelerator.unwrap_model(model)
         labels = class_labels(given)
         with ExitStack() as stack:
@@ -76,18 +79,40 @@ class LossTrainer(Trainer):
             every_token = self.distillation is not None and self.distillation.positions == "all"
             if self.masked_positions is not None and labels is not None and not every_token:
                 stack.enter_context(self.masked_positions.only(labels))
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if self.distillation is not None and not self.distillation.beside_labels:
+                outputs = model(**inputs)
+                loss = outputs[0].new_zeros(())
+            else:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # Of stock heads and label smoothing the mean over no label is NaN.
         if labels is not None:
             loss = zero_if_unlabelled(loss, labels)
         if self.distillation is not None:
-            items = num_items_in_batch if self.model_accepts_loss_kwargs else None
-            distilled = self.distillation.loss(given, outputs, items)
-            if items is not None and self.args.average_tokens_across_devices:
-                distilled = distilled * self.accelerator.num_processes  # the items of all ranks, as in the task's loss
-            weight = self.distillation.weight
-            loss = (1.0 - weight) * loss + weight * distilled
+            loss = self._taught(self.distillation, loss, given, outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _taught(
+        self,
+        distillation: Distillation,
+        loss: torch.Tensor,
+        inputs: dict[str, Any],
+        outputs: Any,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """The loss of the task, with that of the teacher mixed in."""
+        answers = distillation.answers(inputs)
+        items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        distilled = distillation.loss(inputs, outputs, answers, items)
+        if items is not None and self.args.average_tokens_across_devices:
+            distilled = distilled * self.accelerator.num_processes  # the items of all ranks, as in the task's loss
+        loss = (1.0 - distillation.weight) * loss + distillation.weight * distilled
+        layers_loss = distillation.layers_loss(inputs, outputs, answers)
+        if layers_loss is None:
+            return loss
+        # A mean over the sequences of this micro-batch. Where losses are divided by items, nobody divides it later.
+        whole = items is not None or self.compute_loss_func is not None
+        parts = self.current_gradient_accumulation_steps if whole else 1
+        return loss + distillation.layers_weight / parts * layers_loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a batch without a label that counts has loss NaN, which the mean of a set leaves out."""

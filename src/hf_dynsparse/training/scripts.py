@@ -16,12 +16,14 @@ import datasets
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import IntervalStrategy, PreTrainedModel, set_seed
+from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .._transformers import has_length
 from ..blocks.sizes import parse_block_size
+from ..calibration import Calibration
 from ..checkpoints.run_lock import run_lock
 from ..checkpoints.saved_run import SavedRun, find_run_to_resume
+from ..data.calibration import batches_of_rows
 from ..files import write_atomically
 from ..hub import fetch_checkpoint
 from ..hub.trainer import open_hub_repository
@@ -32,9 +34,10 @@ from ..topology.frames import read_history
 from .arguments import DynSparseTrainingArguments
 from .callbacks.refusals import check_together
 from .callbacks.topology import TopologyCallback
+from .collapse import warn_of_collapse
 from .console import leave_to_first, prepare_console
 from .finetuning import finish_quantization_, set_final_sparsity_
-from .flags import FinetunedModelArguments, FinetuningRunArguments, FlagParser
+from .flags import FinetunedModelArguments, FinetuningRunArguments, FlagParser, PrunedModelArguments
 from .plans import check_plan, split_plan
 from .plugins import load_plugins
 from .recipes import recipe_defaults
@@ -99,8 +102,11 @@ def check_finetuning(model_args: FinetunedModelArguments, args: FinetuningRunArg
     """
     if model_args.model_name_or_path is None:
         raise ValueError("`--model_name_or_path` must name a checkpoint, a folder or on the Hub. Got none.")
-    if args.finetune_mode == "gradual":
+    gradual = args.finetune_mode == "gradual"
+    if gradual:
         set_final_sparsity_(args, model_args.sparsity)
+    excluded = {"--finetune_mode gradual": gradual, "--do_train false": not args.do_train}
+    model_args.check_calibration(model_args.sparsity, excluded)
     if model_args.block_size is not None:
         parse_block_size(model_args.block_size)
 
@@ -128,6 +134,19 @@ def find_checkpoint(args: Any, token: str | None) -> str | None:
     if args.push_to_hub and args.process_index == 0:
         open_hub_repository(args)
     return checkpoint
+
+
+def calibration_of(
+    model_args: PrunedModelArguments, args: Any, rows: Any, tokenizer: PreTrainedTokenizerBase, checkpoint: str | None
+) -> Calibration | None:
+    """
+    What `--calibration_samples` of the training examples `rows` prune a dense model by; `None` if that is not asked
+    for, or was done when the run to resume began.
+    """
+    if not model_args.calibration_samples or checkpoint is not None:
+        return None
+    batches = batches_of_rows(rows, tokenizer, model_args.calibration_samples)
+    return Calibration(batches, progress=args.should_log and not args.disable_tqdm)
 
 
 def check_updates_to_resume(args: DynSparseTrainingArguments, checkpoint: str) -> None:
@@ -277,6 +296,8 @@ def finetune(trainer: DynSparseTrainer, checkpoint: str | None) -> dict[str, Any
 def write_finetuning(trainer: DynSparseTrainer, results: dict[str, float], facts: dict[str, Any]) -> None:
     """[`write_results`] of a fine-tuning run: `results` of its last evaluation, and other facts."""
     summary = facts | summarize_finetuning(trainer, results)
+    if summary["collapsed"]:
+        warn_of_collapse(trainer.args, trainer.state.max_steps)
     scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["metrics"].items())
     write_results(trainer, summary, f" {scores}; {summary['sparsity']:.1%} sparse")
 

@@ -31,6 +31,7 @@ RECORDED = (
     *("learning_rate_rewinding", "recipe", "distance_bias", "seq_length_schedule", "mlm_probability_schedule"),
 )
 DISTILLATION = ("distillation_weight", "distillation_temperature", "distillation_positions")
+LAYERS = ("distillation_layers", "distillation_layers_weight")
 
 
 def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_len: int) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def summarize_finetuning(trainer: "DynSparseTrainer", metrics: dict[str, float])
     topology = model_facts(model)
     return {
         "metrics": task_metrics(metrics),
+        "collapsed": "eval_collapsed" in metrics,  # one answer for the whole evaluation set
         "mode": args.finetune_mode if topology.layers else "dense",
         "sparsity": topology.sparsity,
         "block_shapes": sorted({layer.block_shape for layer in topology.layers}),
@@ -92,6 +94,7 @@ def describe_training(trainer: "DynSparseTrainer") -> dict[str, Any]:
     """How much a model was trained, with which arguments, on how many sequences, where."""
     args, state = trainer.args, trainer.state
     recorded = RECORDED + (DISTILLATION if args.teacher else ())
+    recorded += LAYERS if args.teacher and args.distillation_layers else ()
     recorded += ("new_block_warmup",) if args.block_age_adam else ()
     given = {name: value for name, value in args.to_dict().items() if name in recorded}
     datasets = {"train_sequences": trainer.train_dataset, "eval_sequences": trainer.eval_dataset}

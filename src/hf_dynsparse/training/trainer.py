@@ -44,8 +44,9 @@ class DynSparseTrainer(
     [`TopologyCallback`] under `dynsparse/`. A model without sparse layers trains as usual: the dense baseline.
 
     Args:
-        teacher (`nn.Module`, *optional*): a model with the same head to learn from beside the labels, weighted by
-            `args.distillation_weight`; training only, evaluation measures the task.
+        teacher (`nn.Module` or `Distillation`, *optional*): a model with the same head to learn from beside the
+            labels, weighted by `args.distillation_weight`; training only, evaluation measures the task. A
+            [`Distillation`] says itself what is learned.
         piece_counts (tensor or array of shape `(vocab_size,)`, *optional*): how often each piece of the vocabulary
             occurs in the training text: see [`~hf_dynsparse.data.count_pieces`]. Evaluations of a masked language
             model then give `eval_context_gain`: nats by which it beats these frequencies where `[MASK]` is shown.
@@ -67,7 +68,7 @@ class DynSparseTrainer(
         model: nn.Module,
         args: DynSparseTrainingArguments | None = None,
         *,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | Distillation | None = None,
         piece_counts: Any = None,
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         **kwargs: Any,
@@ -75,10 +76,17 @@ class DynSparseTrainer(
         args = DynSparseTrainingArguments(output_dir="trainer_output") if args is None else args
         if args.teacher is not None and teacher is None:
             raise ValueError(f"`args.teacher` is {args.teacher!r}: load that model and give it as `teacher` too.")
+        if args.distillation_layers is not None and teacher is None:
+            raise ValueError(
+                f"`distillation_layers` are learned from a `teacher`. Got {args.distillation_layers!r} and none. Give "
+                "one, or leave them out."
+            )
         if teacher is not None:
             how = args.distillation_temperature, args.distillation_weight, args.distillation_positions
-            self.distillation = Distillation(teacher, *how)
-            self.distillation.check_student(model)
+            layers = args.distillation_layers, args.distillation_layers_weight
+            taught = teacher if isinstance(teacher, Distillation) else Distillation(teacher, *how, *layers)
+            taught.check_student(model)
+            self.distillation = taught
         if not trainable_layers(model) and (args.final_sparsity is not None or args.learning_rate_rewinding):
             raise ValueError(
                 "`final_sparsity` and `learning_rate_rewinding` are for sparse layers that are pruned. Got a model "
@@ -99,8 +107,8 @@ class DynSparseTrainer(
         if self.compute_loss_func is None and not args.label_smoothing_factor and predicts_masked(model):
             self.masked_positions = MaskedPositions(model)
             self.compute_loss_func = self.masked_positions.loss
-        if teacher is not None:
-            self._move_model_to_device(teacher, args.device)
+        if self.distillation is not None:
+            self._move_model_to_device(self.distillation.teacher, args.device)
         if find_callback(self.callback_handler.callbacks, EpochCallback) is None:
             collator: Any = self.data_collator
             self.add_callback(EpochCallback(collator if isinstance(collator, EpochAware) else None))
@@ -134,9 +142,8 @@ class DynSparseTrainer(
             logs["dynsparse/flops"] = self.state.total_flos
             logs["dynsparse/tokens"] = self.throughput.tokens
             logs["dynsparse/tokens_per_second"] = self.throughput.tokens_per_second
-            distilled = self.distillation.take_mean() if self.distillation and "loss" in logs else None
-            if distilled is not None:
-                logs["dynsparse/distillation_loss"] = distilled
+            taught = self.distillation.take_means() if self.distillation and "loss" in logs else {}
+            logs.update({f"dynsparse/{name}": loss for name, loss in taught.items()})
             if self.topology is not None:
                 logs.update(self.topology.logged)
             if self.early_bird is not None:

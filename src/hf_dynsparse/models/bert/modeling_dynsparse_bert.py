@@ -120,15 +120,21 @@ class DynSparseBertPreTrainedModel(BertPreTrainedModel):
     @classmethod
     def _from_pruned(cls, name_or_path: Any, *args: Any, calibration: Any, **kwargs: Any) -> Any:
         """A dense checkpoint, loaded dense and then pruned by `calibration`."""
-        if "config" in kwargs:
+        given = kwargs.pop("config", None)
+        if given is None:
+            sparsity, nnzb = kwargs.pop("sparsity", DynSparseBertConfig.sparsity), None
+            model = cls.from_pretrained(name_or_path, *args, sparsity=0.0, **kwargs)
+        elif isinstance(given, DynSparseBertConfig):
+            sparsity, nnzb = given.sparsity, given.nnzb
+            dense = DynSparseBertConfig.from_stock(given, sparsity=0.0, nnzb=None)
+            model = cls.from_pretrained(name_or_path, *args, config=dense, **kwargs)
+        else:
             raise ValueError(
-                "`calibration` prunes a dense checkpoint to the `sparsity` and `block_size` that are given beside it. "
-                "Got a `config`. Give these instead."
+                "`calibration` prunes a dense checkpoint to the `sparsity` and `block_size` that are given beside it, "
+                f"or by a DynSparseBertConfig. Got {given} as `config`. Give one of these instead."
             )
-        sparsity = kwargs.pop("sparsity", DynSparseBertConfig.sparsity)
-        model = cls.from_pretrained(name_or_path, *args, sparsity=0.0, **kwargs)
         config, encoder = model.config, "encoder." if model.base_model is model else "bert.encoder."
-        config.sparsity = check_sparsity(sparsity)
+        config.sparsity, config.nnzb = check_sparsity(sparsity), nnzb
         nnzb = {f"{encoder}{name}": count for name, count in config.nnzb_per_layer().items()}
         shapes = {f"{encoder}{name}": shape for name, shape in config.block_shapes().items()}
         kept = calibrate_(model, nnzb, shapes, calibration)
