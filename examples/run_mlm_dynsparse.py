@@ -23,7 +23,7 @@ Pre-train an always-sparse encoder by masked language modelling, with a topology
         --sparsity 0.9 --block_size 1 --learning_rate_rewinding                       # prune a dense model gradually
 
 Writes into the output folder: the model and tokenizer (`from_pretrained` loads them), README.md (a card),
-summary.json, training.png, block_map.png, topology_history/ (`hf-dynsparse animate` draws it), and checkpoints from
+summary.json, training.png, block_map.png, topology_history/ (for `hf-dynsparse report`), and checkpoints from
 which a run resumes bit for bit.
 """
 
