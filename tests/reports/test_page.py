@@ -248,7 +248,8 @@ SHOWN = """(() => {
 
 # Once the caption tells of a step, which it does when the blocks are drawn.
 WAIT = """new Promise((done) => setInterval(() => {{
-  if (document.querySelector("#map figcaption")?.textContent.startsWith("step {},")) done();
+  const drawn = document.querySelector("#curves svg");  // charts come after maps
+  if (drawn && document.querySelector("#map figcaption")?.textContent.startsWith("step {},")) done();
 }}, 20))"""
 
 

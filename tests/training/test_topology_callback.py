@@ -225,7 +225,8 @@ def test_the_log_of_a_stock_trainer_has_the_metrics(
     ]
     own = own_trainer(tmp_path / "own", **settings)
     assert "Topology:" not in capsys.readouterr().out
-    own.train()
+    with caplog.at_level(logging.WARNING, "hf_dynsparse"):
+        own.train()
     assert capsys.readouterr().out.count("Topology: 12 sparse layers at spar") == 1  # where nobody hears level INFO
     names = {f"dynsparse/{name}" for name in own.topology.metrics}
     assert names == {n for e in stock.state.log_history for n in e if n.startswith("dynsparse/")}
