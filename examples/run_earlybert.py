@@ -457,7 +457,7 @@ def prepare_mlm(model_args: Any, data_args: Any, args: Any) -> Job:
 
     def load() -> Any:
         set_seed(args.seed)  # the same initial weights every time
-        return mlm.load_model(model_args, data_args, copy.deepcopy(config))
+        return mlm.load_model(model_args, data_args, copy.deepcopy(config), calibration=None)
 
     def trainer(model: Any, settings: Any, callbacks: list[TrainerCallback]) -> DynSparseTrainer:
         return DynSparseTrainer(

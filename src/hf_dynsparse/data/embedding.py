@@ -20,12 +20,15 @@ class EmbeddingTextArguments:
     train_file: str | None = field(
         default=None,
         metadata={
-            "help": "A sentence or short paragraph a line, or a column `text`: .txt, .csv, .tsv, .json, .jsonl or "
+            "help": "A sentence or short paragraph a line, or in a column: .txt, .csv, .tsv, .json, .jsonl or "
             ".parquet, plain or .gz."
         },
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "The same for evaluation. Default: the first rows of the training text."}
+    )
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "The column of sentences. Default: text, or the first one."}
     )
     validation_split_percentage: int = field(
         default=2, metadata={"help": "Share of the training text held out when there is no validation text."}
