@@ -94,6 +94,7 @@ def main() -> None:
     twin = [*flags, "--dense_baseline", f"--tokenizer_name={output / 'sparse'}"]
     steps = max(min(10, sparse["steps"]), sparse["steps"] // TRIAL)
     alone = ["--eval_strategy=no", "--save_strategy=no", "--max_eval_samples=64"]
+    print("\nA trial of the dense twin, too short to learn: how many of its steps take as long?", flush=True)
     trial = train(output / "dense_trial", [*twin, f"--max_steps={steps}", *alone])
     steps = max(1, round(sparse["seconds"] / trial["seconds"] * trial["steps"]))
     dense = train(output / "dense", [*twin, f"--max_steps={steps}"])
