@@ -29,13 +29,12 @@ class AlternatingSelection:
 
     def choose(self, count: int, block_shape: tuple[int, int]) -> torch.Tensor:
         """The `count` blocks to keep, as `torch.bool` of shape `(block_rows, block_columns)`."""
-        sparse = fitted = (self._target / self._values) @ self._vectors.T
+        height, width = block_shape
+        fitted = (self._target / self._values) @ self._vectors.T
         duals, penalty = torch.zeros_like(fitted), PENALTY
         for _ in range(ITERATIONS):
             active = _largest(fitted + duals, count, block_shape)
-            height, width = block_shape
-            entries = active.repeat_interleave(height, 0).repeat_interleave(width, 1)
-            sparse = (fitted + duals) * entries
+            sparse = (fitted + duals) * active.repeat_interleave(height, 0).repeat_interleave(width, 1)
             duals = (duals + fitted - sparse) / GROWTH  # scaled duals are those divided by the penalty
             penalty *= GROWTH
             pulled = self._target + penalty * ((sparse - duals) @ self._vectors)
