@@ -30,6 +30,7 @@ from hf_dynsparse.calibration.selection import SELECTIONS
 from hf_dynsparse.data import glue_metrics, read_glue, split_sentences
 from hf_dynsparse.data.calibration import batches_of, read_texts
 from hf_dynsparse.models.bert.configuration_dynsparse_bert import PRESETS
+from hf_dynsparse.models.pooling import pool
 
 
 NORM = "norm"  # the largest blocks, without calibration
@@ -126,8 +127,7 @@ def score(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTraine
         some = sentences[start : start + 64]
         batch = tokenizer(some, padding=True, truncation=True, max_length=args.max_seq_length, return_tensors="pt")
         batch = batch.to(args.device)
-        mask = batch["attention_mask"][..., None]
-        means = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+        means = pool(model(**batch).last_hidden_state, batch["attention_mask"], "mean")
         embeddings |= zip(some, means.cpu(), strict=True)
     first, second = (torch.stack([embeddings[text] for text in rows[name]]) for name in ("sentence1", "sentence2"))
     return 100 * glue_metrics("stsb", cosine_similarity(first, second).tolist(), rows["label"])["spearmanr"]

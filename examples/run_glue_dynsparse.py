@@ -156,8 +156,7 @@ def check(model_args: ModelArguments, data_args: SentenceArguments, args: RunArg
 
 def known_labels(model_args: ModelArguments) -> list[str] | None:
     """Those of the model, if it has been fine-tuned: they go before what is found in data to evaluate or predict."""
-    name, trust = model_args.config_name or model_args.model_name_or_path, model_args.trust_remote_code
-    return labels_of(AutoConfig.from_pretrained(name, trust_remote_code=trust, **model_args.hub))
+    return labels_of(load_config(model_args))
 
 
 def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
@@ -166,10 +165,11 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(name, trust_remote_code=model_args.trust_remote_code, **model_args.hub)
 
 
-def load_config(model_args: ModelArguments, labels: list[str]) -> PretrainedConfig:
-    """The configuration of a model with a head for `labels`."""
+def load_config(model_args: ModelArguments, labels: list[str] | None = None) -> PretrainedConfig:
+    """The model's own configuration, or one with a head for `labels`."""
     name, trust = model_args.config_name or model_args.model_name_or_path, model_args.trust_remote_code
-    return AutoConfig.from_pretrained(name, trust_remote_code=trust, **head_of(labels), **model_args.hub)
+    head = {} if labels is None else head_of(labels)
+    return AutoConfig.from_pretrained(name, trust_remote_code=trust, **head, **model_args.hub)
 
 
 def load_model(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hf_dynsparse import DynSparseTrainer
+from hf_dynsparse.reports.durations import format_time
 from hf_dynsparse.training import budget
 from hf_dynsparse.training.budget import check_budget, parse_time, plan_steps, planned_steps, steps_within
-from hf_dynsparse.training.callbacks.console import format_time
 from tests.toy import toy_arguments, toy_collator, toy_examples, toy_model
 
 

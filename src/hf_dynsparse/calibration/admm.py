@@ -2,7 +2,7 @@
 
 import torch
 
-from ..blocks.dense import to_blocks
+from ..blocks.dense import from_blocks, to_blocks
 from .least_squares import Objective
 
 
@@ -29,21 +29,24 @@ class AlternatingSelection:
 
     def choose(self, count: int, block_shape: tuple[int, int]) -> torch.Tensor:
         """The `count` blocks to keep, as `torch.bool` of shape `(block_rows, block_columns)`."""
-        height, width = block_shape
         fitted = (self._target / self._values) @ self._vectors.T
         duals, penalty = torch.zeros_like(fitted), PENALTY
         for _ in range(ITERATIONS):
-            active = _largest(fitted + duals, count, block_shape)
-            sparse = (fitted + duals) * active.repeat_interleave(height, 0).repeat_interleave(width, 1)
+            blocks = to_blocks(fitted + duals, block_shape)  # [block_rows, block_columns, height, width]
+            sparse = from_blocks(blocks * _largest(blocks, count)[..., None, None])
             duals = (duals + fitted - sparse) / GROWTH  # scaled duals are those divided by the penalty
             penalty *= GROWTH
             pulled = self._target + penalty * ((sparse - duals) @ self._vectors)
             fitted = (pulled / (self._values + penalty)) @ self._vectors.T
-        return _largest(fitted + duals, count, block_shape)
+        return _largest(to_blocks(fitted + duals, block_shape), count)
 
 
-def _largest(weight: torch.Tensor, count: int, block_shape: tuple[int, int]) -> torch.Tensor:
-    """The blocks with the largest sums of squares; ties go to the lower id."""
-    squares = to_blocks(weight.square(), block_shape).sum((2, 3))
-    kept = squares.flatten().sort(descending=True, stable=True).indices[:count]
-    return torch.zeros_like(squares, dtype=torch.bool).flatten().index_fill(0, kept, True).view_as(squares)
+def _largest(blocks: torch.Tensor, count: int) -> torch.Tensor:
+    """Those with the largest sums of squares."""
+    return highest(blocks.square().sum((2, 3)), count)
+
+
+def highest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the `count` highest scores are, as `torch.bool`; ties go to the lower id."""
+    kept = scores.flatten().sort(descending=True, stable=True).indices[:count]
+    return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill(0, kept, True).view_as(scores)

@@ -6,7 +6,7 @@ from math import prod
 import torch
 
 from ..blocks.dense import to_blocks
-from .admm import AlternatingSelection
+from .admm import AlternatingSelection, highest
 from .least_squares import Objective, solve, solve_with_costs
 
 
@@ -78,7 +78,6 @@ def prune_path(
     active = torch.ones(to_blocks(weight, block_shape).shape[:2], dtype=torch.bool, device=weight.device)
     for count in counts:
         scores = SCORES[selection](objective, weight, active, block_shape).masked_fill(~active, -1.0)
-        kept = scores.flatten().sort(descending=True, stable=True).indices[:count]
-        active = torch.zeros_like(active).flatten().index_fill(0, kept, True).view_as(active)
+        active = highest(scores, count)
         weight = solve(objective, active, block_shape)
         yield weight

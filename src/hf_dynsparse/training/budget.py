@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from ..checkpoints.saved_run import SavedRun
-from .callbacks.console import format_time
+from ..reports.durations import format_time
 from .trial import clock_time, run_trial
 
 

@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import PreTrainedModel
 
+from ..reports.durations import format_time
 from ..reports.tables import plain_table
 from .arguments import DynSparseTrainingArguments
-from .callbacks.console import format_time
 from .threads import default_threads
 from .trial import Trial, clock_time, run_trial
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..durations import format_time
 from ..facts import seconds_so_far
 from ..inspection import CheckpointReport
 
@@ -91,7 +92,6 @@ def large(number: float | None) -> str | None:
 
 def duration(seconds: float | None) -> str | None:
     """Such as 46 min, or 3 h 20 min."""
-    if seconds is None or seconds < 120:
-        return None if seconds is None else f"{seconds:.3g} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+    if seconds is None:
+        return None
+    return f"{seconds:.3g} s" if seconds < 120 else format_time(seconds)

@@ -16,6 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from ...reports.durations import format_time
+
 
 # Entries of training whose distance follows from a share of the run are shown so far apart: a share of its steps, or
 # seconds if they come sooner.
@@ -147,11 +149,3 @@ def _is_untold(name: str) -> bool:
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def format_time(seconds: float) -> str:
-    """In hours and minutes, or in seconds if there are few."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return " ".join(f"{number:,} {unit}" for number, unit in ((hours, "h"), (minutes, "min")) if number)
