@@ -1,0 +1,44 @@
+"""Hooks of MkDocs: files that a page links to, such as examples, become pages too; docstrings are read as Hugging Face means them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+
+ROOT = Path(__file__).parents[1]
+LINK = re.compile(r"\]\((?:\.\./)+((?:src|examples|tests|benchmarks|model_cards)/[^)#]+\.(\w+))\)")
+LANGUAGES = {"py": "python", "md": "markdown"}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for page in files.documentation_pages():
+        for path, suffix in LINK.findall(page.content_string):
+            if f"source/{path}.md" not in files.src_uris:
+                code = f"# {path}\n\n````{LANGUAGES.get(suffix, suffix)}\n{(ROOT / path).read_text(encoding='utf-8')}````\n"
+                files.append(File.generated(config, f"source/{path}.md", content=code))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    up = "../" * page.file.src_uri.count("/")
+    return LINK.sub(lambda link: f"]({up}source/{link[1]}.md)", markdown)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """In types "`int`, *optional*" is Markdown, and "[`sparsify_`]" is a link to it."""
+    if page.file.src_uri.startswith("reference/"):
+        html = re.sub(r"<code>([^<]*`[^<]*)</code>", lambda code: _inline(code[1]), html)
+        html = re.sub(
+            r"\[<code>~?([\w.]*?)(\w+)</code>\]", lambda name: _reference(name[1] or "hf_dynsparse.", name[2]), html
+        )
+    return html
+
+
+def _inline(markdown: str) -> str:
+    return re.sub(r"\*(\w+)\*", r"<em>\1</em>", re.sub("`([^`]*)`", r"<code>\1</code>", markdown))
+
+
+def _reference(module: str, name: str) -> str:
+    return f'<autoref optional identifier="{module}{name}"><code>{name}</code></autoref>'
