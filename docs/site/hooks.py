@@ -7,7 +7,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\((?:\.\./)+((?:src|examples|tests|benchmarks|model_cards)/[^)#]+\.(\w+))\)")
 LANGUAGES = {"py": "python", "md": "markdown"}
 
@@ -27,7 +27,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """In types "`int`, *optional*" is Markdown, and "[`sparsify_`]" is a link to it."""
+    """Cells hold `a|b` as GitHub shows it. In types "`int`, *optional*" is Markdown, and "[`sparsify_`]" a link."""
+    html = re.sub(r"<td.*?</td>", lambda cell: cell[0].replace("\\|", "|"), html, flags=re.DOTALL)
     if page.file.src_uri.startswith("reference/"):
         html = re.sub(r"<code>([^<]*`[^<]*)</code>", lambda code: _inline(code[1]), html)
         html = re.sub(
