@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: files that a page links to, such as examples, become pages too; docstrings are read as Hugging Face means them."""
+"""Hooks of MkDocs: files that a page links to become pages, and docstrings are shown as Hugging Face means them."""
 
 import re
 from pathlib import Path
@@ -16,8 +16,9 @@ def on_files(files: Files, config: Any) -> Files:
     for page in files.documentation_pages():
         for path, suffix in LINK.findall(page.content_string):
             if f"source/{path}.md" not in files.src_uris:
-                code = f"# {path}\n\n````{LANGUAGES.get(suffix, suffix)}\n{(ROOT / path).read_text(encoding='utf-8')}````\n"
-                files.append(File.generated(config, f"source/{path}.md", content=code))
+                code = (ROOT / path).read_text(encoding="utf-8")
+                content = f"# {path}\n\n````{LANGUAGES.get(suffix, suffix)}\n{code}````\n"
+                files.append(File.generated(config, f"source/{path}.md", content=content))
     return files
 
 
