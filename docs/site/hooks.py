@@ -22,9 +22,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
+    """A link to another page shows its title instead of the name of its file."""
     up = "../" * page.file.src_uri.count("/")
-    return LINK.sub(lambda link: f"]({up}source/{link[1]}.md)", markdown)
+    markdown = LINK.sub(lambda link: f"]({up}source/{link[1]}.md)", markdown)
+    return re.sub(r"\[(\w+\.md)\](?=\(\1[)#])", lambda link: f"[{_title(files, link[1])}]", markdown)
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
@@ -36,6 +38,11 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
             r"\[<code>~?([\w.]*?)(\w+)</code>\]", lambda name: _reference(name[1] or "hf_dynsparse.", name[2]), html
         )
     return html
+
+
+def _title(files: Files, path: str) -> str:
+    file = files.get_file_from_path(path)
+    return path if file is None else file.content_string.partition("\n")[0].removeprefix("# ")
 
 
 def _inline(markdown: str) -> str:
