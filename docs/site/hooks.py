@@ -29,14 +29,12 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
     return re.sub(r"\[(\w+\.md)\](?=\(\1[)#])", lambda link: f"[{_title(files, link[1])}]", markdown)
 
 
-def on_page_content(html: str, page: Any, **_: Any) -> str:
+def on_page_content(html: str, page: Any, files: Files, **_: Any) -> str:
     """Cells hold `a|b` as GitHub shows it. In types "`int`, *optional*" is Markdown, and "[`sparsify_`]" a link."""
     html = re.sub(r"<td.*?</td>", lambda cell: cell[0].replace("\\|", "|"), html, flags=re.DOTALL)
     if page.file.src_uri.startswith("reference/"):
         html = re.sub(r"<code>([^<]*`[^<]*)</code>", lambda code: _inline(code[1]), html)
-        html = re.sub(
-            r"\[<code>~?([\w.]*?)(\w+)</code>\]", lambda name: _reference(name[1] or "hf_dynsparse.", name[2]), html
-        )
+        html = re.sub(r"\[<code>~?([\w.]+)</code>\]", lambda name: _reference(files, name[1]), html)
     return html
 
 
@@ -49,5 +47,12 @@ def _inline(markdown: str) -> str:
     return re.sub(r"\*(\w+)\*", r"<em>\1</em>", re.sub("`([^`]*)`", r"<code>\1</code>", markdown))
 
 
-def _reference(module: str, name: str) -> str:
-    return f'<autoref optional identifier="{module}{name}"><code>{name}</code></autoref>'
+def _reference(files: Files, path: str) -> str:
+    name = path.rpartition(".")[2]
+    pages = "".join(file.content_string for file in files.documentation_pages() if "reference/" in file.src_uri)
+    documented = re.search(rf"^::: (\S+\.{name})$", pages, re.MULTILINE)
+    return (
+        f'<autoref identifier="{documented[1]}"><code>{name}</code></autoref>'
+        if documented
+        else f"<code>{name}</code>"
+    )
