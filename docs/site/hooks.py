@@ -18,6 +18,7 @@ def on_files(files: Files, config: Any) -> Files:
             if f"source/{path}.md" not in files.src_uris:
                 code = (ROOT / path).read_text(encoding="utf-8")
                 content = f"# {path}\n\n````{LANGUAGES.get(suffix, suffix)}\n{code}````\n"
+                content = f"---\nsearch: {{exclude: true}}\n---\n{content}"
                 files.append(File.generated(config, f"source/{path}.md", content=content))
     return files
 
@@ -51,8 +52,5 @@ def _reference(files: Files, path: str) -> str:
     name = path.rpartition(".")[2]
     pages = "".join(file.content_string for file in files.documentation_pages() if "reference/" in file.src_uri)
     documented = re.search(rf"^::: (\S+\.{name})$", pages, re.MULTILINE)
-    return (
-        f'<autoref identifier="{documented[1]}"><code>{name}</code></autoref>'
-        if documented
-        else f"<code>{name}</code>"
-    )
+    code = f"<code>{name}</code>"
+    return f'<autoref identifier="{documented[1]}">{code}</autoref>' if documented else code
