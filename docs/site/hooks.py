@@ -31,11 +31,14 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, files: Files, **_: Any) -> str:
-    """Cells hold `a|b` as GitHub shows it. In types "`int`, *optional*" is Markdown, and "[`sparsify_`]" a link."""
+    """Cells hold `a|b` as GitHub shows it. In types "`int`, *optional*" is Markdown, and "[`sparsify_`]" a link.
+    All names of api.md are."""
     html = re.sub(r"<td.*?</td>", lambda cell: cell[0].replace("\\|", "|"), html, flags=re.DOTALL)
     if page.file.src_uri.startswith("reference/"):
         html = re.sub(r"<code>([^<]*`[^<]*)</code>", lambda code: _inline(code[1]), html)
         html = re.sub(r"\[<code>~?([\w.]+)</code>\]", lambda name: _reference(files, name[1]), html)
+    elif page.file.src_uri == "api.md":
+        html = re.sub(r"<code>(\w+)</code>", lambda name: _reference(files, name[1]), html)
     return html
 
 
