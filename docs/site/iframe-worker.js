@@ -8,11 +8,12 @@ if (location.protocol === "file:")
       frame.hidden = true;
       document.body.append(frame);
       this.inside = frame.contentWindow;
+      const page = frame.contentDocument;
+      page.open();
       this.inside.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }));
-      const script = this.inside.document.createElement("script");
-      script.src = url;
-      this.ready = new Promise((loaded) => (script.onload = loaded));
-      this.inside.document.body.append(script);
+      this.ready = new Promise((loaded) => frame.addEventListener("load", loaded, { once: true }));
+      page.write(`<script src="${url}"></script>`);
+      page.close();
     }
 
     postMessage(data) {
