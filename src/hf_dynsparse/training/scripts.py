@@ -32,6 +32,7 @@ from ..reports.pictures.layers import plot_block_map
 from ..reports.pictures.runs import plot_training
 from ..topology.frames import read_history
 from .arguments import DynSparseTrainingArguments
+from .callbacks.log_file import LogFile
 from .callbacks.refusals import check_together
 from .callbacks.topology import TopologyCallback
 from .collapse import warn_of_collapse
@@ -286,6 +287,7 @@ def finetune(trainer: DynSparseTrainer, checkpoint: str | None) -> dict[str, Any
         `dict[str, Any]`: facts of an int8 model for the summary.
     """
     args: Any = trainer.args
+    trainer.add_callback(LogFile())
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", outcome.metrics)
