@@ -81,6 +81,8 @@ COLUMNS: dict[str, Columns] = {
         "score": _number("score", ".1f"),
         "seconds": _number("seconds", ".0f"),
         "peak MiB": _number("peak_memory_bytes", ".0f", 2**-20),
+        "MB  ": _number("encoder_bytes", ".1f", 1e-6),
+        "ms a sentence": _number("sentence_seconds", ".2f", 1e3),
     },
     "bench_choice": {
         "tokens": lambda row: row["tokens"],

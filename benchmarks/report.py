@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             columns = COLUMNS[content["benchmark"]]
             table = "\n".join([heading(columns), *(line(row, columns) for row in content["rows"])])
+        if content["benchmark"] == "bench_calibrated" and content["rows"][0]["score"] is not None:
+            table += f"\n\n![Score against bytes and milliseconds]({picture.name})"
+            plot_scores(content["rows"], picture)
         machine = content["machine"]
         caption = f"{one_line(machine)}; {machine['clock']}{'; freed memory kept' if keeps(content) else ''}"
         (args.output_dir / f"{file.stem}.md").write_text(f"```\n$ {content['command']}\n```\n\n{caption}\n\n{table}\n")
@@ -106,6 +109,32 @@ def plot_costs(rows: list[Row], path: Path) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:g}")
         axes.legend(frameon=False)
+        figure.savefig(path, dpi=220)
+
+
+def plot_scores(rows: list[Row], path: Path) -> None:
+    """What pruned encoders are worth, against bytes and time of a sentence: a line a block size and method."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    dense, *pruned = rows
+    costs = {"encoder_bytes": ("encoder, MB", 1e-6), "sentence_seconds": ("ms a sentence", 1e3)}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.2, 3.6), layout="constrained")
+        for axes, (cost, (name, scale)) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
+            for place, arm in enumerate(dict.fromkeys((row["block_size"], row["method"]) for row in pruned)):
+                line = [row for row in pruned if (row["block_size"], row["method"]) == arm]
+                points = sorted((row["sparsity"], scale * row[cost], row["score"]) for row in line)
+                _, across, up = zip(*points, strict=True)
+                colour = COLOURS[place % len(COLOURS)]
+                axes.plot(across, up, marker="o", color=colour, label=f"blocks of {arm[0]}, {arm[1]}")
+                for sparsity, *point in points:
+                    offset = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+                    axes.annotate(f"{sparsity:.0%}", point, color=colour, **offset)
+            axes.plot(scale * dense[cost], dense["score"], "*", color="#000000", markersize=9, label="dense")
+            axes.set(xlabel=name, xlim=(0, None))
+        figure.axes[0].set(ylabel="Spearman x 100 on STS-B")
+        figure.axes[1].legend(frameon=False, loc="lower right")
         figure.savefig(path, dpi=220)
 
 

@@ -67,6 +67,7 @@ from hf_dynsparse.files import write_atomically
 from hf_dynsparse.models.bert.configuration_dynsparse_bert import layer_sizes
 from hf_dynsparse.reports.pictures.ticket import plot_ticket
 from hf_dynsparse.training import scripts
+from hf_dynsparse.training.callbacks.log_file import LogFile
 from hf_dynsparse.training.callbacks.slimming import TICKET_FILE
 from hf_dynsparse.training.finetuning import prepare_finetuning_
 from hf_dynsparse.training.recipes import LEARNING_RATES
@@ -332,6 +333,7 @@ def search(job: Job, args: Any) -> None:
     if settings.save_strategy == SaveStrategy.EPOCH:
         settings.save_strategy = SaveStrategy.NO  # a search is over before an epoch is
     trainer = job.trainer(job.load(), settings, [args.search()])
+    trainer.add_callback(LogFile())
     trainer.train(resume_from_checkpoint=last_checkpoint(settings.output_dir))
     trainer.accelerator.wait_for_everyone()  # the first process writes the ticket
 
@@ -355,6 +357,7 @@ def train(job: Job, ticket: Ticket | None, model_args: Any, args: Any, checkpoin
     if not args.mlm:
         prepare_finetuning_(model, settings)
     trainer = job.trainer(model, settings, [])
+    trainer.add_callback(LogFile())
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

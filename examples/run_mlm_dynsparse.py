@@ -71,6 +71,7 @@ from hf_dynsparse.models.pretraining import continued_config, first_pattern, pre
 from hf_dynsparse.reports.facts import describe_data, describe_start
 from hf_dynsparse.training import scripts
 from hf_dynsparse.training.budget import check_budget, plan_steps, planned_steps
+from hf_dynsparse.training.callbacks.log_file import LogFile
 from hf_dynsparse.training.curriculum import Curriculum
 from hf_dynsparse.training.finetuning import set_final_sparsity_
 from hf_dynsparse.training.flags import PrunedModelArguments, ScriptArguments
@@ -244,6 +245,7 @@ def main() -> None:
 
     if trainer.topology is not None:
         trainer.add_callback(TopologyHistory(trainer))
+    trainer.add_callback(LogFile())
     with scripts.one_line_errors(DataError), saves_when_stopped(trainer):  # of a row that --streaming comes upon
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.eval_dataset = sequences["validation"]

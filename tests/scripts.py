@@ -25,6 +25,7 @@ def run_script(script: Path, flags: str, **environment: str) -> None:
                 patch.setitem(sys.modules, module, None)  # what it imports is forgotten
                 del sys.modules[module]
             patch.setattr("sys.argv", shlex.split(f"{script} {flags}"))
+            patch.setattr("hf_dynsparse.training.scripts.can_keep", lambda: False)  # it cannot be put back
             for name, value in environment.items():
                 patch.setenv(name, value)
             runpy.run_path(str(script), run_name="__main__")

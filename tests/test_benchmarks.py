@@ -245,6 +245,8 @@ def test_calibrated_scores_every_method(load, tmp_path, capsys):
     assert rows[2]["seconds"] > 0
     load("report").main([str(tmp_path / "bench.json"), "--output_dir", str(tmp_path / "report")])
     assert "| surgeon" in (tmp_path / "report/bench.md").read_text()
+    assert rows[1]["encoder_bytes"] < 0.6 * rows[0]["encoder_bytes"]
+    assert (tmp_path / "report/bench.png").stat().st_size > 10_000
 
 
 def test_sentences_are_the_same_in_every_batch(load, classifiers):

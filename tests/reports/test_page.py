@@ -14,6 +14,7 @@ from browser import chromium
 from toy import toy_model, toy_tokenizer
 
 from hf_dynsparse import sparse_layers
+from hf_dynsparse.reports.facts import LOG_FILE
 from hf_dynsparse.reports.page import write
 from hf_dynsparse.reports.page.collect import collect_run
 from hf_dynsparse.reports.page.curves import MAX_POINTS, log_curves
@@ -204,8 +205,11 @@ def test_a_run_that_goes_on(run_folder, tmp_path, monkeypatch):
         pages.append(data_of(output.read_text()))
         if len(pages) == 1:
             shutil.copytree(run_folder / "topology_history", going / "topology_history")
+            entries = "".join(json.dumps(logged(step)) + "\n" for step in (1, 2, 3))
+            (going / LOG_FILE).write_text(entries[:-9])  # the third is being written
         if len(pages) == 2:
             shutil.copytree(run_folder / "checkpoint-4", going / "checkpoint-4")
+            (going / LOG_FILE).unlink()
         if len(pages) == 3:
             shutil.copytree(run_folder, going, dirs_exist_ok=True)
             (going / ".run.lock").unlink()
@@ -218,8 +222,8 @@ def test_a_run_that_goes_on(run_folder, tmp_path, monkeypatch):
     assert [page["reload"] for page in pages] == [0.5, 0.5, 0.5, None]
     runs = [page["runs"][0] for page in pages]
     assert [dict(run["summary"])["state"] for run in runs] == [*["going on"] * 3, "finished"]
-    assert [dict(run["summary"])["steps"] for run in runs] == ["", "", "4", "8"]
-    assert [len(run["curves"]) > 0 for run in runs] == [False, False, True, True]
+    assert [dict(run["summary"])["steps"] for run in runs] == ["", "2", "4", "8"]
+    assert [len(run["curves"]) > 0 for run in runs] == [False, True, True, True]
     assert [run["maps"].get(OTHER, {}).get("steps") for run in runs] == [None, STEPS, STEPS, STEPS]
 
 

@@ -56,10 +56,10 @@ def test_ages_and_newborns_by_hand() -> None:
     assert dof_coverage([layer]) == 6 / 16
     # The newborn of slot 2 grew, that of slot 3 did not; slot 1 shrank.
     place_(layer, layer.block_index, [4.0, 0.1, 5.0, 0.0])
-    assert prune_regrow_(layer, pruning_ratio=0.5, update=1, generator=generator(1)) == LayerUpdate(2, 1)
+    assert prune_regrow_(layer, pruning_ratio=0.5, update=1, generator=generator(1)) == LayerUpdate(2, 1, newborn=2)
     assert block_ages(layer, 2).tolist() == [2, 0, 1, 0]
     # Slots 1 and 3 are zero and newborn; the next lowest is slot 0.
-    assert prune_regrow_(layer, pruning_ratio=0.75, update=2, generator=generator(2)) == LayerUpdate(3, 2)
+    assert prune_regrow_(layer, pruning_ratio=0.75, update=2, generator=generator(2)) == LayerUpdate(3, 2, newborn=2)
     assert block_ages(layer, 3).tolist() == [0, 0, 2, 0]
     # After an update was skipped, nothing is newborn.
     assert prune_regrow_(layer, pruning_ratio=1.0, update=4, generator=generator(3)) == LayerUpdate(4, 0)

@@ -74,19 +74,21 @@ def test_reports_come_at_update_steps_only() -> None:
     assert first.newborn_share == 0.0
     newborn = sum(layer.newborn_removed for layer in second.layers.values())
     assert second.newborn_share == newborn / 5
+    assert (first.newborn_survival, second.newborn_survival) == (1.0, 1 - newborn / 7)
     assert first.coverage == pytest.approx((12 / 24 + 8 / 12) / 2)
     assert first.coverage <= second.coverage <= third.coverage == dof_coverage(model.layers.values())
     assert first.block_age == pytest.approx((4 / 8 + 2 / 5) / 2)
 
 
-def test_newborn_share_by_hand() -> None:
+def test_newborns_by_hand() -> None:
     model = Network()
     updater = TopologyUpdater(
         model, torch.optim.SGD(model.parameters()), 3, num_topology_updates=2, pruning_schedule="constant"
     )
     assert updater.step(1).newborn_share == 0.0
     # Nothing trains: the zeros of the first update are the lowest of the second.
-    assert updater.step(2).newborn_share == 1.0
+    report = updater.step(2)
+    assert (report.newborn_share, report.newborn_survival) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("regrow_rule", ["random", "gradient", "unfired"])
@@ -181,7 +183,7 @@ def test_a_topology_that_churns_in_place_is_told_once(
 def test_the_advice_is_another_score_than_that_of_the_run(caplog: pytest.LogCaptureFixture, prune_score: str) -> None:
     warning = ChurnWarning(prune_score)
     for update in (2, 3):
-        warning.look_at(TopologyReport(update, 0.5, 10, 1.0, 0.5, 1.0, {}))
+        warning.look_at(TopologyReport(update, 0.5, 10, 1.0, 0.0, 0.5, 1.0, {}))
     assert ("prune by 'weight_gradient' instead of 'l1'" in caplog.text) == (prune_score == "l1")
 
 

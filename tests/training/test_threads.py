@@ -47,11 +47,14 @@ def test_scripts(variable: str | None, flag: int | None, expected: int, monkeypa
     monkeypatch.setattr("hf_dynsparse.training.scripts.prepare_console", lambda *_: None)
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr("hf_dynsparse.training.scripts.can_keep", lambda: True)
     args = {"num_threads": flag, "should_log": False, "device": torch.device("cpu"), "world_size": 2, "seed": 0}
+    args |= {"keep_freed_memory": None if flag is None else False}
     before = torch.get_num_threads()
     torch.set_num_threads(3)  # as when a process starts with it
     try:
-        prepare_process(argparse.Namespace(**args), "test")
+        prepare_process(given := argparse.Namespace(**args), "test")
         assert torch.get_num_threads() == expected
+        assert given.keep_freed_memory == (flag is None)
     finally:
         torch.set_num_threads(before)

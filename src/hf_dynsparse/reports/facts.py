@@ -1,5 +1,6 @@
 """Facts of a model, a run and its machine, for cards, summaries and tables."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ PICTURES = {
 }
 
 PAGE_FILE = "report.html"  # what `hf-dynsparse report` writes into the folder of a run
+LOG_FILE = "log.jsonl"  # the log of a run, a line an entry, while it goes on and after
 
 PLATEAU = 0.1  # nats of context gain under which a model is hardly better than the frequencies of pieces
 
@@ -70,16 +72,28 @@ def read_facts(folder: Path) -> dict[str, Any]:
         state = read_object(state_file, STATE_KINDS)
         callbacks = check_object(state.get("stateful_callbacks") or {}, str(state_file), CALLBACK_KINDS)
         facts |= {"steps": state.get("global_step"), "flops": state.get("total_flos")}
-        facts["history"] = state.get("log_history") or []
-        for entry in facts["history"]:
-            scores: Kinds = {name: float for name in entry if name.startswith("eval_")}
-            check_object(entry, f"the log of {state_file}", {**LOG_KINDS, **scores})
+        facts["history"] = _checked(state.get("log_history") or [], state_file)
         facts["topology"] = (callbacks.get("TopologyCallback") or {}).get("args")
         kernels = (callbacks.get("KernelCallback") or {}).get("attributes") or {}
         facts["kernels"] = check_object(kernels, str(state_file), {"choices": list[dict[str, Any]]}).get("choices")
+    if (folder / LOG_FILE).exists():
+        facts["history"] = _checked(_read_log(folder / LOG_FILE), folder / LOG_FILE)
+        facts.setdefault("steps", max((entry.get("step", 0) for entry in facts["history"]), default=0))
     if summary_file.exists():
         facts |= read_object(summary_file, SUMMARY_KINDS)
     return facts
+
+
+def _read_log(file: Path) -> list[Any]:
+    """All entries but one that is being written, or was when the run was killed: its line has no end."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+
+
+def _checked(log: list[dict[str, Any]], file: Path) -> list[dict[str, Any]]:
+    for entry in log:
+        scores: Kinds = {name: float for name in entry if name.startswith("eval_")}
+        check_object(entry, f"the log of {file}", {**LOG_KINDS, **scores})
+    return log
 
 
 def seconds_so_far(entry: Mapping[str, Any]) -> float | None:

@@ -45,6 +45,9 @@ TASKS = {
 # Metrics that the Hub calls otherwise than the scripts that compute them.
 METRIC_TYPES = {"pearson": "pearsonr", "exact": "exact_match"}
 
+# What `datasets` calls files that are no lines of text.
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
 
 def write_model_card(
     folder: str | Path,
@@ -243,11 +246,13 @@ def _results(facts: Mapping[str, Any], evaluations: list[dict[str, Any]]) -> lis
     data = facts.get("data") or {}
     name = data.get("evaluated_on") or data.get("name") or "evaluation set"
     last = {name: score for name, score in (evaluations or [{}])[-1].items() if name not in ("step", "training loss")}
+    # The Hub asks for a data set of its own, or for what `datasets` loads such files by.
+    builder = next((BUILDERS[ending] for ending in Path(name).suffixes if ending in BUILDERS), "text")
     scores = facts.get("metrics") or last | {name: facts[name] for name in ("perplexity",) if name in facts}
     return [
         EvalResult(
             task_type=facts["pipeline_tag"],
-            dataset_type=data.get("id") or data.get("name") or name,
+            dataset_type=data.get("id") or builder,
             dataset_name=name,
             dataset_config=data.get("config"),
             dataset_split="validation_mismatched" if metric.startswith("mm_") else data.get("split"),

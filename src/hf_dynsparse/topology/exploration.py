@@ -58,9 +58,10 @@ def dof_coverage(layers: Iterable[BlockSparseLinear]) -> float:
     return sum(shares) / len(shares)
 
 
-def count_newborn(layer: BlockSparseLinear, slots: torch.Tensor, updates_done: int) -> int:
-    """How many of the blocks in `slots` were activated by the last of `updates_done` updates."""
-    return int((_buffer(layer, "active_since")[slots] == updates_done).sum())
+def count_newborn(layer: BlockSparseLinear, updates_done: int, slots: torch.Tensor | None = None) -> int:
+    """How many of the blocks in `slots` (default: all) were activated by the last of `updates_done` updates."""
+    since = _buffer(layer, "active_since")
+    return int(((since if slots is None else since[slots]) == updates_done).sum())
 
 
 def newborn_slots(layer: BlockSparseLinear, updates: int = 1) -> torch.Tensor:

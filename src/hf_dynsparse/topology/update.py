@@ -27,10 +27,12 @@ class LayerUpdate:
     Args:
         removed (`int`): blocks that left the topology; as many are new, unless the density has changed.
         newborn_removed (`int`): how many of them the update just before had activated.
+        newborn (`int`): how many blocks that update had activated.
     """
 
     removed: int
     newborn_removed: int
+    newborn: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,9 @@ def replace_blocks_(
     """
     removed, block_ids = replacement.slots, replacement.block_ids
     reused = min(len(removed), len(block_ids))
-    newborn = count_newborn(layer, removed, update) if update and is_tracked(layer) else 0
+    counts = (len(removed), 0, 0)
+    if update and is_tracked(layer):
+        counts = (len(removed), count_newborn(layer, update, removed), count_newborn(layer, update))
     slots = removed[:reused]
     if optimizer is not None:
         clear_moments_(optimizer, layer.values, slots)
@@ -187,7 +191,7 @@ def replace_blocks_(
     after_update_(layer, slots, values)
     if is_tracked(layer):
         record_active_(layer, block_ids, slots, update + 1)
-    return LayerUpdate(len(removed), newborn)
+    return LayerUpdate(*counts)
 
 
 def held_moments(

@@ -143,11 +143,11 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
             "times as fast, and no mask is stored. The same distribution, other draws."
         },
     )
-    keep_freed_memory: bool = field(
-        default=False,
+    keep_freed_memory: bool | None = field(
+        default=None,
         metadata={
             "help": "Let the allocator keep freed buffers instead of giving them back and mapping them anew at every "
-            "step: faster on CPUs, for the whole process. Needs glibc."
+            "step: faster on CPUs, for the whole process. Needs glibc. Default: in the scripts, on a CPU."
         },
     )
 

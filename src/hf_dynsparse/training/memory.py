@@ -11,6 +11,11 @@ logger = logging.getLogger(__name__)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
+def can_keep() -> bool:
+    """Whether the allocator of this process is one that can keep what is freed: that of glibc."""
+    return platform.libc_ver()[0] == "glibc"
+
+
 def keep_freed_memory() -> bool:
     """
     Let the allocator of this process keep what it is given back.
@@ -22,7 +27,7 @@ def keep_freed_memory() -> bool:
     Returns:
         `bool`: whether the allocator is one that can: glibc. Elsewhere nothing changes, and a warning says so.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if not can_keep():
         logger.warning("`keep_freed_memory` needs glibc. Got %s: nothing is changed.", platform.platform())
         return False
     mallopt = ctypes.CDLL(None).mallopt

@@ -32,12 +32,14 @@ from ..reports.pictures.layers import plot_block_map
 from ..reports.pictures.runs import plot_training
 from ..topology.frames import read_history
 from .arguments import DynSparseTrainingArguments
+from .callbacks.log_file import LogFile
 from .callbacks.refusals import check_together
 from .callbacks.topology import TopologyCallback
 from .collapse import warn_of_collapse
 from .console import leave_to_first, prepare_console
 from .finetuning import finish_quantization_, set_final_sparsity_
 from .flags import FinetunedModelArguments, FinetuningRunArguments, FlagParser, PrunedModelArguments
+from .memory import can_keep
 from .plans import check_plan, split_plan
 from .plugins import load_plugins
 from .recipes import recipe_defaults
@@ -251,9 +253,11 @@ def check_model_to_resume(model: PreTrainedModel, checkpoint: str) -> None:
 
 
 def prepare_process(args: Any, logger_name: str) -> None:
-    """The console, CPU threads, and the seed."""
+    """The console, CPU threads, memory, and the seed."""
     prepare_console(args, logger_name)
     if args.device.type == "cpu":
+        if args.keep_freed_memory is None:
+            args.keep_freed_memory = can_keep()  # the process is the script's own
         torch.set_num_threads(args.num_threads or default_threads(args.world_size))
     set_seed(args.seed)
 
@@ -286,6 +290,7 @@ def finetune(trainer: DynSparseTrainer, checkpoint: str | None) -> dict[str, Any
         `dict[str, Any]`: facts of an int8 model for the summary.
     """
     args: Any = trainer.args
+    trainer.add_callback(LogFile())
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", outcome.metrics)

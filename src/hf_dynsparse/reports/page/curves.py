@@ -16,6 +16,7 @@ LABELS = {
     "learning_rate": "learning rate",
     "dynsparse/coverage": "DOF coverage",
     "dynsparse/newborn_share": "newborn share",
+    "dynsparse/newborn_survival": "newborn survival",
     "dynsparse/pruning_ratio": "pruning ratio",
     "dynsparse/sparsity": "sparsity",
     "dynsparse/tokens_per_second": "tokens per second, mean so far",

@@ -43,7 +43,7 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
     """
     Shows a run: a progress bar, unless `disable_tqdm` is on, and one line an entry of the log, with the loss, rate,
     tokens a second, time left, sparsity, coverage and share of newborn blocks. Whatever else an entry says is for
-    trackers and `trainer_state.json`.
+    trackers, `log.jsonl` and `trainer_state.json`.
 
     Where `logging_steps` is a share of the run, lines of training are at least a twentieth of the run or ten seconds
     apart; a number of steps is taken at its word.

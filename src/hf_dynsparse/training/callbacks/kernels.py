@@ -56,6 +56,12 @@ class KernelCallback(TrainerCallback, ExportableState):
         self._steps = None
         callbacks.setdefault(type(self).__name__, self.state())
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The state that a run leaves tells of its choices, also where it wrote no checkpoint.
+        cast(dict[str, Any], state.stateful_callbacks)[type(self).__name__] = self.state()
+
     def plan(self, models: Iterable[nn.Module], tokens: int, dtype: torch.dtype | None) -> None:
         """
         Choose the backends of all layers for steps of `tokens` tokens (0: unknown, a fixed rule decides) in `dtype`

@@ -42,7 +42,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
 
     Attributes:
         metrics (`dict[str, float]`): `sparsity`, `coverage`, `block_age`, and after the first update `pruning_ratio`,
-            `newborn_share` and `topology_updates`.
+            `newborn_share`, `newborn_survival` and `topology_updates`.
         ever_active (`dict[str, torch.Tensor]`): after training, per layer, the Boolean map `(block_rows,
             block_columns)` of the positions that were active at any time.
         on_resize (`Callable[[], None]` or `None`): called whenever layers have changed their sizes. A trainer of many
@@ -199,6 +199,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             self.metrics.update(
                 pruning_ratio=report.pruning_ratio,
                 newborn_share=report.newborn_share,
+                newborn_survival=report.newborn_survival,
                 coverage=report.coverage,
                 block_age=report.block_age,
                 topology_updates=report.update + 1,
