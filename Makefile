@@ -8,13 +8,13 @@ READY := .venv/.ready
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test quality style bench matrix mutants clean
+.PHONY: help venv demo test quality style bench docs matrix mutants clean
 .NOTPARALLEL:
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "  PYTHON=python3.12  interpreter for .venv      ARGS='...'  flags for demo, pytest or the benchmarks"
+	@echo "  PYTHON=python3.12  interpreter for .venv      ARGS='...'  flags for demo, pytest, mkdocs or the benchmarks"
 
 venv: $(READY)  ## make .venv with the tested versions (again when setup.py or constraints.txt change)
 
@@ -48,6 +48,9 @@ bench: venv  ## measure, but only behind green tests; ARGS='--threads 1' for CPU
 	$(BIN)/python benchmarks/bench_footprint.py
 	$(BIN)/python benchmarks/bench_topology_update.py
 
+docs: venv  ## build the site of the documentation in site/; ARGS=serve shows it at http://127.0.0.1:8000 and follows changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
+
 matrix:  ## core tests over versions of Python, torch and transformers; ARGS='--list' for what was run
 	$(PYTHON) tests/matrix.py $(ARGS)
 
@@ -55,5 +58,5 @@ mutants: venv  ## 200 small changes to blocks, ops and topology: does a test not
 	$(BIN)/python tests/mutants.py $(ARGS)
 
 clean:  ## remove what the tools and the demo left behind, but not .venv
-	rm -rf build dist demo-output .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf build dist site demo-output .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find src tests examples benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

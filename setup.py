@@ -92,6 +92,7 @@ install_requires = [
 ]
 
 extras = {}
+extras["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"]
 extras["glue"] = ["scikit-learn"]  # scores; scipy comes with it
 extras["monitoring"] = ["tensorboard>=2.20"]  # with Pillow, for the pictures
 extras["onnx"] = ["onnx>=1.23", "onnxruntime>=1.30", "onnxscript>=0.7.2"]  # export, and running what was exported
@@ -102,7 +103,8 @@ extras["study"] = ["pandas", "pyarrow", *extras["plots"]]
 extras["triton"] = ["triton>=3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 extras["test"] = [
     *("pytest>=9.0", "pytest-xdist"),
-    *(extras["glue"] + extras["monitoring"] + extras["onnx"] + extras["peft"] + extras["study"] + extras["triton"]),
+    *(extras["docs"] + extras["glue"] + extras["monitoring"] + extras["onnx"] + extras["peft"] + extras["study"]),
+    *extras["triton"],
 ]
 extras["quality"] = ["ruff>=0.17", "mypy>=2.4"]
 

@@ -173,7 +173,7 @@ class BlockSparseLinear(SparseLayer):
     Attributes:
         values (`nn.Parameter` of shape `(nnzb, rows, columns)`): one slot per active block.
         block_index (buffer of shape `(nnzb,)`, `torch.int32`): flat id `row * block_columns + column` of each slot.
-        bias (`nn.Parameter` of shape `(out_features,)` or `None`).
+        bias (`nn.Parameter` of shape `(out_features,)` or `None`): as in `torch.nn.Linear`.
 
     Raises:
         ValueError: if the block does not divide the layer, or the sparsity is out of range.

@@ -52,7 +52,7 @@ class Backend:
 
         Args:
             grad (`torch.Tensor` of shape `(tokens, out_features)`): gradient of the output.
-            input (`torch.Tensor` of shape `(tokens, in_features)`).
+            input (`torch.Tensor` of shape `(tokens, in_features)`): what the layer was given.
             values (`torch.Tensor` of shape `(nnzb, rows, columns)`), layout: the weight.
             wanted (`tuple[bool, bool, bool]`): whether those of input, values and bias are wanted.
 

@@ -80,8 +80,8 @@ def draw_ticket(
     are exact, ties go to the lower index, and the best unit of each layer stays whatever the others are worth.
 
     Args:
-        head_gates (sequence of `torch.Tensor` of shape `(heads,)`), neuron_gates (the same of shape
-            `(intermediate_size,)`): a gate for each unit, layer by layer.
+        head_gates (sequence of `torch.Tensor` of shape `(heads,)`): a gate for each head, layer by layer.
+        neuron_gates (sequence of `torch.Tensor` of shape `(intermediate_size,)`): the same for each neuron.
         head_ratio, neuron_ratio (`float`): share of units to leave out, in [0, 1).
         heads, neurons (`str`): `"layer"`, units compete within their layer, or `"global"`, with those of all layers.
         score (`str`): `"magnitude"`, or `"signed"` as in the authors' code.
