@@ -131,7 +131,7 @@ setup(
     py_modules=["hf_dynsparse_cli"],
     package_data={
         "hf_dynsparse": ["py.typed", "*/*.md", "reports/page/*.*"],
-        **dict.fromkeys(EXAMPLES, ["*.yaml", "*.html", "*.md"]),
+        **dict.fromkeys(EXAMPLES, ["*.ipynb", "*.yaml", "*.html", "*.md"]),
     },
     ext_modules=[native_extension(variant, flags) for variant, flags in VARIANTS.items()],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},

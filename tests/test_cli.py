@@ -8,13 +8,16 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.cli import extensions
 from loopback import loopback_hub
 from safetensors import safe_open
 from toy import toy_model, toy_tokenizer
@@ -59,6 +62,32 @@ def test_the_command_is_installed_under_its_name():
     setup = (Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8")
     module, function = re.search(r'"console_scripts": \["hf-dynsparse=([\w.]+):(\w+)"\]', setup).groups()
     assert getattr(import_module(module), function) is hf_dynsparse_cli.main
+
+
+def test_it_is_an_extension_of_hf(tmp_path, monkeypatch, capfd):
+    """In a folder as `hf extensions install me/hf-dynsparse` leaves it."""
+    script = tmp_path / ".local/share/hf/extensions/hf-dynsparse/venv/bin/hf-dynsparse"
+    script.parent.mkdir(parents=True)
+    run = f"{sys.executable} -c 'from hf_dynsparse_cli import main; main()'"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={Path(hf_dynsparse_cli.__file__).parent} exec {run} "$@"\n')
+    script.chmod(0o755)
+    where = ("me", "hf-dynsparse", "me/hf-dynsparse", "dynsparse", str(script))
+    extensions.ExtensionManifest(*where, "python", datetime.now(UTC)).save(script.parents[2])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_UPDATE_CHECK", True)
+    assert extensions.dispatch_unknown_top_level_extension(["dynsparse", "--version"], set()) == 0
+    assert capfd.readouterr().out == f"{hf_dynsparse.__version__}\n"
+
+
+def test_hf_finds_what_the_extension_is_for(monkeypatch):
+    root = Path(__file__).parents[1]
+
+    def of_the_repository(method, url):
+        return SimpleNamespace(text=(root / url.rpartition("/HEAD/")[2]).read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(extensions, "_github_request", of_the_repository)
+    description = extensions._try_fetch_remote_description(owner="me", repo_name="hf-dynsparse")
+    assert f'description="{description}"' in (root / "setup.py").read_text(encoding="utf-8")
 
 
 def test_version_and_help_import_nothing():

@@ -24,7 +24,7 @@ from hf_dynsparse import cli
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("examples/*/README.md"))]
 PAGES += [*sorted(ROOT.glob("model_cards/**/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
-OURS = ("benchmarks", "docs", "examples", "tests")
+OURS = ("benchmarks", "docs", "examples", "hub_kernel", "tests")
 OTHERS = {"auditwheel", "cibuildwheel", "hf", "mkdocs", "tensorboard", "trackio", "unzip"}
 # No program is found; the shell names it and its arguments instead, past pipes and redirections.
 SHELL = """exec 3>&1; PATH=/nowhere; set -u
@@ -91,7 +91,7 @@ def check_python(words: list[str]) -> None:
     elif words[0].startswith(("examples/", "benchmarks/")):
         check_script(Path(words[0]).stem, words[1:])
     else:
-        assert words[0] in ("-", "-m") or words[0].startswith("tests/"), words
+        assert words[0] in ("-", "-m") or words[0].startswith(("hub_kernel/", "tests/")), words
 
 
 def check_command(name: str, *words: str) -> None:

@@ -1,6 +1,7 @@
 """LoRA on sparse layers: frozen blocks, adapters that train, save and load, and merging once the layers are dense."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,9 +141,15 @@ def test_adapters_have_the_dtype_of_the_layer():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def test_without_registration_peft_says_so():
-    with pytest.raises(ValueError, match=r"Target module SparseLinear\(.*is not supported"):
-        get_peft_model(sparse_model(), LoraConfig(target_modules=["query"]))
+@pytest.mark.parametrize(("name", "layer"), [("roberta", "SparseLinear"), ("dynsparse_bert", "BlockSparseLinear")])
+def test_without_registration_peft_says_what_the_page_says(name, layer):
+    page = (Path(__file__).parents[2] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    told = "is not supported. Currently, only the following modules are supported: `torch.nn.Linear`"
+    assert f") {told}" in page
+    with pytest.raises(ValueError, match=rf"^Target module {layer}\(in_features=.*\) {told}"):
+        get_peft_model(sparse_model(name), LoraConfig(target_modules=["query"]))
+    unregistered = get_peft_model(sparse_model(name), LoraConfig(target_modules="all-linear"))
+    assert not any("lora_" in key and "layer." in key for key in unregistered.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ Triton decides once in a process whether it interprets, so `test_the_kernels_int
 another.
 """
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from copy import copy
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from wrong_operands import FORMS, must_be_right_or_refused
 from hf_dynsparse import BlockLayout
 from hf_dynsparse.blocks.layout import layout_of
 from hf_dynsparse.ops import reference, triton
+from hub_kernel.assemble import assemble
 
 
 pytestmark = pytest.mark.usefixtures("deterministic")
@@ -277,6 +280,40 @@ def test_operands_drawn_at_random_give_the_right_result_or_an_error(form: str, d
     # The interpreter takes long: few of those that fit meet blocks that this backend serves.
     outcomes = must_be_right_or_refused(form, ["triton"], range(200))
     assert min(outcomes["right"], outcomes["refused"]) > 5
+
+
+@on_device
+def test_the_kernel_repository_by_itself(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `kernels.get_kernel` loads it: from its folder, under the name in metadata.json."""
+    folder = assemble(tmp_path / "kernel")
+    metadata = json.loads((folder / "metadata.json").read_text())
+    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*")} - {"blocks", "ops", "metadata.json"}
+    assert set(metadata["digest"]["files"]) == files
+    spec = spec_from_file_location(metadata["id"], folder / "__init__.py")
+    kernel = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, metadata["id"], kernel)
+    spec.loader.exec_module(kernel)
+    assert kernel.sdd.__module__ == f"{metadata['id']}.ops.triton"  # not the package's
+
+    case = Case(16, TOPOLOGIES["some"], 75, torch.float32, device)
+    grad = case.operands["grad"].to(device)
+    given = [case.operands[name].to(device).clone().requires_grad_() for name in ("input", "values", "bias")]
+    input, values, bias = given
+
+    def results() -> tuple[torch.Tensor, ...]:
+        several = input.unflatten(0, (3, 25))
+        output = kernel.block_sparse_linear(several, values, case.on_device, bias, case.shape[0]).flatten(0, 1)
+        of_input, of_values, of_bias = torch.autograd.grad(output, given, grad)
+        torch.testing.assert_close(of_bias, grad.sum(0))
+        return output.detach(), of_input, of_values
+
+    monkeypatch.setattr(case, "ours", results)
+    case.check()
+    case.on_device[0] = 11
+    with pytest.raises(ValueError, match="must name each block once. Got 11 twice"):
+        results()
+    with pytest.raises(ValueError, match="This kernel needs blocks of 16 x 16, .* Got torch.float32 on .* of 8 x 8"):
+        kernel.block_sparse_linear(input, values[:, :8, :8], case.on_device, bias, case.shape[0])
 
 
 def test_groups_by_hand() -> None:
