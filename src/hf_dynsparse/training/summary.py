@@ -139,6 +139,15 @@ def format_summary(summary: dict[str, Any]) -> str:
     return "\n".join(f"  {name:<16} {text}" for name, text in rows.items())
 
 
+def smaller(sizes: Mapping[str, float]) -> str:
+    """How much smaller than dense the encoder in a file is, and the whole file, of which embeddings may be most."""
+    ratios = {
+        part: (sizes[f"{name}_bytes"] / 1e6, sizes[f"dense_{name}_bytes"] / sizes[f"{name}_bytes"])
+        for part, name in {"encoder": "encoder", "whole file": "checkpoint"}.items()
+    }
+    return ", ".join(f"{part} {size:.2f} MB ({times:.1f} times smaller)" for part, (size, times) in ratios.items())
+
+
 def _gain_row(summary: Mapping[str, Any]) -> dict[str, str]:
     gain, tokens = summary.get("context_gain"), summary.get("plateau_left_tokens")
     if gain is None:
