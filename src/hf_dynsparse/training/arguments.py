@@ -1,6 +1,7 @@
 """What a run does with the topology and its kernels: `DynSparseTrainingArguments`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
@@ -195,7 +196,7 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
         how = self.distillation_temperature, self.distillation_weight, self.distillation_positions
         check_distillation(*how, prefix="distillation_")
         check_layers(self.distillation_layers, self.distillation_layers_weight, prefix="distillation_")
-        check_relations(*self.relations, prefix="distillation_")
+        check_relations(**self.relations, prefix="distillation_")
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative. Got {self.group_lasso}.")
         # What the method says of the optimiser; one without ages has no new blocks to warm up.
@@ -207,9 +208,10 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
         self._check_optimizer()
 
     @property
-    def relations(self) -> tuple[str | None, float, int | None]:
-        """What is learned of relations in attention: see [`Distillation`]."""
-        return self.distillation_relations, self.distillation_relations_weight, self.distillation_relation_heads
+    def relations(self) -> dict[str, Any]:
+        """Arguments of [`Distillation`]: what is learned of relations in attention."""
+        names = "relations", "relations_weight", "relation_heads"
+        return {name: getattr(self, f"distillation_{name}") for name in names}
 
     def _check_optimizer(self) -> None:
         if self.dense_learning_rate is not None and self.dense_learning_rate < 0:

@@ -68,7 +68,7 @@ class Relations:
     def __init__(self, student: Any, teacher: Any, layers: str, heads: int | None) -> None:
         ours, theirs = chosen_pair(layers)
         chosen = _projections(student, ours), _projections(teacher, theirs)
-        self.heads: int = heads or getattr(teacher.config, "num_attention_heads", 1)
+        self.heads = heads or int(teacher.config.num_attention_heads)
         for width in {layer.out_features for layers in chosen for layer in layers}:
             if width % self.heads:
                 raise ValueError(
@@ -121,7 +121,7 @@ def chosen_pair(layers: str) -> tuple[int | None, int | None]:
     return first, second
 
 
-def check_relations(relations: str | None, weight: float, heads: int | None, prefix: str) -> None:
+def check_relations(relations: str | None, relations_weight: float, relation_heads: int | None, prefix: str) -> None:
     """
     Args:
         prefix (`str`): what the names of these arguments begin with, where they were given.
@@ -134,9 +134,9 @@ def check_relations(relations: str | None, weight: float, heads: int | None, pre
             f"`{prefix}relations` must name a layer: last, one such as 4, or those of student and teacher such as "
             f"6:11. Got {relations!r}."
         )
-    if not weight > 0.0:
+    if not relations_weight > 0.0:
         raise ValueError(
-            f"`{prefix}relations_weight` must be positive. Got {weight}. Choose 1, or leave out the relations."
+            f"`{prefix}relations_weight` must be positive. Got {relations_weight}. Choose 1, or leave out relations."
         )
-    if heads is not None and heads < 1:
-        raise ValueError(f"`{prefix}relation_heads` must be at least 1. Got {heads}.")
+    if relation_heads is not None and relation_heads < 1:
+        raise ValueError(f"`{prefix}relation_heads` must be at least 1. Got {relation_heads}.")

@@ -104,7 +104,8 @@ class ResumingTrainer(CallbackTrainer, SavingTrainer):
         run.check_model(own, given)
         if run.given_sizes is not None:
             run.resize_(own, self.optimizer)
-        if getattr(self.args, "quantization_aware", False) and self.args.quantize_embeddings is None:
+        args: Any = self.args
+        if getattr(args, "quantization_aware", False) and args.quantize_embeddings is None:
             round_embeddings_(own, run.quantize_embeddings)  # the default was another once
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

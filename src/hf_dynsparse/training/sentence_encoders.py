@@ -36,7 +36,7 @@ class SentenceDistillation(Distillation):
     Args:
         teacher (`nn.Module`): an encoder without a head.
         pooling (`str`): a key of `POOLINGS`.
-        layers, layers_weight, relations, relations_weight, relation_heads: see [`Distillation`].
+        layers, layers_weight, relations (and what else begins so): see [`Distillation`].
     """
 
     beside_labels = False
@@ -47,12 +47,9 @@ class SentenceDistillation(Distillation):
         pooling: str = "mean",
         layers: str | None = None,
         layers_weight: float = 1.0,
-        relations: str | None = None,
-        relations_weight: float = 1.0,
-        relation_heads: int | None = None,
+        **relations: Any,
     ) -> None:
-        on_top = layers, layers_weight, relations, relations_weight, relation_heads
-        super().__init__(teacher, 2.0, 1.0, "labelled", *on_top)
+        super().__init__(teacher, weight=1.0, layers=layers, layers_weight=layers_weight, **relations)
         self.pooling = pooling
 
     def check_student(self, student: Any) -> None:

@@ -85,8 +85,9 @@ class DynSparseTrainer(
         if teacher is not None:
             how = args.distillation_temperature, args.distillation_weight, args.distillation_positions
             layers = args.distillation_layers, args.distillation_layers_weight
-            own = isinstance(teacher, Distillation)
-            taught = teacher if own else Distillation(teacher, *how, *layers, *args.relations)
+            taught = teacher
+            if not isinstance(taught, Distillation):
+                taught = Distillation(taught, *how, *layers, **args.relations)
             taught.check_student(model)
             self.distillation = taught
         if not trainable_layers(model) and (args.final_sparsity is not None or args.learning_rate_rewinding):
