@@ -110,7 +110,7 @@ def read_prune_ofa_plan(
     if own_task:
         tasks = {OWN: {**((tasks.get(OWN) if isinstance(tasks, dict) else None) or {}), **own_task}}
     if variant:
-        variants = [{"block_size": 1, **variant}]
+        variants = [{**variant, "block_size": variant.get("block_size", 1)}]
     if calibration_samples is not None:
         for stage in CALIBRATED.keys() & plan.keys():
             kept = {flag: value for flag, value in plan[stage].items() if not flag.startswith(GRADUAL)}

@@ -36,8 +36,8 @@ def writing_statistics(
         FileExistsError: if there is such a file.
     """
     layers = {name: fingerprint(weights[name]) for group in groups for name in group}
-    about = {"format": FORMAT, "sequences": sequences, "groups": groups, "layers": layers}
-    header: dict[str, Any] = {"__metadata__": {name: _text(value) for name, value in about.items()}}
+    about = {"format": FORMAT, "sequences": str(sequences), "groups": json.dumps(groups), "layers": json.dumps(layers)}
+    header: dict[str, Any] = {"__metadata__": about}
     end = 0
     for first, *_ in groups:
         width = weights[first].shape[1]
@@ -102,7 +102,3 @@ class KeptStatistics:
 def fingerprint(weight: torch.Tensor) -> list[int]:
     """Shape, and CRC-32 of the entries."""
     return [*weight.shape, zlib.crc32(weight.detach().float().cpu().contiguous().numpy().tobytes())]
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

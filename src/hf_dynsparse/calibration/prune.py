@@ -1,10 +1,10 @@
 """A dense model pruned layer by layer, each by what it reads in the model as pruned so far."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,11 +49,12 @@ def prune_by_calibration_(
             model is then untouched.
     """
     if how.statistics is not None:
-        kept_statistics = KeptStatistics(how.statistics, weights)
-        kept = _shared_out(model, kept_statistics, weights, nnzb, block_shapes, how)
-        with _bar(weights, "Calibrated pruning", how) as bar:
-            for statistics, group in kept_statistics:
-                _prune_group_(model, group, weights, statistics, kept, block_shapes, how, bar)
+        measured = KeptStatistics(how.statistics, weights)
+        kept = _shared_out(model, measured, weights, nnzb, block_shapes, how)
+        with _bar(weights, "Pruning by kept statistics", how) as bar:
+            for statistics, group in measured:
+                _prune_group_(model, group, weights, statistics, kept, block_shapes, how)
+                bar.update(len(group))
         return kept
     given = list(how.batches)
     check_batches(given, max(weight.shape[1] for weight in weights.values()))
@@ -62,10 +63,8 @@ def prune_by_calibration_(
         passes = Passes(model, [_moved(batch, device) for batch in given], list(weights))
         groups = [group for stage in passes.stages for group in stage.groups]
         sequences = sum(len(next(filter(torch.is_tensor, batch.values()))) for batch in given)
-        with ExitStack() as files:
-            save = None
-            if how.save_statistics is not None:
-                save = files.enter_context(writing_statistics(how.save_statistics, groups, weights, sequences))
+        file: Any = how.save_statistics
+        with nullcontext() if file is None else writing_statistics(file, groups, weights, sequences) as save:
             kept = _shared_out(model, _measured(passes, weights), weights, nnzb, block_shapes, how)
             _prune_(passes, weights, kept, block_shapes, how, save)
     return kept
@@ -93,35 +92,29 @@ def _prune_(
                         _measure(own, index, inputs)
                     save(own)
                 passes.run(number, answers, {group[0]: partial(_compare, statistics, rows)}, until=group[0])
-                _prune_group_(passes.model, group, weights, statistics, nnzb, block_shapes, how, bar)
+                _prune_group_(passes.model, group, weights, statistics, nnzb, block_shapes, how)
+                bar.update(len(group))
             answers = passes.run(number, answers, {})
 
 
 def _prune_group_(
     model: nn.Module,
-    group: list[str],
+    group: Iterable[str],
     weights: Weights,
     statistics: Statistics,
     nnzb: Mapping[str, int],
     block_shapes: Shapes,
     how: Calibration,
-    bar: Any,
 ) -> None:
+    """Prune layers that read the same."""
     for name in group:
-        layer = model.get_submodule(name)
-        _prune_layer_(layer, weights[name], statistics, nnzb[name], block_shapes[name], how)
-        bar.update()
-
-
-def _prune_layer_(
-    layer: Any, weight: torch.Tensor, statistics: Statistics, nnzb: int, block_shape: tuple[int, int], how: Calibration
-) -> None:
-    objective = objective_of(statistics, weight, layer.bias is not None, how.ridge, how.dense_share)
-    fitted = prune_to(objective, weight, nnzb, block_shape, how.selection, how.steps)
-    if layer.bias is not None:
-        moved = weight.double() @ statistics.dense_total - fitted @ statistics.total
-        layer.bias.copy_(layer.bias + moved / statistics.count)
-    weight.copy_(fitted)
+        layer, weight = cast(Any, model.get_submodule(name)), weights[name]
+        objective = objective_of(statistics, weight, layer.bias is not None, how.ridge, how.dense_share)
+        fitted = prune_to(objective, weight, nnzb[name], block_shapes[name], how.selection, how.steps)
+        if layer.bias is not None:
+            moved = weight.double() @ statistics.dense_total - fitted @ statistics.total
+            layer.bias.copy_(layer.bias + moved / statistics.count)
+        weight.copy_(fitted)
 
 
 def _measured(passes: Passes, weights: Weights) -> Measured:

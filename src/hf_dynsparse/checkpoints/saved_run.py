@@ -89,7 +89,8 @@ class SavedRun:
     @property
     def quantize_embeddings(self) -> bool:
         """Whether word embeddings are rounded in quantisation-aware training. By earlier versions: not by default."""
-        return bool(read_object(self.folder / "config.json").get("quantize_embeddings", False))
+        config = self.folder / "config.json"
+        return config.is_file() and bool(read_object(config).get("quantize_embeddings", False))
 
     def sizes(self, model: nn.Module) -> dict[str, int]:
         """Active blocks that the sparse layers of `model` have in this checkpoint."""
