@@ -106,7 +106,8 @@ class ResumingTrainer(CallbackTrainer, SavingTrainer):
             run.resize_(own, self.optimizer)
         args: Any = self.args
         if getattr(args, "quantization_aware", False) and args.quantize_embeddings is None:
-            round_embeddings_(own, run.quantize_embeddings)  # the default was another once
+            own.config.quantize_embeddings = run.quantize_embeddings  # the default was another once
+            round_embeddings_(own, run.quantize_embeddings)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

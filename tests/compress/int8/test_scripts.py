@@ -89,6 +89,8 @@ def test_glue(data, tmp_path):
     config.write_text(config.read_text().replace('"quantize_embeddings": true,', ""))
     run(data, "glue", old, f"--teacher {data / 'glue'} --resume_from_checkpoint last")
     assert type(AutoModelForSequenceClassification.from_pretrained(old).get_input_embeddings()) is torch.nn.Embedding
+    for folder, rounded in ((old, False), (part, True)):
+        assert json.loads((folder / "checkpoint-4/config.json").read_text())["quantize_embeddings"] is rounded
     checkpoint = AutoModelForSequenceClassification.from_pretrained(output / "checkpoint-4")
     assert type(checkpoint.classifier) is torch.nn.Linear
 

@@ -193,7 +193,7 @@ def can_round_embeddings(model: nn.Module) -> bool:
 def round_embeddings_(model: Any, rounded: bool) -> None:
     """Let a model that trains with rounded layers round its word embeddings too, or not."""
     words = model.get_input_embeddings()
-    if isinstance(words, nn.Embedding):
+    if type(words) in (nn.Embedding, QatEmbedding):
         words.__class__ = QatEmbedding if rounded else nn.Embedding
 
 
