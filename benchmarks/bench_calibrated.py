@@ -17,6 +17,7 @@ import copy
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from _cli import Row, block_size, label, make_parser, run, shared_fields
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     share = Calibration.dense_share
     parser.add_argument("--dense_share", type=float, default=share, help="see Calibration (%(default)s)")
     parser.add_argument("--budget", default=Calibration.budget, help="see Calibration (%(default)s)")
+    kept = "prune by statistics of the dense model, kept beforehand, instead of text"
+    parser.add_argument("--dense_statistics", action="store_true", help=kept)
     run(parser, measure, argv, QUICK)
 
 
@@ -66,18 +69,41 @@ def measure(args: argparse.Namespace) -> list[Row]:
     dense = load_encoder(args).to(args.device)
     sentences = [part for text in read_texts(args.text) for part in split_sentences(text) if len(part) in LENGTHS]
     calibration = batches_of(sentences[: args.samples], tokenizer, args.max_seq_length, batch_size=64)
+    with TemporaryDirectory() as folder:
+        statistics = keep(args, dense, calibration, Path(folder)) if args.dense_statistics else None
+        rows = measure_all(args, dense, tokenizer, calibration, statistics)
+    shared = {**shared_fields(args), "samples": args.samples, "steps": args.steps, "ridge": args.ridge}
+    shared |= {"dense_statistics": args.dense_statistics, "dense_share": args.dense_share, "budget": args.budget}
+    return [{**shared, **row} for row in rows]
+
+
+def keep(args: argparse.Namespace, dense: PreTrainedModel, calibration: list[Batch], folder: Path) -> Path:
+    """The file of statistics."""
+    file = folder / "statistics.safetensors"
+    how = Calibration(calibration, "magnitude", steps=1, save_statistics=file)
+    sparsify_(copy.deepcopy(dense), args.block_sizes[-1], 0.5, calibration=how)
+    return file
+
+
+def measure_all(
+    args: argparse.Namespace,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: list[Batch],
+    statistics: Path | None,
+) -> list[Row]:
+    """The rows, printed as they come."""
     print(heading(COLUMNS["bench_calibrated"]))
     rows = [{"method": "dense", "block_size": None, "sparsity": 0.0, "seconds": None, "peak_memory_bytes": None}]
     rows[0] |= rate(args, dense, tokenizer)
     print(line(rows[0], COLUMNS["bench_calibrated"]), flush=True)
     for size, sparsity, method in product(args.block_sizes, args.sparsities, args.methods):
         model = copy.deepcopy(dense)
-        seconds, memory = prune(args, model, size, sparsity, method, calibration)
+        seconds, memory = prune(args, model, size, sparsity, method, calibration, statistics)
         about = {"method": method, "block_size": label(size), "sparsity": sparsity}
         rows.append(about | {"seconds": seconds, "peak_memory_bytes": memory} | rate(args, model, tokenizer))
         print(line(rows[-1], COLUMNS["bench_calibrated"]), flush=True)
-    shared = {**shared_fields(args), "samples": args.samples, "steps": args.steps, "ridge": args.ridge}
-    return [{**shared, "dense_share": args.dense_share, "budget": args.budget, **row} for row in rows]
+    return rows
 
 
 def load_encoder(args: argparse.Namespace) -> PreTrainedModel:
@@ -90,12 +116,19 @@ def load_encoder(args: argparse.Namespace) -> PreTrainedModel:
 
 
 def prune(
-    args: argparse.Namespace, model: PreTrainedModel, size: object, sparsity: float, method: str, batches: list[Batch]
+    args: argparse.Namespace,
+    model: PreTrainedModel,
+    size: object,
+    sparsity: float,
+    method: str,
+    batches: list[Batch],
+    statistics: Path | None,
 ) -> tuple[float, int | None]:
     """Seconds, and the most memory taken meanwhile, if that can be told."""
-    how = (
-        None if method == NORM else Calibration(batches, method, args.steps, args.ridge, args.dense_share, args.budget)
-    )
+    how = None
+    if method != NORM:
+        settings = method, args.steps, args.ridge, args.dense_share, args.budget
+        how = Calibration(() if statistics else batches, *settings, statistics=statistics)
     clock, before = choose_clock(args.device), reset_peak()
     began = clock.read()
     sparsify_(model, size, sparsity, calibration=how)  # type: ignore[arg-type]

@@ -113,10 +113,11 @@ def main() -> None:
         prepare_finetuning_(model, args)
         if checkpoint is not None:
             scripts.check_model_to_resume(model, checkpoint)
+        layers = args.distillation_layers, args.distillation_layers_weight
         trainer = SentenceTrainer(
             model,
             args,
-            teacher=SentenceDistillation(teacher, pooling, args.distillation_layers, args.distillation_layers_weight),
+            teacher=SentenceDistillation(teacher, pooling, *layers, **args.relations),
             pairs=pairs,
             train_dataset=sentences["train"],
             eval_dataset=sentences["validation"],

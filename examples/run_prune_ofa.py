@@ -9,6 +9,13 @@
 """
 Prune Once for All (arXiv:2111.05754): from a dense model to sparse int8 models of many tasks, from one plan.
 
+    # text, sentences and labels of your own: one command, no plan
+    python examples/run_prune_ofa.py --model_name_or_path bert-base-uncased --sparsity 0.9 --train_file text.txt \
+        --task_train_file train.csv --task_validation_file dev.csv --output_dir runs/own
+    # without text the model is pruned on the task
+    python examples/run_prune_ofa.py --model_name_or_path bert-base-uncased --task_train_file train.csv \
+        --task_validation_file dev.csv --text_column_names title,body --label_column_name stars --output_dir runs/own
+    # GLUE, or several tasks and variants, from a plan
     python examples/run_prune_ofa.py --plan examples/prune_ofa/two_cores.yaml --output_dir runs/prune_ofa \
         --train_file train.txt.gz --validation_file valid.txt.gz --glue_dir glue_data
     python examples/run_prune_ofa.py ... --stage teacher prune     # only these
@@ -23,8 +30,8 @@ Prune Once for All (arXiv:2111.05754): from a dense model to sparse int8 models 
     quantize      the same with weights and inputs rounded to int8; saves the int8 model
     report        scores, bytes and patterns of dense, pruned, and pruned int8 models
 
-The plan is a YAML file: a table of flags for each stage to run, `defaults` for all of them, `tasks` (GLUE, squad), and
-`variants`, each the product of its lists:
+The plan is a YAML file: a table of flags for each stage to run, `defaults` for all of them, `tasks` (GLUE, squad, or
+any name with a train_file and a validation_file), and `variants`, each the product of its lists:
 
     defaults: {seed: 0}
     teacher: {preset: mini, max_steps: 2000}         # flags of run_mlm_dynsparse.py
@@ -55,12 +62,14 @@ import run_mlm_dynsparse as mlm
 import run_qa_dynsparse as qa
 from study.jobs import Job, StudyParser, logged_command, naming, run_jobs
 from study.prune_ofa import GLUE, MLM, QA, STAGES, StageRun, plan_prune_ofa, read_prune_ofa_plan
-from study.prune_ofa_report import collect_results, format_results, plot_results
+from study.prune_ofa_report import collect_results, format_results, format_smallest, plot_results
+from transformers import AutoConfig
 
 from hf_dynsparse.blocks.sizes import check_sparsity, parse_block_size
 from hf_dynsparse.data.classification import find_columns, load_sentences
 from hf_dynsparse.data.questions import load_questions
 from hf_dynsparse.files import write_atomically
+from hf_dynsparse.models.auto import is_dense
 from hf_dynsparse.training.scripts import check_topology, one_line_errors
 from hf_dynsparse.training.threads import default_threads
 
@@ -68,6 +77,15 @@ from hf_dynsparse.training.threads import default_threads
 SCRIPTS: dict[str, ModuleType] = {MLM: mlm, GLUE: glue, QA: qa}
 # Stages of a wave do not wait for each other.
 WAVES = (("teacher",), ("prune", "task_teacher"), ("gradual",), ("transfer",), ("quantize",))
+
+# Flags of run_glue_dynsparse.py, and what they are called here.
+OWN_TASK = {
+    "train_file": "task_train_file",
+    "validation_file": "task_validation_file",
+    "text_column_names": "text_column_names",
+    "label_column_name": "label_column_name",
+}
+PLANS = Path(__file__).parent / "prune_ofa"
 
 # Flags that change no result.
 INERT = ("--num_threads", "--output_dir")
@@ -78,10 +96,17 @@ def main() -> None:
     args = parse_arguments()
     output = Path(args.output_dir)
     with one_line_errors():
-        plan = read_prune_ofa_plan(args.plan, args.model_name_or_path)
+        plan = read_prune_ofa_plan(
+            args.plan,
+            args.model_name_or_path,
+            own_task={name: getattr(args, flag) for name, flag in OWN_TASK.items() if getattr(args, flag)},
+            variant={name: getattr(args, name) for name in ("sparsity", "block_size") if getattr(args, name)},
+            calibration_samples=args.calibration_samples,
+        )
         threads = args.threads or default_threads(args.jobs)
         plan["defaults"] = {"num_threads": threads, **plan["defaults"]}
         runs = plan_prune_ofa(plan, output, find_data(args))
+        check_dense(plan["model_name_or_path"])
         check_runs(runs, output)
         chosen = choose_runs(runs, plan, args, output)
         check_tasks(chosen, output)
@@ -105,11 +130,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--plan", required=True, help="the stages, a YAML file")
+    own = "default for a task of your own: with --train_file prune on that text, else on the task"
+    parser.add_argument("--plan", help=f"the stages, a YAML file; {own}")
     parser.add_argument("--output_dir", required=True, help="folder of the study")
     parser.add_argument("--model_name_or_path", help="the dense model to start from, instead of the plan's")
-    parser.add_argument("--train_file", help="text to pre-train on; default: built-in text")
+    parser.add_argument("--sparsity", type=float, nargs="+", help="instead of the plan's variants")
+    parser.add_argument("--block_size", nargs="+", help="of these: side, or ROWSxCOLUMNS (default: 1)")
+    calibration = "prune at once, by so many examples, such as 512, instead of step by step; then train on"
+    parser.add_argument("--calibration_samples", type=int, metavar="N", help=calibration)
+    formats = ".csv, .tsv, .json, .jsonl or .parquet, plain or .gz"
+    parser.add_argument("--train_file", help=f"text to pre-train on: .txt, {formats}; default: built-in text")
     parser.add_argument("--validation_file", help="text to evaluate on")
+    parser.add_argument("--task_train_file", help=f"a task of your own, text and labels to train on: {formats}")
+    parser.add_argument("--task_validation_file", help="the same to evaluate on")
+    parser.add_argument("--text_column_names", help="its column of text, or two with a comma between them for pairs")
+    parser.add_argument("--label_column_name", help="its column of labels (default: label)")
     parser.add_argument("--glue_dir", help="folder with the official files; default: the Hub")
     parser.add_argument("--squad_train_file", help="questions to train on; default: rajpurkar/squad on the Hub")
     parser.add_argument("--squad_validation_file", help="questions to evaluate on")
@@ -119,9 +154,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads of each; default: its share of the cores")
     parser.add_argument("--dry_run", action="store_true", help="print the commands of the missing runs")
     args = parser.parse_args()
-    for flag in ("jobs", "threads"):
-        if (getattr(args, flag) or 1) < 1:
-            parser.error(f"--{flag} must be at least 1. Got {getattr(args, flag)}.")
+    for flag in ("jobs", "threads", "calibration_samples"):
+        given = getattr(args, flag)
+        if given is not None and given < 1:
+            parser.error(f"--{flag} must be at least 1. Got {given}.")
+    own = [flag for flag in OWN_TASK.values() if getattr(args, flag)]
+    if own and not (args.task_train_file and args.task_validation_file):
+        parser.error(f"A task of your own needs --task_train_file and --task_validation_file. Got --{own[0]} only.")
+    if args.block_size and not args.sparsity:
+        parser.error("--block_size is that of a --sparsity. Got it alone. Give both or none.")
+    if args.plan is None:
+        if not (own and args.model_name_or_path):
+            parser.error(
+                "Without --plan there must be a dense model and a task: --model_name_or_path, --task_train_file and "
+                "--task_validation_file."
+            )
+        args.plan = PLANS / ("own_text.yaml" if args.train_file else "own_task.yaml")
     return args
 
 
@@ -133,6 +181,16 @@ def find_data(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "glue": {"glue_dir": args.glue_dir},
         "squad": squad if any(squad.values()) else {"dataset_name": "rajpurkar/squad"},
     }
+
+
+def check_dense(model_name_or_path: str | None) -> None:
+    """
+    Raises:
+        ValueError: for a folder with a model that is sparse.
+    """
+    folder = model_name_or_path or ""
+    if Path(folder, "config.json").is_file() and not is_dense(AutoConfig.from_pretrained(folder)):
+        raise ValueError(f"The model to start from must be dense. Got {folder}, which is sparse.")
 
 
 def check_runs(runs: Sequence[StageRun], output: Path) -> None:
@@ -174,7 +232,7 @@ def check_tasks(runs: Sequence[StageRun], output: Path) -> None:
             continue
         model_args, data_args, args = parse_run(run, output)
         with naming(run.name):
-            if run.script == GLUE and data_args.glue_dir:
+            if run.script == GLUE and (data_args.glue_dir or data_args.files):
                 find_columns(load_sentences(data_args, cache_dir=model_args.cache_dir), data_args, args.splits)
             elif run.script == QA and data_args.train_file:
                 load_questions(data_args, args.splits, cache_dir=model_args.cache_dir)
@@ -266,7 +324,7 @@ def report(runs: Sequence[StageRun], output: Path) -> None:
     write_atomically(output / "table.md", table + "\n")
     with contextlib.suppress(ImportError):  # no picture without matplotlib
         plot_results(results, output / "scores.png")
-    print(table)
+    print(table, format_smallest(results, output), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def test_calibrated_scores_every_method(load, tmp_path, capsys):
     (tmp_path / "STS-B" / "dev.tsv").write_text(f"sentence1\tsentence2\tscore\n{pairs}")
     flags = f"--model {tmp_path} --glue {tmp_path} --text {tmp_path / 'text.txt'} --max_seq_length 16"
     few = f"--sparsities 0.5 --block_sizes 4 --methods norm surgeon --json {tmp_path / 'bench.json'}"
-    load("bench_calibrated").main(shlex.split(f"{flags} {few} {SHARED}"))
+    load("bench_calibrated").main(shlex.split(f"{flags} {few} --dense_statistics {SHARED}"))
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["dense", "norm", "surgeon"]
     assert all(-100 <= row["score"] <= 100 for row in rows)

@@ -250,9 +250,21 @@ def test_convert_there_and_back(saved, tmp_path, capsys):
     assert (config.sparsity, config.block_shape, config.distribution) == (0.5, (2, 4), "erk")
     (tmp_path / "text.txt").write_text("".join(f"w{number} w{number % 7} w{number % 11}\n" for number in range(44)))
     options = ["--sparsity", "0.5", "--block_size", "4", "--calibration", tmp_path / "text.txt"]
-    run(capsys, "convert", tmp_path / "dense", tmp_path / "fitted", *options, "--calibration_samples", "40")
+    options += ["--calibration_samples", "40", "--save_statistics", tmp_path / "kept"]
+    run(capsys, "convert", tmp_path / "dense", tmp_path / "fitted", *options)
+    run(
+        capsys,
+        "convert",
+        tmp_path / "dense",
+        tmp_path / "again",
+        "--block_size",
+        "4",
+        "--statistics",
+        tmp_path / "kept",
+    )
     bias = "bert.encoder.layer.1.output.dense.bias"
-    assert not torch.equal(*(load_model(tmp_path / name).state_dict()[bias] for name in ("dense", "fitted")))
+    of_dense, *others = (load_model(tmp_path / name).state_dict()[bias] for name in ("dense", "fitted", "again"))
+    assert not any(torch.equal(of_dense, other) for other in others)
     run(capsys, "convert", saved, tmp_path / "bsr.safetensors", "--to", "bsr")
     with safe_open(tmp_path / "bsr.safetensors", framework="pt") as tensors:
         assert "bert.encoder.layer.1.output.dense.weight.crow_indices" in tensors.keys()  # noqa: SIM118
@@ -371,6 +383,11 @@ def test_report(saved, tmp_path, capsys, monkeypatch):
         (["convert", "SAVED", "TARGET", "--calibration", "nowhere.txt"], "`source` must be dense"),
         (["convert", "SAVED", "TARGET", "--calibration_samples", "5"], "are lines of a --calibration FILE. Got none"),
         (["convert", "SAVED", "TARGET", "--to", "dense", "--calibration", "a.txt"], "--calibration needs --to sparse"),
+        (["convert", "SAVED", "TARGET", "--save_statistics", "a"], "are those of a --calibration FILE. Got none"),
+        (
+            ["convert", "SAVED", "TARGET", "--statistics", "a", "--calibration", "a.txt"],
+            "take the place of --calibration. Got both",
+        ),
         (["card", "TARGET"], ""),
         (["animate", "SAVED"], "without topology_history. Train with examples/run_mlm_dynsparse.py"),
         (["animate", "no where"], "RUN_FOLDER must hold a history of the topology. Got no where without"),

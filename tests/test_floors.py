@@ -33,7 +33,7 @@ PLACES = {
     "optim/": Place(4, {"torch"}),
     "nn/": Place(3, {"torch"}),
     "ops/": Place(2, {"torch", "triton"}),
-    "calibration/": Place(2, {"torch", "tqdm"}),
+    "calibration/": Place(2, {"torch", "safetensors", "tqdm"}),
     "blocks/": Place(1, {"torch"}),
     "data/": Place(
         1, {"torch", "transformers", "datasets", "tokenizers", "numpy", "huggingface_hub", "tqdm", "sklearn", "scipy"}

@@ -1,5 +1,6 @@
 """Prune Once for All (arXiv:2111.05754): its stages from one plan, and the runs that they stand for."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ Flags = dict[str, Any]
 
 MLM, GLUE, QA = "run_mlm_dynsparse", "run_glue_dynsparse", "run_qa_dynsparse"
 TASKS = (*GLUE_TASKS, "squad")
+OWN = "own"  # the task of files that are named on the command line
 _TEACHING = {"distillation_weight": 1.0, "distillation_temperature": 2.0}
 
 # Stage -> the flags that make it what it is; a plan may give others. In the order in which they run.
@@ -30,6 +32,13 @@ STAGES: dict[str, Flags] = {
     "transfer": {"finetune_mode": "locked", **_TEACHING},
     "quantize": {"finetune_mode": "locked", "quantization_aware": True, **_TEACHING},
 }
+# The stage that prunes, where it begins with blocks that a calibration has chosen, and which stay.
+CALIBRATED: dict[str, Flags] = {
+    "prune": {"method": "dynsparse", "static": True, "learning_rate_rewinding": None},
+    "gradual": {"finetune_mode": "locked", "learning_rate_rewinding": None},
+}
+# Flags of a density that falls.
+GRADUAL = ("method", "topology_", "density_")
 KEYS: dict[str, Any] = {
     "model_name_or_path": str,
     "defaults": dict,
@@ -67,12 +76,23 @@ class StageRun(NamedTuple):
         return [f"--{flag}={value}" for flag, value in flags.items() if value is not None]
 
 
-def read_prune_ofa_plan(file: str | Path, model_name_or_path: str | None = None) -> dict[str, Any]:
+def read_prune_ofa_plan(
+    file: str | Path,
+    model_name_or_path: str | None = None,
+    *,
+    own_task: Flags | None = None,
+    variant: Flags | None = None,
+    calibration_samples: int | None = None,
+) -> dict[str, Any]:
     """
     The plan, with what may be left out: `tasks` is a table of flags by task, `variants` a list of tables.
 
     Args:
         model_name_or_path (`str`, *optional*): the dense model to start from, instead of the plan's.
+        own_task (`dict`, *optional*): flags that name files of one's own, for the one task `own` instead of the
+            plan's. What the plan says of `own` stays.
+        variant (`dict`, *optional*): instead of the plan's variants; `block_size` may be left out.
+        calibration_samples (`int`, *optional*): prune at once, by so many examples, and let the pattern stay.
 
     Raises:
         ValueError: naming what is not as it should be.
@@ -87,6 +107,14 @@ def read_prune_ofa_plan(file: str | Path, model_name_or_path: str | None = None)
             raise ValueError(f"`{key}` of the plan must be a {_kind(KEYS[key])}. Got {value!r}.")
     plan = {key: {} if value is None else value for key, value in plan.items()}
     tasks, variants = plan.get("tasks", {}), plan.get("variants", [])
+    if own_task:
+        tasks = {OWN: {**((tasks.get(OWN) if isinstance(tasks, dict) else None) or {}), **own_task}}
+    if variant:
+        variants = [{**variant, "block_size": variant.get("block_size", 1)}]
+    if calibration_samples is not None:
+        for stage in CALIBRATED.keys() & plan.keys():
+            kept = {flag: value for flag, value in plan[stage].items() if not flag.startswith(GRADUAL)}
+            plan[stage] = {**kept, **CALIBRATED[stage], "calibration_samples": calibration_samples}
     plan = {
         "defaults": {},
         **plan,
@@ -106,7 +134,8 @@ def plan_prune_ofa(plan: Mapping[str, Any], output: Path, data: Mapping[str, Fla
     Args:
         plan (`Mapping[str, Any]`): what [`read_prune_ofa_plan`] gives.
         output (`Path`): folder of the study, in which a run finds the models of others.
-        data (`Mapping[str, dict]`): flags that say where the data is: of `"text"`, `"glue"` and `"squad"`.
+        data (`Mapping[str, dict]`): flags that say where the data is: of `"text"`, `"glue"` and `"squad"`. Other
+            tasks say it themselves.
     """
     dense = StartingPoint(str(plan["model_name_or_path"]))
     runs = []
@@ -147,7 +176,8 @@ def _task_runs(
 ) -> list[StageRun]:
     """The dense model of one task, and the pruned ones that learn from it."""
     script = QA if task == "squad" else GLUE
-    where = data["squad"] if task == "squad" else {"task_name": task, **data["glue"]}
+    glue = {"task_name": task, **data["glue"]} if task in GLUE_TASKS else {}  # else its flags name its files
+    where = data["squad"] if task == "squad" else glue
     teacher = f"task_teacher/{task}"
     runs: list[StageRun] = []
 
@@ -199,16 +229,24 @@ def _check_stages(plan: Mapping[str, Any], file: str | Path) -> None:
             if other not in plan:
                 raise ValueError(f"Stage `{stage}` needs stage `{other}`. Got {', '.join(given)} in {file}. Add it.")
     if not plan["tasks"] and "task_teacher" in plan:
-        raise ValueError(f"Stage `task_teacher` needs `tasks`. Got none in {file}. Give a list such as [sst2, squad].")
+        raise ValueError(
+            f"Stage `task_teacher` needs `tasks`. Got none in {file}. Give a list such as [sst2, squad], or files of "
+            "your own by --task_train_file and --task_validation_file."
+        )
 
 
 def _check_tables(plan: Mapping[str, Any]) -> None:
     """Refuse tasks and variants that are none."""
     for task, flags in plan["tasks"].items():
-        if task not in TASKS:
-            raise ValueError(f"A task must be one of {', '.join(TASKS)}. Got {task!r}.")
         if not isinstance(flags, dict) or not all(isinstance(flags.get(stage) or {}, dict) for stage in STAGES):
             raise ValueError(f"The flags of a task must be a table, by stage if need be. Got {flags!r} for {task}.")
+        if task not in TASKS and not {"train_file", "validation_file"} <= flags.keys():
+            raise ValueError(
+                f"A task must be one of {', '.join(TASKS)}. Got {task!r}. One of your own needs a train_file and a "
+                "validation_file."
+            )
+        if not re.fullmatch(r"\w[\w.-]*", str(task)):
+            raise ValueError(f"The name of a task is that of a folder: letters, digits, `-` and `_`. Got {task!r}.")
     for variant in plan["variants"]:
         if not isinstance(variant, dict) or "sparsity" not in variant:
             raise ValueError(

@@ -16,10 +16,13 @@ from hf_dynsparse.nn.linear import sparse_layers
 from hf_dynsparse.reports.facts import checkpoint_bytes
 from hf_dynsparse.reports.pictures.style import COLOURS, picture
 from hf_dynsparse.reports.tables import markdown_table
+from hf_dynsparse.training.summary import smaller
 
 
 MODELS = {"task_teacher": "dense", "transfer": "pruned", "quantize": "pruned + int8"}
 ENCODER = ".layer."  # part of the names of its tensors, in BERT and others
+BYTES = ("encoder_bytes", "checkpoint_bytes")
+OWN_SCORES = {"f1": "f1", "accuracy": "accuracy", "mse": "minus mse"}  # of tasks that are not GLUE, and their metric
 Result = dict[str, Any]
 
 
@@ -33,8 +36,9 @@ def collect_results(runs: Sequence[StageRun], output: Path) -> list[Result]:
 
     Returns:
         `list[dict]`: `task`, `variant` (`None` for dense), `model`, `score` (mean of the task's metrics, in percent),
-        `lost` (points against dense), `encoder_bytes` (of the tensors in the file, indices and scales included),
-        `smaller` (dense bytes over these), `sparsity`, `checksum` of the pattern and whether it is `locked`: the same
+        `lost` (points against dense), `encoder_bytes` and `checkpoint_bytes` (of the tensors in the file, indices and
+        scales included: of the encoder, and of all), `smaller` and `checkpoint_smaller` (dense bytes over these),
+        `sparsity`, `checksum` of the pattern and whether it is `locked`: the same
         as in the sparse model that it was trained from; and how it was trained and where.
     """
     rows = [read_result(run, output) for run in runs if run.stage in MODELS]
@@ -44,6 +48,7 @@ def collect_results(runs: Sequence[StageRun], output: Path) -> list[Result]:
         dense = found.get((row["task"], None, "dense"))
         row["lost"] = dense and dense["score"] - row["score"]
         row["smaller"] = dense and dense["encoder_bytes"] / row["encoder_bytes"]
+        row["checkpoint_smaller"] = dense and dense["checkpoint_bytes"] / row["checkpoint_bytes"]
     return rows
 
 
@@ -60,6 +65,7 @@ def read_result(run: StageRun, output: Path) -> Result:
         "score": score_of(str(run.task), summary["metrics"]),
         "metrics": summary["metrics"],
         "encoder_bytes": checkpoint_bytes(folder, ENCODER),
+        "checkpoint_bytes": checkpoint_bytes(folder),
         "sparsity": summary["sparsity"],
         "checksum": checksum,
         "locked": None if before is None else checksum == before,
@@ -72,10 +78,12 @@ def read_result(run: StageRun, output: Path) -> Result:
 
 
 def score_of(task: str, metrics: Mapping[str, float]) -> float:
-    """The mean of the task's metrics, in percent."""
+    """The mean of the task's metrics, in percent; of numbers of one's own minus the mean square error."""
     if task == "squad":
         return metrics["f1"]  # in percent already
-    return 100 * fmean(metrics[name] for name in GLUE_TASKS[task].metrics)
+    if task in GLUE_TASKS:
+        return 100 * fmean(metrics[name] for name in GLUE_TASKS[task].metrics)
+    return 100 * metrics["accuracy"] if "accuracy" in metrics else -metrics["mse"]
 
 
 def topology_checksum(folder: str | Path) -> str | None:
@@ -90,12 +98,14 @@ def topology_checksum(folder: str | Path) -> str | None:
 def format_results(results: Sequence[Result]) -> str:
     """The rows in Markdown, and how they came about."""
     columns = {
-        "task": lambda row: f"{row['task']} ({'f1' if row['task'] == 'squad' else _metrics(row['task'])})",
+        "task": lambda row: f"{row['task']} ({_metrics(row)})",
         "model": lambda row: f"{row['model']} {_readable(row['variant'])}".strip(),
         "score": lambda row: f"{row['score']:.2f}",
         "lost": lambda row: _number(row["lost"], "+.2f") if row["variant"] else "-",
         "encoder kB": lambda row: f"{row['encoder_bytes'] / 1e3:,.1f}",
         "smaller": lambda row: _number(row["smaller"], ".1f", "x"),
+        "file kB": lambda row: f"{row['checkpoint_bytes'] / 1e3:,.1f}",
+        "file smaller": lambda row: _number(row["checkpoint_smaller"], ".1f", "x"),
         "sparsity": lambda row: f"{row['sparsity']:.4f}",
         "pattern": lambda row: (
             (row["checksum"] or "-") + {None: "", True: " locked", False: " CHANGED"}[row["locked"]]
@@ -110,10 +120,23 @@ def format_results(results: Sequence[Result]) -> str:
     lines = [
         markdown_table(columns, rows, right=range(2, len(columns) - 1)),
         "",
-        "Bytes: tensors of the encoder in the file, block indices and scales included. Pattern: CRC-32 of all block "
-        "indices; `locked` where it is that of the model before this training.",
+        "Bytes: tensors of the encoder in the file, block indices and scales included; of the whole file with "
+        "embeddings and head. Pattern: CRC-32 of all block indices; `locked` where it is that of the model before "
+        "this training.",
         "; ".join(f"{name}: {' / '.join(values)}" for name, values in about.items()),
     ]
+    return "\n".join(lines)
+
+
+def format_smallest(results: Sequence[Result], output: Path) -> str:
+    """A line for the last model of each task and variant: where it is, what it scores, and how much smaller it is."""
+    last = {(row["task"], row["variant"]): row for row in results if row["variant"]}
+    lines = []
+    for row in last.values():
+        dense = next((other for other in results if (other["task"], other["variant"]) == (row["task"], None)), None)
+        sizes = "" if dense is None else f"; {smaller({**row, **{f'dense_{name}': dense[name] for name in BYTES}})}"
+        lost = "" if dense is None else f", {row['lost']:+.2f} lost"
+        lines.append(f"{output / row['folder']}: {row['model']}, {row['score']:.2f}{lost}{sizes}")
     return "\n".join(lines)
 
 
@@ -148,8 +171,10 @@ def plot_results(results: Sequence[Result], path: str | PathLike[str]) -> None:
         axes.legend(frameon=False)
 
 
-def _metrics(task: str) -> str:
-    return "/".join(GLUE_TASKS[task].metrics)
+def _metrics(row: Result) -> str:
+    if row["task"] in GLUE_TASKS:
+        return "/".join(GLUE_TASKS[row["task"]].metrics)
+    return next(words for name, words in OWN_SCORES.items() if name in row["metrics"])
 
 
 def _readable(variant: str | None) -> str:

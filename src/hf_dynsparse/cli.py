@@ -220,6 +220,7 @@ def _add_convert(commands: Any) -> None:
     examples = [
         "bert-base-uncased sparse-bert --to sparse --sparsity 0.9 --block_size 16",
         "bert-base-uncased sparse-bert --sparsity 0.8 --block_size 16 --calibration text.txt",
+        "bert-base-uncased sparser-bert --sparsity 0.9 --block_size 16 --statistics statistics.safetensors",
         "runs/medium-s90-b16 medium-dense --to dense",
         "runs/medium-s90-b16 medium.onnx --to onnx",
         "runs/medium-s90-b16 medium-bsr.safetensors --to bsr",
@@ -232,6 +233,9 @@ def _add_convert(commands: Any) -> None:
     calibration = "text, a sentence or paragraph a line: keep what matters most for it, and fit that"
     parser.add_argument("--calibration", metavar="FILE", help=calibration)
     parser.add_argument("--calibration_samples", type=_positive, help="lines of it to use (default: 512)")
+    saved = "keep what the dense model reads of it, to prune by it again, to another sparsity"
+    parser.add_argument("--save_statistics", metavar="FILE", help=saved)
+    parser.add_argument("--statistics", metavar="FILE", help="such a file, in the place of text")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -239,11 +243,16 @@ def _convert(args: argparse.Namespace) -> None:
     from .checkpoints import export
 
     settings = _sparsity(args)
-    settings |= {name: value for name, value in vars(args).items() if "calibration" in name and value is not None}
+    by = {"calibration", "calibration_samples", "save_statistics", "statistics"}
+    settings |= {name: value for name, value in vars(args).items() if name in by and value is not None}
     if args.to is None and not settings:
         raise ValueError("the following arguments are required: --to")
     if "calibration_samples" in settings and "calibration" not in settings:
         raise ValueError("--calibration_samples are lines of a --calibration FILE. Got none. Give it too.")
+    if "save_statistics" in settings and "calibration" not in settings:
+        raise ValueError("--save_statistics are those of a --calibration FILE. Got none. Give it too.")
+    if "statistics" in settings and "calibration" in settings:
+        raise ValueError("--statistics take the place of --calibration. Got both. Leave one out.")
     if args.to in (None, "sparse"):
         export.sparsify_checkpoint(args.source, args.target, **settings)
     elif settings:

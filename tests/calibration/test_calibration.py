@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from toy import toy_batch, toy_config
 from transformers import (
@@ -267,9 +269,72 @@ def test_what_cannot_calibrate_leaves_the_model_alone(calibration, message):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_statistics_are_kept_and_used_again(tmp_path):
+    dense, file = build("bert"), tmp_path / "statistics.safetensors"
+    batches, score = [tokens(), tokens(seed=1)], {"selection": "activation"}
+
+    def pruned(sparsity: float = 0.5, **how: Any) -> Any:
+        calibration = Calibration(**score, **how) if how else None
+        return sparsify_(copy.deepcopy(dense), 4, sparsity, calibration=calibration)
+
+    saved, plain = pruned(batches=batches, save_statistics=file), pruned(batches=batches)
+    assert all(map(torch.equal, saved.state_dict().values(), plain.state_dict().values()))
+    # Layers that read the same stand together.
+    with safe_open(file, "pt") as kept:
+        assert {name.split(".", 3)[3] for name in kept.keys() if ".0." in name} == {  # noqa: SIM118
+            f"{layer}.{part}"
+            for layer in ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
+            for part in ("count", "gram", "total")
+        }
+        count = kept.get_tensor("encoder.layer.0.output.dense.count")
+        assert count == sum(batch["attention_mask"].sum() for batch in batches)
+        assert kept.metadata()["sequences"] == "48"
+    # Nothing before the first layer has been pruned; blocks are shared out by the dense model in both ways.
+    first = "encoder.layer.0.attention.self.query.values"
+    assert torch.equal(pruned(statistics=file).state_dict()[first], saved.state_dict()[first])
+    sizes = [
+        {name: layer.nnzb for name, layer in sparse_layers(pruned(budget="error", **given)).items()}
+        for given in ({"batches": batches}, {"statistics": file})
+    ]
+    assert sizes[0] == sizes[1]
+    assert len(set(sizes[0].values())) == 3
+    # To another sparsity: not as good as with text, but better than the largest blocks.
+    batch = tokens(seed=2)
+    errors = [
+        float((hidden(pruned(0.6, **given), batch) - hidden(dense, batch)).square().mean())
+        for given in ({"batches": batches}, {"statistics": file}, {})
+    ]
+    assert max(errors[:2]) < errors[2]
+
+
+def test_statistics_of_something_else_are_refused(tmp_path):
+    file, other = tmp_path / "statistics.safetensors", tmp_path / "other.safetensors"
+    sparsify_(build("bert"), 4, 0.5, calibration=Calibration([tokens()], save_statistics=file))
+    save_file({"weight": torch.zeros(2)}, other)
+    trained = build("bert")
+    trained.encoder.layer[1].output.dense.weight.data[3, 5] += 1e-3
+    for model, given, message in (
+        (trained, file, "which has others of `encoder.layer.1.output.dense`"),
+        (build("llama"), file, "which has none of `layers.0.self_attn.q_proj`"),
+        (build("bert"), other, "must be a file that `save_statistics` has written"),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=message):
+            sparsify_(model, 4, 0.5, calibration=Calibration(statistics=given))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    other.write_bytes(b"no header")
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        sparsify_(build("bert"), 4, 0.5, calibration=Calibration(statistics=other))
+    with pytest.raises(FileExistsError, match="must name a new file"):
+        Calibration([tokens()], save_statistics=file)
+    with pytest.raises(FileNotFoundError, match="must be a file"):
+        Calibration(statistics=tmp_path / "none")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"statistics": "a.safetensors"}, "take the place of batches to calibrate by. Got both"),
         ({"selection": "surgery"}, "`selection` must be one of admm, magnitude, activation, surgeon. Got 'surgery'"),
         ({"budget": "mine"}, "`budget` must be one of distribution, error"),
         ({"steps": 0}, "`steps` must be at least 1. Got 0"),

@@ -15,8 +15,15 @@ import torch
 from scripts import EXAMPLES, run_script
 from study.jobs import Job, logged_command, run_jobs
 from study.prune_ofa import StageRun, plan_prune_ofa, read_prune_ofa_plan
-from study.prune_ofa_report import collect_results, format_results, plot_results, topology_checksum
-from toy import WORDS, toy_model, toy_tokenizer
+from study.prune_ofa_report import (
+    collect_results,
+    format_results,
+    format_smallest,
+    plot_results,
+    score_of,
+    topology_checksum,
+)
+from toy import WORDS, toy_config, toy_model, toy_tokenizer
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from hf_dynsparse import DynSparseBertForSequenceClassification, sparse_layers
@@ -166,6 +173,12 @@ def test_a_wrong_plan_is_refused_before_any_work(run_study, tmp_path, plan, mess
         ("--task sst2", "--task must be of the plan. Got sst2"),
         ("--stage transfer", f"{S9}/transfer/mrpc builds on {S9}/prune, which is not finished"),
         ("--stage quantize --task squad", "transfer/squad, which is not finished in .*Run that stage too, or first"),
+        ("--task_train_file a.csv", "needs --task_train_file and --task_validation_file. Got --task_train_file only"),
+        ("--task_train_file a.csv --task_validation_file a.csv", "task_teacher/own: .*must be an existing file"),
+        ("--task_train_file {data}/a.csv --task_validation_file {data}/a.csv", "own: .*must have a column `label`"),
+        ("--block_size 4", "--block_size is that of a --sparsity. Got it alone"),
+        ("--calibration_samples 0", "--calibration_samples must be at least 1. Got 0"),
+        ("--model_name_or_path {data}/sparse", "must be dense. Got .*sparse"),
         ("--train_file nowhere.txt", "teacher: `--train_file` must be an existing file"),
         ("--train_file {data}/latin1.txt", "teacher: .*latin1.txt: byte 0xe9 in line 1, which is not UTF-8"),
         ("--glue_dir nowhere", "task_teacher/mrpc: `mrpc` must have files such as train.tsv"),
@@ -176,29 +189,66 @@ def test_a_wrong_plan_is_refused_before_any_work(run_study, tmp_path, plan, mess
         ),
     ],
 )
-def test_wrong_flags_are_refused_before_any_work(run_study, tmp_path, flags, message):
+def test_wrong_flags_are_refused_before_any_work(run_study, tmp_path, capsys, flags, message):
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "a.json").write_text('[{"id"')
+    (tmp_path / "a.csv").write_text("text\nOne.\n")
+    toy_config().save_pretrained(tmp_path / "sparse")
     for folder, label in (("MRPC", "maybe"), ("ok/MRPC", "1")):
         (tmp_path / folder).mkdir(parents=True)
         for file in ("train", "dev"):
             (tmp_path / folder / f"{file}.tsv").write_text(
                 f"Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n{label}\t1\t2\tOne.\tTwo.\n"
             )
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit) as error:
         run_study(PLAN, flags.format(data=tmp_path))
+    assert re.search(message, f"{error.value} {capsys.readouterr().err}")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_plans_that_come_with_the_package_are_right(run_study, capsys):
+def test_the_plans_that_come_with_the_package_are_right(run_study, data, capsys):
     for plan in sorted((EXAMPLES / "prune_ofa").glob("*.yaml")):
         assert not re.search(r"[:\s]/\w", plan.read_text())  # no absolute path
-        run_study(plan.read_text(), "--dry_run")
+        own = f"{own_files(data)} --model_name_or_path {data / 'encoder'}" if plan.name.startswith("own") else ""
+        run_study(plan.read_text(), f"--dry_run {own}")
         commands = capsys.readouterr().out.splitlines()
-        assert len(set(commands)) == len(commands) > 4
+        assert len(set(commands)) == len(commands) > 3
+
+
+def own_files(data: Path) -> str:
+    return f"--task_train_file {data / 'own.csv'} --task_validation_file {data / 'own.csv'} --label_column_name stars"
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_task_of_ones_own_needs_no_plan(monkeypatch, data, tmp_path, capsys, text):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    flags = f"--model_name_or_path {data / 'encoder'} {own_files(data)} --sparsity 0.8 --calibration_samples 16"
+    flags += f" --train_file {data / 'text.txt'}" if text else ""
+    run_script(SCRIPT, f"{flags} --output_dir {tmp_path / 'out'} --dry_run")
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(commands) == (5 if text else 4)
+    (pruning,) = (command for command in commands if "--calibration_samples=16" in command)
+    assert {"--sparsity=0.8", "--block_size=1"} < set(pruning)
+    assert ("--static=True" if text else "--finetune_mode=locked") in pruning
+    assert not any(flag.startswith("--learning_rate_rewinding") for flag in pruning)
+    assert {f"--train_file={data / 'own.csv'}", "--label_column_name=stars"} < set(commands[-1])
+    assert "--quantization_aware=True" in commands[-1]
+
+
+def test_what_the_plan_says_of_ones_own_task_stays(tmp_path):
+    (tmp_path / "plan.yaml").write_text(f"{{teacher: , prune: , {TASK}, tasks: {{own: {{seed: 3}}, sst2: }}}}")
+    plan = read_prune_ofa_plan(tmp_path / "plan.yaml", own_task={"train_file": "a.csv", "validation_file": "b.csv"})
+    assert plan["tasks"] == {"own": {"seed": 3, "train_file": "a.csv", "validation_file": "b.csv"}}
 
 
 # Running
+
+
+def test_without_a_plan_a_model_and_a_task_are_needed(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit):
+        run_script(SCRIPT, f"--output_dir {tmp_path / 'out'} --model_name_or_path some/encoder")
+    assert "Without --plan there must be a dense model and a task" in capsys.readouterr().err
 
 
 def finish(folder: Path, **numbers: Any) -> None:
@@ -316,6 +366,10 @@ def test_the_report_compares_scores_bytes_and_patterns(models):
     assert quantized["lost"] == pytest.approx(10)
     assert pruned["encoder_bytes"] == checkpoint_bytes(output / "transfer", ".encoder.")
     assert pruned["smaller"] == dense["encoder_bytes"] / pruned["encoder_bytes"]
+    assert pruned["checkpoint_smaller"] == checkpoint_bytes(output / "task_teacher") / pruned["checkpoint_bytes"]
+    (last,) = format_smallest([dense, pruned, quantized], output).splitlines()
+    assert last.startswith(f"{output / 'quantize'}: pruned + int8, 70.00, +10.00 lost; encoder 0.0")
+    assert f"whole file {quantized['checkpoint_bytes'] / 1e6:.2f} MB (" in last
     assert dense["checksum"] is None
     assert pruned["checksum"] == quantized["checksum"]  # the order of the slots does not matter
     assert (dense["locked"], pruned["locked"], quantized["locked"]) == (None, None, True)
@@ -325,6 +379,12 @@ def test_the_report_compares_scores_bytes_and_patterns(models):
     assert "seed: 0; hardware: abacus; versions: torch 2" in table
     plot_results([dense, pruned, quantized], output / "scores.png")
     assert (output / "scores.png").stat().st_size > 10_000
+
+
+def test_scores():
+    assert score_of("own", {"accuracy": 0.5, "loss": 2.0}) == 50
+    assert score_of("own", {"mse": 0.25}) == -0.25  # more is better
+    assert score_of("squad", {"f1": 80.0}) == 80
 
 
 def test_a_pattern_that_moved_is_seen(models):
@@ -369,7 +429,7 @@ task_teacher: {{max_steps: 3}}
 gradual: {{max_steps: 10, topology_update_every: 2}}
 transfer: {{max_steps: 3}}
 quantize: {{max_steps: 3}}
-tasks: {{sst2: {{max_seq_length: 16, per_device_train_batch_size: 8}}}}
+tasks: {{own: {{max_seq_length: 16, per_device_train_batch_size: 8}}}}
 variants: [{{sparsity: 0.75, block_size: 1x4}}]
 """,
 }
@@ -388,6 +448,7 @@ def data(tmp_path_factory) -> Path:
     for file, count in (("train", 24), ("dev", 12)):
         rows = "".join(f"{sentence()}\t{number % 2}\n" for number in range(count))
         (folder / "glue/SST-2" / f"{file}.tsv").write_text(f"sentence\tlabel\n{rows}")
+    (folder / "own.csv").write_text("text,stars\n" + "".join(f"{sentence()},{'ab'[i % 2]}\n" for i in range(24)))
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     BertModel(BertConfig(vocab_size=64, max_position_embeddings=32, **sizes)).save_pretrained(folder / "encoder")
@@ -399,7 +460,7 @@ def data(tmp_path_factory) -> Path:
 def test_all_stages(run_study, data, tmp_path, capsys, way):
     """The commands of a plan, run in this process, in its order; then the report."""
     start = f"--train_file {data / 'text.txt'}" if way == "prune" else f"--model_name_or_path {data / 'encoder'}"
-    flags = f"{start} --glue_dir {data / 'glue'}"
+    flags = f"{start} {'--glue_dir ' + str(data / 'glue') if way == 'prune' else own_files(data)}"
     run_study(TOY_PLANS[way], f"{flags} --dry_run")
     for command in capsys.readouterr().out.splitlines():
         _, script, *rest = shlex.split(command)
@@ -416,8 +477,14 @@ def test_all_stages(run_study, data, tmp_path, capsys, way):
     )
     assert dense["sparsity"] == 0
     assert pruned["sparsity"] == quantized["sparsity"] == 0.75
-    before = topology_checksum(tmp_path / "out" / variant / ("prune" if way == "prune" else "gradual/sst2"))
+    before = topology_checksum(tmp_path / "out" / variant / ("prune" if way == "prune" else "gradual/own"))
     assert before == pruned["checksum"] == quantized["checksum"]
     assert (dense["locked"], pruned["locked"], quantized["locked"]) == (None, True, True)
     assert quantized["encoder_bytes"] < 0.5 * pruned["encoder_bytes"] < dense["encoder_bytes"]
     assert (tmp_path / "out/scores.png").is_file()
+    # Word embeddings are int8 by default: four bytes become one.
+    words = "embeddings.word_embeddings."
+    sizes = [checkpoint_bytes(tmp_path / "out" / row["folder"], words) for row in (dense, quantized)]
+    assert sizes[1] == sizes[0] / 4 + 4
+    assert "whole file" in table
+    assert "int8" in (tmp_path / "out" / quantized["folder"] / "README.md").read_text()

@@ -70,12 +70,13 @@ def run(data, tmp_path):
 
 
 def test_an_encoder_is_recovered(run, data, tmp_path):
-    flags = f"--glue_dir {data / 'glue'} --distillation_layers all"
+    flags = f"--glue_dir {data / 'glue'} --distillation_layers all --distillation_relations last"
     output = run(flags)
     summary, results = (json.loads((output / f"{name}.json").read_text()) for name in ("summary", "all_results"))
     assert summary["metrics"]["teacher_cosine"] > summary["metrics_at_start"]["teacher_cosine"]
     assert (summary["sparsity"], summary["teacher"], summary["mode"]) == (0.5, "dense", "locked")
     assert summary["arguments"]["distillation_layers"] == "all"
+    assert summary["arguments"]["distillation_relations"] == "last"
     # Spearman's correlation again, by the files that it wrote.
     model, rows = AutoModel.from_pretrained(output).eval(), read_glue(data / "glue", "stsb")["validation"]
     assert sparse_layers(model)

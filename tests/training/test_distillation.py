@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModel, DistilBertConfig, GPT2Config, LlamaConfig
 from transformers.modeling_outputs import MaskedLMOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput
 
 from hf_dynsparse import (
@@ -15,7 +16,13 @@ from hf_dynsparse import (
 )
 from hf_dynsparse.training.distillation import Distillation, distillation_loss
 from hf_dynsparse.training.hidden_states import hidden_state_loss, hidden_states_loss
+from hf_dynsparse.training.relations import relation_loss
 from tests.toy import toy_arguments, toy_batch, toy_collator, toy_examples, toy_model
+
+
+# Keys and values are narrower than queries.
+LLAMA = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def test_two_classes_by_hand():
@@ -143,9 +150,103 @@ def test_layers_that_are_compared():
     assert float(hidden_states_loss(ours, theirs, "0,2")) == pytest.approx((each[0] + each[2]) / 2)
 
 
+def test_relations_by_hand():
+    # One relation head of width 4, so products are halved. The teacher's two tokens are orthogonal, of products
+    # 2 ln 3: each relates to itself 3 : 1. The student's are equal: 1 : 1. The third token is padding.
+    length = math.sqrt(2 * math.log(3.0))
+    teacher = torch.tensor([[[length, 0.0, 0.0, 0.0], [0.0, length, 0.0, 0.0], [9.0] * 4]])
+    student = torch.tensor([[[1.0, 2.0], [1.0, 2.0], [-7.0, 7.0]]])  # another width
+    mask = torch.tensor([[1, 1, 0]])
+    by_hand = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert float(relation_loss(student, teacher, 1, mask)) == pytest.approx(by_hand, rel=1e-6)
+    assert float(relation_loss(student[:, :2], teacher[:, :2], 1)) == pytest.approx(by_hand, rel=1e-6)
+    # Heads are averaged: of the teacher's first half a token relates to itself 3^sqrt(2) : 1, of its second 1 : 1.
+    # To the second token the halves are the other way round.
+    first = 3 ** math.sqrt(2) / (3 ** math.sqrt(2) + 1)
+    wide = torch.stack([torch.tensor([length, 0, 0, 0]), torch.tensor([0, 0, 0, length])])[None]
+    heads = (math.log(2) + first * math.log(first) + (1 - first) * math.log(1 - first)) / 2
+    assert float(relation_loss(torch.zeros(1, 2, 2), wide, 2)) == pytest.approx(heads, rel=1e-5)
+    # Each sequence counts alike, however long it is.
+    two = torch.cat([teacher, teacher.flip(1)]), torch.cat([student, student.flip(1)])
+    both = relation_loss(two[1], two[0], 1, torch.tensor([[1, 1, 0], [0, 0, 1]]))
+    assert float(both) == pytest.approx(by_hand / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_relations_of_models_of_two_widths(tmp_path, compiled):
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model, teacher = toy_model(**still), toy_model(9, sparsity=0.0, hidden_size=64, num_hidden_layers=3)
+    batch, parts = toy_batch(), []
+    states = [
+        each.eval()(**batch, output_hidden_states=True).hidden_states[layer]
+        for each, layer in ((model, 1), (teacher, 2))
+    ]
+    for name in ("query", "key", "value"):
+        layers = (each.bert.encoder.layer[layer].attention.self for each, layer in ((model, 1), (teacher, 2)))
+        both = (getattr(layer, name)(state) for layer, state in zip(layers, states, strict=True))
+        parts.append(relation_loss(*both, 4, batch["attention_mask"]).item())
+    alone = model(**batch).loss.item()
+    how = {"distillation_relations": "2:3", "distillation_relation_heads": 4, "distillation_relations_weight": 2.0}
+    trainer = DynSparseTrainer(model, toy_arguments(tmp_path, distillation_weight=0.0, **how), teacher=teacher)
+    trained = torch.compile(model, backend="eager") if compiled else model
+    for _ in range(2):
+        loss = trainer.compute_loss(trained.train(), batch)
+        loss.backward()
+        assert float(loss.detach()) == pytest.approx(alone + 2 * sum(parts), rel=1e-5)
+    assert trainer.distillation.take_means()["distillation_relations_loss"] == pytest.approx(sum(parts), rel=1e-5)
+    assert trainer.compute_loss(model.eval(), batch).item() == pytest.approx(alone, rel=1e-5)  # the task's
+
+
+@pytest.mark.parametrize(
+    ("config", "attention"),
+    [
+        (DistilBertConfig(vocab_size=64, dim=32, hidden_dim=64, n_layers=2, n_heads=2), "attention.q_lin"),
+        (LlamaConfig(**LLAMA), "self_attn.q_proj"),
+    ],
+)
+def test_relations_of_other_architectures(config, attention):
+    model, teacher = AutoModel.from_config(config), AutoModel.from_config(config)
+    distillation = Distillation(teacher, relations="last")
+    distillation.check_student(model)
+    batch = {name: x for name, x in toy_batch().items() if name != "labels"}
+    answers = distillation.answers(batch)
+    ((weight, loss),) = distillation.on_top(batch, model(**batch), answers)
+    loss.backward()
+    moved = [name for name, parameter in model.named_parameters() if f"1.{attention}" in name and parameter.grad.any()]
+    assert weight == 1
+    assert moved
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "error"),
+    [
+        ("3", None, "must be at most 2, as DynSparseBertForMaskedLM has attentions. Got 3"),
+        ("2", 5, "must divide the width of queries, keys and values. Got 5 for 32"),
+    ],
+)
+def test_relations_that_models_lack(layers, heads, error):
+    with pytest.raises(ValueError, match=error):
+        Distillation(toy_model(1), relations=layers, relation_heads=heads).check_student(toy_model())
+    fused = AutoModel.from_config(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=40))
+    with pytest.raises(ValueError, match="layers of their own. Got GPT2Model, which has none"):
+        Distillation(fused, relations="last").check_student(fused)
+
+
+def test_relations_want_gradients(tmp_path):
+    model, teacher = (toy_model(seed, DynSparseBertForSequenceClassification) for seed in (0, 9))
+    model.bert.requires_grad_(False)
+    trainer = DynSparseTrainer(model, toy_arguments(tmp_path, distillation_relations="last"), teacher=teacher)
+    with pytest.raises(ValueError, match="need gradients of queries, keys and values"):
+        trainer.compute_loss(model.train(), toy_batch() | {"labels": torch.tensor([0, 1, 1, 0])})
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
+        ({"relations": "first"}, "must name a layer: last, .*Got 'first'"),
+        ({"relations": "0"}, "must name a layer: last, .*Got '0'"),
+        ({"relations_weight": 0.0}, "must be positive. Got 0.0"),
+        ({"relation_heads": 0}, "must be at least 1. Got 0"),
         ({"layers": "1,x"}, "must be all, or a list such as 2,4,6. Got '1,x'"),
         ({"layers_weight": 0.0}, "must be positive. Got 0.0"),
         ({"weight": 1.5}, r"must lie in \[0, 1\]. Got 1.5"),
@@ -185,8 +286,9 @@ def test_a_teacher_of_other_layers(tmp_path, layers, sizes, error):
 def test_a_teacher_that_was_named_only(tmp_path):
     with pytest.raises(ValueError, match="'somewhere': load that model"):
         DynSparseTrainer(toy_model(), toy_arguments(tmp_path, teacher="somewhere"))
-    with pytest.raises(ValueError, match="`distillation_layers` are learned from a `teacher`. Got 'all' and none"):
-        DynSparseTrainer(toy_model(), toy_arguments(tmp_path, distillation_layers="all"))
+    for name, given in (("distillation_layers", "all"), ("distillation_relations", "last")):
+        with pytest.raises(ValueError, match=f"`{name}` are learned from a `teacher`. Got '{given}' and none"):
+            DynSparseTrainer(toy_model(), toy_arguments(tmp_path, **{name: given}))
 
 
 def masked_trainer(folder, **arguments):
@@ -235,14 +337,15 @@ def test_weight_zero_is_training_without_a_teacher(tmp_path, cls):
 
 def test_accumulation_equals_one_batch(tmp_path):
     """Rows hold different numbers of masked tokens, so a mean of means would show."""
-    short = {"max_steps": 3, "num_topology_updates": 1, "distillation_layers": "all"}
+    short = {"max_steps": 3, "num_topology_updates": 1, "distillation_layers": "all", "distillation_relations": "last"}
     whole = masked_trainer(tmp_path / "one", per_device_train_batch_size=8, **short)
     parts = masked_trainer(tmp_path / "two", gradient_accumulation_steps=4, per_device_train_batch_size=2, **short)
     whole.train()
     parts.train()
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
-    of_layers = [losses(trainer, "dynsparse/distillation_layers_loss") for trainer in (whole, parts)]
-    assert of_layers[1] == pytest.approx(of_layers[0], rel=1e-5)
+    for what in ("layers", "relations"):
+        one, other = (losses(trainer, f"dynsparse/distillation_{what}_loss") for trainer in (whole, parts))
+        assert other == pytest.approx(one, rel=1e-5)
     for (name, one), other in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5, msg=name)
 

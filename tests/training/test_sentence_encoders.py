@@ -36,7 +36,8 @@ def test_the_loss_of_a_batch():
     loss = distillation.loss(inputs, student, answers)
     assert float(loss) == pytest.approx(float(embedding_loss(*embeddings).mean()), rel=1e-6)
     assert float(distillation.loss(inputs, answers, answers)) == pytest.approx(0.0, abs=1e-6)
-    assert float(distillation.layers_loss(inputs, answers, answers)) == 0.0
+    ((weight, loss),) = distillation.on_top(inputs, answers, answers)
+    assert (weight, float(loss)) == (1.0, 0.0)
     with pytest.raises(ValueError, match="must have one width. Got 32 and 64"):
         SentenceDistillation(teacher).check_student(toy_model(0, DynSparseBertModel, hidden_size=64))
 

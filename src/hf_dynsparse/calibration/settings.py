@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -36,9 +37,13 @@ class Calibration:
             or by `"error"` between half and twice as many, so that the sum over layers of the lost shares of variance
             is least; that takes another pass.
         progress (`bool`, defaults to `True`): whether to show a bar, in a terminal.
+        save_statistics (`str` or `Path`, *optional*): a new file for the statistics of the dense model.
+        statistics (`str` or `Path`, *optional*): such a file, in the place of `batches`. Layers are then fitted to
+            what the dense model reads, not the pruned one: nothing makes up for the errors of the layers before.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: for a value out of range, or batches beside `statistics`.
+        FileExistsError, FileNotFoundError: if there is a file of `save_statistics`, or none of `statistics`.
 
     Example:
         ```python
@@ -47,13 +52,15 @@ class Calibration:
         ```
     """
 
-    batches: Iterable[Batch]
+    batches: Iterable[Batch] = ()
     selection: str = "admm"
     steps: int = 4
     ridge: float = 0.01
     dense_share: float = 0.25
     budget: str = "distribution"
     progress: bool = True
+    save_statistics: str | Path | None = None
+    statistics: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("selection", SELECTIONS), ("budget", BUDGETS)):
@@ -65,6 +72,12 @@ class Calibration:
             raise ValueError(f"`ridge` must be a number from 0 on. Got {self.ridge}. 0.01 is usual.")
         if not 0.0 <= self.dense_share <= 1.0:
             raise ValueError(f"`dense_share` must lie in [0, 1]. Got {self.dense_share}. 0.25 is usual.")
+        if self.statistics is not None and (self.batches != () or self.save_statistics is not None):
+            raise ValueError("`statistics` take the place of batches to calibrate by. Got both. Leave one out.")
+        if self.statistics is not None and not Path(self.statistics).is_file():
+            raise FileNotFoundError(f"`statistics` must be a file. Got {self.statistics}, which is none.")
+        if self.save_statistics is not None and Path(self.save_statistics).exists():
+            raise FileExistsError(f"`save_statistics` must name a new file. Got {self.save_statistics}.")
 
 
 def check_batches(batches: Sequence[Batch], width: int) -> None:

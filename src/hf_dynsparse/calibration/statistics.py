@@ -22,6 +22,13 @@ class Statistics:
         self.gram, self.cross = torch.zeros(2, width, width, dtype=torch.float64, device=device)
         self.total, self.dense_total = torch.zeros(2, width, dtype=torch.float64, device=device)
 
+    @classmethod
+    def of_dense(cls, count: int, gram: torch.Tensor, total: torch.Tensor) -> "Statistics":
+        """Where `x` is `y`: nothing before the layer has been pruned."""
+        made = cls(0, gram.device)
+        made.count, made.gram, made.cross, made.total, made.dense_total = count, gram, gram, total, total
+        return made
+
     def add(self, inputs: torch.Tensor, dense: torch.Tensor) -> None:
         """Take in both inputs of some positions, `(positions, width)` each."""
         self.count += len(inputs)

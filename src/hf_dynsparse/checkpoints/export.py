@@ -43,6 +43,8 @@ def sparsify_checkpoint(
     distribution: str = "uniform",
     calibration: Calibration | str | None = None,
     calibration_samples: int = 512,
+    save_statistics: str | Path | None = None,
+    statistics: str | Path | None = None,
 ) -> None:
     """
     Make a dense checkpoint sparse: each matrix keeps its blocks of largest L1 norm or, with `calibration`, those that
@@ -56,6 +58,8 @@ def sparsify_checkpoint(
         calibration (`str` or `Calibration`, *optional*): a text file, a sentence or paragraph a line, that the
             tokenizer of the checkpoint reads; or inputs with settings.
         calibration_samples (`int`, defaults to 512): lines of the file to use, evenly from the whole of it.
+        save_statistics (`str` or `Path`, *optional*): beside a text file: a new file for what the dense model reads.
+        statistics (`str` or `Path`, *optional*): such a file, in the place of text; see [`Calibration`].
 
     Raises:
         FileExistsError: if `target` exists and is more than an empty folder.
@@ -68,7 +72,10 @@ def sparsify_checkpoint(
     settings: dict[str, Any] = {"sparsity": sparsity, "block_size": block_size, "distribution": distribution}
     ours = getattr(models, f"DynSparse{model_class(config).__name__.removeprefix('DynSparse')}", None)
     if isinstance(calibration, str):
-        calibration = Calibration(read_calibration(calibration, load_tokenizer(source), calibration_samples))
+        batches = read_calibration(calibration, load_tokenizer(source), calibration_samples)
+        calibration = Calibration(batches, save_statistics=save_statistics)
+    elif statistics is not None:
+        calibration = Calibration(statistics=statistics)
     with written_aside(target) as folder:
         model: Any
         if ours is not None:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, TrainerState
 
 from .._transformers import TRAINER_STATE_NAME, get_last_checkpoint
+from ..files import read_object
 from ..models.checksums import open_weights, verify_weights
 from ..models.density import sizes_of
 from ..nn.linear import TRAINING_BUFFER, trainable_layers
@@ -84,6 +85,12 @@ class SavedRun:
         kept: Any = self.state.stateful_callbacks
         attributes = [saved.get("attributes", {}) for saved in kept.values() if isinstance(saved, dict)]
         return next((found["final"]["sizes"] for found in attributes if found.get("final")), None)
+
+    @property
+    def quantize_embeddings(self) -> bool:
+        """Whether word embeddings are rounded in quantisation-aware training. By earlier versions: not by default."""
+        config = self.folder / "config.json"
+        return config.is_file() and bool(read_object(config).get("quantize_embeddings", False))
 
     def sizes(self, model: nn.Module) -> dict[str, int]:
         """Active blocks that the sparse layers of `model` have in this checkpoint."""

@@ -18,7 +18,7 @@ from ..files import write_atomically
 from ..models import DynSparseBertConfig
 from ..models.bert.configuration_dynsparse_bert import count_units
 from ..models.flops import inference_flops_per_sequence
-from ..models.heads import body_linears
+from ..models.heads import body_linears, stack_name
 from ..optim.recipes import FINETUNE_MODES
 from .facts import EXPLORED, PICTURES, PLATEAU, read_facts, task_metrics
 from .layers import LayerFacts, ModelFacts, model_facts
@@ -205,6 +205,13 @@ def _costs(model: PreTrainedModel, size: ModelFacts, facts: Mapping[str, Any]) -
     if size.layers:
         sums = (sum(getattr(layer, name) for layer in size.layers) / 1e6 for name in ("bytes", "dense_bytes"))
         rows.append(("MB of its sparse matrices", "{:,.2f}", *sums))
+    if int8_modules(model):
+        words = model.get_input_embeddings()
+        named = next((f"{name}." for name, module in model.named_modules() if module is words), None)
+        for what, part in {"encoder": stack_name(model), "word embeddings": named}.items():
+            if part is not None:
+                own = model_facts(model, part)
+                rows.append((f"MB of its {what}", "{:,.2f}", own.bytes / 1e6, own.dense_bytes / 1e6))
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions:  # a text model of one stack, as the count of FLOPs wants it
         length = facts.get("seq_len") or min(128, positions)

@@ -1,6 +1,7 @@
 """What a run does with the topology and its kernels: `DynSparseTrainingArguments`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
@@ -12,6 +13,7 @@ from .callbacks.distance_bias import parse_distance_bias
 from .curriculum import Curriculum
 from .distillation import DISTILLATION_POSITIONS, check_distillation
 from .hidden_states import check_layers
+from .relations import check_relations
 from .rewinding import check_rewinding, rewinding
 
 
@@ -121,6 +123,22 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
         },
     )
 
+    distillation_relations: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --teacher: learn how queries, keys and values of one layer relate to each other (MiniLMv2): "
+            "last, a number from 1 on, or those of student and teacher such as 6:11. Widths may differ."
+        },
+    )
+    distillation_relations_weight: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the loss of relations, which comes on top: the sum of three divergences."},
+    )
+    distillation_relation_heads: int | None = field(
+        default=None,
+        metadata={"help": "Into which queries, keys and values are split. Default: attention heads of the teacher."},
+    )
+
     kernel_tuning: str = field(
         default="once",
         metadata={
@@ -178,6 +196,7 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
         how = self.distillation_temperature, self.distillation_weight, self.distillation_positions
         check_distillation(*how, prefix="distillation_")
         check_layers(self.distillation_layers, self.distillation_layers_weight, prefix="distillation_")
+        check_relations(**self.relations, prefix="distillation_")
         if self.group_lasso < 0:
             raise ValueError(f"`group_lasso` must not be negative. Got {self.group_lasso}.")
         # What the method says of the optimiser; one without ages has no new blocks to warm up.
@@ -187,6 +206,12 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
                 setattr(self, name, preset.get(name, default))
         super().__post_init__()
         self._check_optimizer()
+
+    @property
+    def relations(self) -> dict[str, Any]:
+        """Arguments of [`Distillation`]: what is learned of relations in attention."""
+        names = "relations", "relations_weight", "relation_heads"
+        return {name: getattr(self, f"distillation_{name}") for name in names}
 
     def _check_optimizer(self) -> None:
         if self.dense_learning_rate is not None and self.dense_learning_rate < 0:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..models.losses import IGNORED, LABELS, at_least_one
 from .hidden_states import check_layers, check_same_layers, hidden_states_loss
+from .relations import Relations, check_relations
 
 
 # What heads call their logits: classification, regression and masked language modelling; pre-training; spans.
@@ -43,7 +44,9 @@ class Distillation:
     """
     A teacher, and what its logits add to the loss: `(1 - weight) * task loss + weight * distillation loss`
     (arXiv:2111.05754, section 3.1). With `layers` comes `layers_weight` times the loss of hidden states on top (as in
-    arXiv:1909.10351, section 3.1): see [`~training.hidden_states.hidden_state_loss`].
+    arXiv:1909.10351, section 3.1): see [`~training.hidden_states.hidden_state_loss`]. With `relations` comes
+    `relations_weight` times the loss of relations in attention (as in arXiv:2012.15828, section 3): see
+    [`~training.relations.relation_loss`].
 
     Token-level logits (masked language modelling) are compared where there is a label, or at all real tokens; span
     logits at real tokens, all others for each sequence.
@@ -56,6 +59,10 @@ class Distillation:
         layers (`str`, *optional*): whose hidden states are compared: `"all"`, or a list such as `"2,4,6"`; 0 are the
             embeddings.
         layers_weight (`float`): factor of their loss.
+        relations (`str`, *optional*): the layer whose queries, keys and values are compared by their relations:
+            `"last"`, a number from 1 on, or those of student and teacher, such as `"6:11"`.
+        relations_weight (`float`): factor of their loss.
+        relation_heads (`int`, *optional*): into which they are split. Default: attention heads of the teacher.
 
     Raises:
         ValueError: for a weight or temperature out of range, or unknown positions.
@@ -71,18 +78,24 @@ class Distillation:
         positions: str = "labelled",
         layers: str | None = None,
         layers_weight: float = 1.0,
+        relations: str | None = None,
+        relations_weight: float = 1.0,
+        relation_heads: int | None = None,
     ) -> None:
         check_distillation(temperature, weight, positions, "")
         check_layers(layers, layers_weight, "")
+        check_relations(relations, relations_weight, relation_heads, "")
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature, self.weight, self.positions = temperature, weight, positions
         self.layers, self.layers_weight = layers, layers_weight
+        self.relations, self.relations_weight, self.relation_heads = relations, relations_weight, relation_heads
+        self._relations: Relations | None = None
         self._accepted = set(inspect.signature(teacher.forward).parameters) - set(LABELS)
         self._sums = dict[str, tuple[torch.Tensor | float, int]]()  # by name: of the losses, and how many
 
     def check_student(self, student: nn.Module) -> None:
         """
-        Refuse a student whose logits mean something else than the teacher's.
+        Refuse a student whose logits mean something else than the teacher's, and listen to what `relations` name.
 
         Raises:
             ValueError: if the vocabularies or the labels differ in number, or layers to be compared do not correspond.
@@ -96,6 +109,8 @@ class Distillation:
                 )
         if self.layers is not None:
             check_same_layers(student, self.teacher, self.layers)
+        if self.relations is not None:
+            self._relations = Relations(student, self.teacher, self.relations, self.relation_heads)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -157,13 +172,16 @@ class Distillation:
                 parts.append(distillation_loss(student, teacher, self.temperature).mean() / len(SPAN))
         return self._kept("distillation_loss", torch.stack(parts).sum())
 
-    def layers_loss(self, inputs: dict[str, torch.Tensor], outputs: Any, answers: Any) -> torch.Tensor | None:
-        """The loss of the hidden states of one batch, a mean over its sequences; `None` without `layers`."""
-        if self.layers is None:
-            return None
-        states = outputs["hidden_states"], answers["hidden_states"]
-        loss = hidden_states_loss(*states, self.layers, inputs.get("attention_mask"))
-        return self._kept("distillation_layers_loss", loss)
+    def on_top(
+        self, inputs: dict[str, torch.Tensor], outputs: Any, answers: Any
+    ) -> Iterator[tuple[float, torch.Tensor]]:
+        """What hidden states and relations of one batch add: factors, and means over its sequences."""
+        mask = inputs.get("attention_mask")
+        if self.layers is not None:
+            loss = hidden_states_loss(outputs["hidden_states"], answers["hidden_states"], self.layers, mask)
+            yield self.layers_weight, self._kept("distillation_layers_loss", loss)
+        if self._relations is not None:
+            yield self.relations_weight, self._kept("distillation_relations_loss", self._relations.loss(mask))
 
     def _kept(self, name: str, loss: torch.Tensor) -> torch.Tensor:
         total, count = self._sums.get(name, (0.0, 0))

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import BertConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..compress.int8 import prepare_qat_, to_int8_
+from ..compress.int8.qat import can_round_embeddings
+from ..models.heads import stack_name
 from ..models.sparsify import densify_
 from ..nn.linear import sparse_layers
 from ..optim.recipes import FINETUNE_MODES, QUANTIZATION_AWARE
@@ -72,7 +74,11 @@ class FinetuningArguments(DynSparseTrainingArguments):
         },
     )
     quantize_embeddings: bool = field(
-        default=False, metadata={"help": "With --quantization_aware: word embeddings too."}
+        default=None,  # type: ignore[assignment]  # as `quantization_aware` says, where they are not tied
+        metadata={
+            "help": "With --quantization_aware: word embeddings too, which else are most of the file. Default: true, "
+            "unless an output layer shares them."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -129,7 +135,9 @@ def prepare_finetuning_(model: PreTrainedModel, args: FinetuningArguments) -> Pr
     if was_sparse and args.finetune_mode == "dense":
         densify_(model)
     if args.quantization_aware:
-        prepare_qat_(model, args.quantize_embeddings)
+        asked = args.quantize_embeddings
+        model.config.quantize_embeddings = can_round_embeddings(model) if asked is None else asked
+        prepare_qat_(model, model.config.quantize_embeddings)
     mode = args.finetune_mode if was_sparse else "dense"
     recipe = QUANTIZATION_AWARE if args.quantization_aware else FINETUNE_MODES[mode]
     if args.learning_rate is None:
@@ -168,15 +176,18 @@ def finish_quantization_(trainer: "DynSparseTrainer") -> dict[str, Any]:
 
     Returns:
         `dict[str, Any]`: for the summary. `rounded_metrics`, which those of the int8 model must equal but for rounding
-            of sums, and for a BERT `encoder_bytes` and `dense_encoder_bytes`, of the dense encoder in float32.
+            of sums; `encoder_bytes` and `checkpoint_bytes`, of the encoder and of all tensors in the file; and what
+            these are of the dense model in float32, `dense_encoder_bytes` and `dense_checkpoint_bytes`.
     """
     metrics = trainer.evaluate(metric_key_prefix="rounded") if trainer.eval_dataset is not None else {}
     model = to_int8_(trainer.accelerator.unwrap_model(trainer.model))
+    vars(model.config).pop("quantize_embeddings", None)  # the layers say it themselves now
     trainer.save_model()
     facts: dict[str, Any] = {"rounded_metrics": task_metrics(metrics, "rounded_")}
-    if isinstance(model.config, BertConfig) and trainer.is_world_process_zero():
-        facts["encoder_bytes"] = checkpoint_bytes(str(trainer.args.output_dir), ".encoder.")
-        facts["dense_encoder_bytes"] = dense_bytes(model, ".encoder.")
+    if trainer.is_world_process_zero():
+        for what, part in {"encoder": stack_name(model), "checkpoint": ""}.items():
+            facts[f"{what}_bytes"] = checkpoint_bytes(str(trainer.args.output_dir), part)
+            facts[f"dense_{what}_bytes"] = dense_bytes(model, part)
     return facts
 
 

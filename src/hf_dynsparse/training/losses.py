@@ -106,13 +106,12 @@ class LossTrainer(Trainer):
         if items is not None and self.args.average_tokens_across_devices:
             distilled = distilled * self.accelerator.num_processes  # the items of all ranks, as in the task's loss
         loss = (1.0 - distillation.weight) * loss + distillation.weight * distilled
-        layers_loss = distillation.layers_loss(inputs, outputs, answers)
-        if layers_loss is None:
-            return loss
-        # A mean over the sequences of this micro-batch. Where losses are divided by items, nobody divides it later.
+        # Means over the sequences of this micro-batch. Where losses are divided by items, nobody divides them later.
         whole = items is not None or self.compute_loss_func is not None
         parts = self.current_gradient_accumulation_steps if whole else 1
-        return loss + distillation.layers_weight / parts * layers_loss
+        for weight, part in distillation.on_top(inputs, outputs, answers):
+            loss = loss + weight / parts * part
+        return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a batch without a label that counts has loss NaN, which the mean of a set leaves out."""

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, TrainerState
 
 from .._transformers import TrainOutput, has_length
 from ..checkpoints.saved_run import SavedRun, last_checkpoint
+from ..compress.int8.qat import round_embeddings_
 from .callbacks.distance_bias import check_resumed
 from .callbacks.throughput import pass_and_step
 from .callbacks.trainer import CallbackTrainer
@@ -103,6 +104,10 @@ class ResumingTrainer(CallbackTrainer, SavingTrainer):
         run.check_model(own, given)
         if run.given_sizes is not None:
             run.resize_(own, self.optimizer)
+        args: Any = self.args
+        if getattr(args, "quantization_aware", False) and args.quantize_embeddings is None:
+            own.config.quantize_embeddings = run.quantize_embeddings  # the default was another once
+            round_embeddings_(own, run.quantize_embeddings)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -44,7 +44,7 @@ from .plans import check_plan, split_plan
 from .plugins import load_plugins
 from .recipes import recipe_defaults
 from .rewinding import check_rewinding, rewinding
-from .summary import summarize_finetuning
+from .summary import smaller, summarize_finetuning
 from .threads import default_threads
 from .trainer import DynSparseTrainer
 
@@ -304,7 +304,8 @@ def write_finetuning(trainer: DynSparseTrainer, results: dict[str, float], facts
     if summary["collapsed"]:
         warn_of_collapse(trainer.args, trainer.state.max_steps)
     scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["metrics"].items())
-    write_results(trainer, summary, f" {scores}; {summary['sparsity']:.1%} sparse")
+    sizes = f"; {smaller(summary)}" if "dense_checkpoint_bytes" in summary else ""
+    write_results(trainer, summary, f" {scores}; {summary['sparsity']:.1%} sparse{sizes}")
 
 
 def write_results(trainer: DynSparseTrainer, summary: dict[str, Any], text: str) -> None:

@@ -30,20 +30,26 @@ def embedding_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
 
 class SentenceDistillation(Distillation):
     """
-    A teacher whose sentence embeddings are learned, and with `layers` its hidden states. There is no other loss.
+    A teacher whose sentence embeddings are learned, with `layers` its hidden states, and with `relations` those in its
+    attention. There is no other loss.
 
     Args:
         teacher (`nn.Module`): an encoder without a head.
         pooling (`str`): a key of `POOLINGS`.
-        layers, layers_weight: see [`Distillation`].
+        layers, layers_weight, relations (and what else begins so): see [`Distillation`].
     """
 
     beside_labels = False
 
     def __init__(
-        self, teacher: nn.Module, pooling: str = "mean", layers: str | None = None, layers_weight: float = 1.0
+        self,
+        teacher: nn.Module,
+        pooling: str = "mean",
+        layers: str | None = None,
+        layers_weight: float = 1.0,
+        **relations: Any,
     ) -> None:
-        super().__init__(teacher, weight=1.0, layers=layers, layers_weight=layers_weight)
+        super().__init__(teacher, weight=1.0, layers=layers, layers_weight=layers_weight, **relations)
         self.pooling = pooling
 
     def check_student(self, student: Any) -> None:

@@ -32,6 +32,7 @@ RECORDED = (
 )
 DISTILLATION = ("distillation_weight", "distillation_temperature", "distillation_positions")
 LAYERS = ("distillation_layers", "distillation_layers_weight")
+RELATIONS = ("distillation_relations", "distillation_relations_weight", "distillation_relation_heads")
 
 
 def summarize_run(trainer: "DynSparseTrainer", metrics: dict[str, float], seq_len: int) -> dict[str, Any]:
@@ -95,6 +96,7 @@ def describe_training(trainer: "DynSparseTrainer") -> dict[str, Any]:
     args, state = trainer.args, trainer.state
     recorded = RECORDED + (DISTILLATION if args.teacher else ())
     recorded += LAYERS if args.teacher and args.distillation_layers else ()
+    recorded += RELATIONS if args.teacher and args.distillation_relations else ()
     recorded += ("new_block_warmup",) if args.block_age_adam else ()
     given = {name: value for name, value in args.to_dict().items() if name in recorded}
     datasets = {"train_sequences": trainer.train_dataset, "eval_sequences": trainer.eval_dataset}
@@ -137,6 +139,15 @@ def format_summary(summary: dict[str, Any]) -> str:
         "  its encoder": _ratio(summary["encoder_bytes"], summary["dense_encoder_bytes"]),
     }
     return "\n".join(f"  {name:<16} {text}" for name, text in rows.items())
+
+
+def smaller(sizes: Mapping[str, float]) -> str:
+    """How much smaller than dense the encoder in a file is, and the whole file, of which embeddings may be most."""
+    ratios = {
+        part: (sizes[f"{name}_bytes"] / 1e6, sizes[f"dense_{name}_bytes"] / sizes[f"{name}_bytes"])
+        for part, name in {"encoder": "encoder", "whole file": "checkpoint"}.items()
+    }
+    return ", ".join(f"{part} {size:.2f} MB ({times:.1f} times smaller)" for part, (size, times) in ratios.items())
 
 
 def _gain_row(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -76,15 +76,18 @@ class DynSparseTrainer(
         args = DynSparseTrainingArguments(output_dir="trainer_output") if args is None else args
         if args.teacher is not None and teacher is None:
             raise ValueError(f"`args.teacher` is {args.teacher!r}: load that model and give it as `teacher` too.")
-        if args.distillation_layers is not None and teacher is None:
-            raise ValueError(
-                f"`distillation_layers` are learned from a `teacher`. Got {args.distillation_layers!r} and none. Give "
-                "one, or leave them out."
-            )
+        for name in ("distillation_layers", "distillation_relations"):
+            if getattr(args, name) is not None and teacher is None:
+                raise ValueError(
+                    f"`{name}` are learned from a `teacher`. Got {getattr(args, name)!r} and none. Give one, or leave "
+                    "them out."
+                )
         if teacher is not None:
             how = args.distillation_temperature, args.distillation_weight, args.distillation_positions
             layers = args.distillation_layers, args.distillation_layers_weight
-            taught = teacher if isinstance(teacher, Distillation) else Distillation(teacher, *how, *layers)
+            taught = teacher
+            if not isinstance(taught, Distillation):
+                taught = Distillation(taught, *how, *layers, **args.relations)
             taught.check_student(model)
             self.distillation = taught
         if not trainable_layers(model) and (args.final_sparsity is not None or args.learning_rate_rewinding):

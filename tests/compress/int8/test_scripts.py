@@ -61,7 +61,7 @@ def run(data, script, output, flags=""):
 
 def test_glue(data, tmp_path):
     output = tmp_path / "out"
-    summary = run(data, "glue", output, f"--quantize_embeddings --teacher {data / 'glue'}")
+    summary = run(data, "glue", output, f"--teacher {data / 'glue'}")
     model = AutoModelForSequenceClassification.from_pretrained(output)
     assert sum(isinstance(module, Int8BlockSparseLinear) for module in model.modules()) == 12
     assert isinstance(model.get_input_embeddings(), Int8Embedding)
@@ -74,21 +74,33 @@ def test_glue(data, tmp_path):
     tensors = load_file(output / "model.safetensors")
     encoder = sum(t.numel() * t.element_size() for name, t in tensors.items() if ".encoder." in name)
     assert (summary["encoder_bytes"], summary["dense_encoder_bytes"]) == (encoder, 4 * 2 * 8544)
+    assert summary["checkpoint_bytes"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert "quantize_embeddings" not in (output / "config.json").read_text()
     assert "int8" in (output / "README.md").read_text()
     # A run that was cut off goes on as if nothing had been.
     part = tmp_path / "part"
     shutil.copytree(output / "checkpoint-2", part / "checkpoint-2")
-    run(data, "glue", part, f"--quantize_embeddings --teacher {data / 'glue'} --resume_from_checkpoint last")
+    run(data, "glue", part, f"--teacher {data / 'glue'} --resume_from_checkpoint last")
     assert_same_weights(output, part)
+    # Earlier versions did not round embeddings by default, and wrote nothing of it: their runs go on as they began.
+    old = tmp_path / "old"
+    shutil.copytree(output / "checkpoint-2", old / "checkpoint-2")
+    config = old / "checkpoint-2/config.json"
+    config.write_text(config.read_text().replace('"quantize_embeddings": true,', ""))
+    run(data, "glue", old, f"--teacher {data / 'glue'} --resume_from_checkpoint last")
+    assert type(AutoModelForSequenceClassification.from_pretrained(old).get_input_embeddings()) is torch.nn.Embedding
+    for folder, rounded in ((old, False), (part, True)):
+        assert json.loads((folder / "checkpoint-4/config.json").read_text())["quantize_embeddings"] is rounded
     checkpoint = AutoModelForSequenceClassification.from_pretrained(output / "checkpoint-4")
     assert type(checkpoint.classifier) is torch.nn.Linear
 
 
 def test_questions(data, tmp_path):
-    summary = run(data, "qa", tmp_path / "out")
+    summary = run(data, "qa", tmp_path / "out", "--quantize_embeddings false")
     assert summary["metrics"]["f1"] == summary["rounded_metrics"]["f1"]
     model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
     assert model.qa_outputs.int8_values.dtype == torch.int8
+    assert type(model.get_input_embeddings()) is torch.nn.Embedding
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,13 @@ def prepare_qat_(model: nn.Module, embeddings: bool = False) -> nn.Module:
             f"{type(model).__name__}: it is prepared, or quantised, already, or has no such layer."
         )
     if embeddings:
-        _prepare_embeddings_(model, left)
+        if left or not can_round_embeddings(model):
+            words = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+            raise ValueError(
+                "Word embeddings can be int8 only if no output layer shares them. Got "
+                f"{', '.join(left) or type(words).__name__} in {type(model).__name__}. Leave `embeddings` out."
+            )
+        round_embeddings_(model, True)
     if left:
         logger.info("%s stays in floating point: its weight is that of an embedding.", ", ".join(left))
     for linear in chosen:
@@ -176,14 +182,19 @@ def prepare_qat_(model: nn.Module, embeddings: bool = False) -> nn.Module:
     return model
 
 
-def _prepare_embeddings_(model: nn.Module, tied: list[str]) -> None:
-    words = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    if type(words) is not nn.Embedding or tied:
-        raise ValueError(
-            "Word embeddings can be int8 only if no output layer shares them. Got "
-            f"{', '.join(tied) or type(words).__name__} in {type(model).__name__}. Leave `embeddings` out."
-        )
-    words.__class__ = QatEmbedding
+def can_round_embeddings(model: nn.Module) -> bool:
+    """Whether `model` has word embeddings of a plain kind that no output layer shares."""
+    words: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if type(words) is not nn.Embedding:
+        return False
+    return not any(isinstance(module, nn.Linear) and module.weight is words.weight for module in model.modules())
+
+
+def round_embeddings_(model: Any, rounded: bool) -> None:
+    """Let a model that trains with rounded layers round its word embeddings too, or not."""
+    words = model.get_input_embeddings()
+    if type(words) in (nn.Embedding, QatEmbedding):
+        words.__class__ = QatEmbedding if rounded else nn.Embedding
 
 
 def _widest(here: torch.Tensor) -> torch.Tensor:
