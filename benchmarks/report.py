@@ -118,23 +118,25 @@ def plot_scores(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     dense, *pruned = rows
+    sizes, methods = (list(dict.fromkeys(row[name] for row in pruned)) for name in ("block_size", "method"))
     costs = {"encoder_bytes": ("encoder, MB", 1e-6), "sentence_seconds": ("ms a sentence", 1e3)}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.2, 3.6), layout="constrained")
+        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
         for axes, (cost, (name, scale)) in zip(figure.subplots(1, 2, sharey=True), costs.items(), strict=True):
-            for place, arm in enumerate(dict.fromkeys((row["block_size"], row["method"]) for row in pruned)):
-                line = [row for row in pruned if (row["block_size"], row["method"]) == arm]
-                points = sorted((row["sparsity"], scale * row[cost], row["score"]) for row in line)
-                _, across, up = zip(*points, strict=True)
-                colour = COLOURS[place % len(COLOURS)]
-                axes.plot(across, up, marker="o", color=colour, label=f"blocks of {arm[0]}, {arm[1]}")
+            for size, method in dict.fromkeys((row["block_size"], row["method"]) for row in pruned):
+                found = [row for row in pruned if (row["block_size"], row["method"]) == (size, method)]
+                points = sorted((row["sparsity"], scale * row[cost], row["score"]) for row in found)
+                colour = COLOURS[sizes.index(size) % len(COLOURS)]
+                style = {"color": colour, "linestyle": DASHES[methods[::-1].index(method) % len(DASHES)]}
+                label = f"blocks of {size}, {method}"
+                axes.plot(*zip(*(point[1:] for point in points), strict=True), marker="o", label=label, **style)
                 for sparsity, *point in points:
-                    offset = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+                    offset = {"xytext": (4, -9), "textcoords": "offset points", "fontsize": 6.5}
                     axes.annotate(f"{sparsity:.0%}", point, color=colour, **offset)
             axes.plot(scale * dense[cost], dense["score"], "*", color="#000000", markersize=9, label="dense")
             axes.set(xlabel=name, xlim=(0, None))
         figure.axes[0].set(ylabel="Spearman x 100 on STS-B")
-        figure.axes[1].legend(frameon=False, loc="lower right")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), frameon=False, loc="outside right upper")
         figure.savefig(path, dpi=220)
 
 
