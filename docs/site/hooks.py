@@ -35,10 +35,12 @@ def on_page_content(html: str, page: Any, files: Files, **_: Any) -> str:
     All names of api.md are."""
     html = re.sub(r"<td.*?</td>", lambda cell: cell[0].replace("\\|", "|"), html, flags=re.DOTALL)
     if page.file.src_uri.startswith("reference/"):
+        documented = _documented(files)
         html = re.sub(r"<code>([^<]*`[^<]*)</code>", lambda code: _inline(code[1]), html)
-        html = re.sub(r"\[<code>~?([\w.]+)</code>\]", lambda name: _reference(files, name[1]), html)
+        html = re.sub(r"\[<code>~?([\w.]+)</code>\]", lambda name: _reference(documented, name[1]), html)
     elif page.file.src_uri == "api.md":
-        html = re.sub(r"<code>(\w+)</code>", lambda name: _reference(files, name[1]), html)
+        documented = _documented(files)
+        html = re.sub(r"<code>(\w+)</code>", lambda name: _reference(documented, name[1]), html)
     return html
 
 
@@ -51,9 +53,14 @@ def _inline(markdown: str) -> str:
     return re.sub(r"\*(\w+)\*", r"<em>\1</em>", re.sub("`([^`]*)`", r"<code>\1</code>", markdown))
 
 
-def _reference(files: Files, path: str) -> str:
-    name = path.rpartition(".")[2]
+def _documented(files: Files) -> dict[str, str]:
+    """Names, and what the reference documents them as; of two the first."""
     pages = "".join(file.content_string for file in files.documentation_pages() if "reference/" in file.src_uri)
-    documented = re.search(rf"^::: (\S+\.{name})$", pages, re.MULTILINE)
+    found = re.findall(r"^::: (\S+\.(\w+))$", pages, re.MULTILINE)
+    return {name: path for path, name in reversed(found)}
+
+
+def _reference(documented: dict[str, str], path: str) -> str:
+    name = path.rpartition(".")[2]
     code = f"<code>{name}</code>"
-    return f'<autoref identifier="{documented[1]}">{code}</autoref>' if documented else code
+    return f'<autoref identifier="{documented[name]}">{code}</autoref>' if name in documented else code

@@ -171,9 +171,9 @@ def replace_blocks_(
     """
     removed, block_ids = replacement.slots, replacement.block_ids
     reused = min(len(removed), len(block_ids))
-    counts = (len(removed), 0, 0)
+    newborn_removed = newborn = 0
     if update and is_tracked(layer):
-        counts = (len(removed), count_newborn(layer, update, removed), count_newborn(layer, update))
+        newborn_removed, newborn = count_newborn(layer, update, removed), count_newborn(layer, update)
     slots = removed[:reused]
     if optimizer is not None:
         clear_moments_(optimizer, layer.values, slots)
@@ -191,7 +191,7 @@ def replace_blocks_(
     after_update_(layer, slots, values)
     if is_tracked(layer):
         record_active_(layer, block_ids, slots, update + 1)
-    return LayerUpdate(*counts)
+    return LayerUpdate(len(removed), newborn_removed, newborn)
 
 
 def held_moments(

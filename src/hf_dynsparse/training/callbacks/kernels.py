@@ -17,6 +17,7 @@ from ...nn.linear import sparse_layers
 from ...ops import choose_backend, configure_kernels
 from ...ops.choice import Choice, choice_from_json, choice_to_json, current_plan
 from ...ops.problem import Problem
+from .throughput import keep_state, saved_state
 
 
 logger = logging.getLogger(__name__)
@@ -50,11 +51,10 @@ class KernelCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         configure_kernels(tuning=self.tuning, dense_workspace=self.dense_workspace)
-        callbacks = cast(dict[str, Any], state.stateful_callbacks)
-        saved = callbacks.get(type(self).__name__)
+        saved = saved_state(self, state)
         self._saved = saved["attributes"]["choices"] if saved is not None and state.global_step > 0 else []
         self._steps = None
-        callbacks.setdefault(type(self).__name__, self.state())
+        keep_state(self, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

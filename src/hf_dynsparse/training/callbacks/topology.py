@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from ...topology.exploration import is_tracked
 from ...topology.settings import OLD_NAMES, as_settings
 from .console import announce
 from .refusals import check_parallelism, check_resizing
-from .throughput import add_to_log, check_alone, saved_state
+from .throughput import add_to_log, check_alone, keep_state, saved_state
 
 
 logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class TopologyCallback(TrainerCallback, ExportableState):
             self._final = {"sizes": sizes, **configured(model, self.settings.final_sparsity)}
         self._sizes = {}
         self.note_sizes(model)
-        cast(dict[str, Any], state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+        keep_state(self, state)
         self._updater.prepare(state.global_step + 1)
         self.metrics["sparsity"] = model_facts(model).sparsity
         self.metrics["coverage"] = self._updater.coverage()
