@@ -82,7 +82,12 @@ class RunArguments(FinetuningRunArguments):
     """How it is recovered: all arguments of the transformers Trainer; the rate follows --finetune_mode."""
 
     output_dir: str = HfArg(default="dynsparse-embedding", help="Where everything of the run is written.")
-    num_train_epochs: float | None = HfArg(default=1.0, help="Passes over the sentences.")
+    num_train_epochs: float | None = HfArg(default=None, help="Passes over the sentences. Default: 1.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 1.0
 
 
 ARGUMENTS = (ModelArguments, EmbeddingTextArguments, RunArguments)

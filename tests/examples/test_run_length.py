@@ -20,7 +20,8 @@ REWOUND = {"method": "prune_ofa", "num_topology_updates": None, "learning_rate_r
 def scripts() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
-        names = ("run_mlm_dynsparse", "run_glue_dynsparse", "run_qa_dynsparse", "run_earlybert")
+        names = ("run_mlm", "run_glue", "run_qa", "run_embedding")
+        names = (*(f"{name}_dynsparse" for name in names), "run_earlybert")
         yield {name: importlib.import_module(name) for name in names}
         for name in names:
             sys.modules.pop(name)
@@ -39,6 +40,9 @@ def scripts() -> Any:
         ("run_glue_dynsparse", "RunArguments", {"max_steps": 7}, 7, None),
         ("run_glue_dynsparse", "RunArguments", {"max_steps": 7, "num_train_epochs": 2.0}, 7, 2.0),
         ("run_qa_dynsparse", "RunArguments", {"max_steps": 7, "num_train_epochs": 2.0}, 7, 2.0),
+        ("run_embedding_dynsparse", "RunArguments", {}, -1, 1.0),
+        ("run_embedding_dynsparse", "RunArguments", {"max_steps": 7}, 7, 1.0),
+        ("run_embedding_dynsparse", "RunArguments", {"max_steps": 7, "num_train_epochs": 2.0}, 7, 2.0),
         ("run_earlybert", "MlmArguments", {"num_train_epochs": 1.0}, -1, 1.0),
         ("run_earlybert", "TaskArguments", {}, -1, 3.0),
         ("run_earlybert", "TaskArguments", {"max_steps": 7}, 7, 3.0),
