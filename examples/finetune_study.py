@@ -15,6 +15,10 @@ Fine-tune many models on many GLUE tasks, and compare: one table, one picture.
     # a dense pre-trained model, made sparse in many ways, with and without its fine-tuned self as a teacher
     python examples/finetune_study.py --glue_dir glue_data --output_dir runs/pruned --tasks sst2 --seeds 0 \
         --start bert=bert-base-uncased --sparsities 0.5 0.9 --block_sizes 1 16 1x4 --teacher
+    # the same, but the fine-tuned dense model itself is pruned by examples of the task, and learns from its dense self
+    python examples/finetune_study.py --glue_dir glue_data --output_dir runs/pruned --tasks sst2 --seeds 0 \
+        --start bert=bert-base-uncased --sparsities 0.5 0.9 --block_sizes 1 16 1x4 --from_dense_run \
+        --sparse_flags "--calibration_samples 2048 --distillation_layers all"
 
 Runs that are finished already are skipped, so an interrupted study goes on where it stopped. Writes a folder a run,
 results.json, table.md and, after --picture, accuracy against sparsity.
@@ -90,6 +94,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sparsities", nargs="+", type=float, default=[], help="for dense models: make them sparse")
     parser.add_argument("--block_sizes", nargs="+", default=["16"], help="with --sparsities: B or ROWSxCOLUMNS")
     parser.add_argument("--teacher", action="store_true", help="repeat sparse runs with the dense run as teacher")
+    parser.add_argument(
+        "--from_dense_run", action="store_true", help="sparse runs start from the dense run, and it is their teacher"
+    )
     parser.add_argument("--flags", default="", help="further flags of run_glue_dynsparse.py for every run")
     parser.add_argument("--dense_flags", default="", help="for runs that train dense weights")
     parser.add_argument("--sparse_flags", default="", help="for runs that train sparse weights")
@@ -110,12 +117,15 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
         is_sparse = saved_sparsity(model) > 0
         for task in args.tasks:
             for seed in args.seeds:
+                dense = str(Path(args.output_dir) / Run(name, task, seed, ()).folder)
                 for arm, flags in arms(name, is_sparse, args):
-                    first.append(Run(arm, task, seed, ("--model_name_or_path", model, *flags)))
-                    if args.teacher and "--sparsity" in flags:
-                        teacher = str(Path(args.output_dir) / Run(name, task, seed, ()).folder)
-                        learns = (*first[-1].flags, "--teacher", teacher)
-                        second.append(Run(f"{arm}-teacher", task, seed, learns))
+                    is_pruned = "--sparsity" in flags
+                    begin = dense if is_pruned and args.from_dense_run else model
+                    run = Run(arm, task, seed, ("--model_name_or_path", begin, *flags))
+                    if begin is model:
+                        first.append(run)
+                    if is_pruned and (args.teacher or args.from_dense_run):
+                        second.append(Run(f"{arm}-teacher", task, seed, (*run.flags, "--teacher", dense)))
     return [first, second]
 
 

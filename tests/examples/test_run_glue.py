@@ -278,3 +278,17 @@ def test_a_study(data, tmp_path, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
     runpy.run_path(str(script), run_name="__main__")  # finished runs are not run again
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
+
+
+def test_a_study_from_dense_runs(data, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    study = runpy.run_path(str(EXAMPLES / "finetune_study.py"))
+    command = (
+        f"study --output_dir {tmp_path} --start own={data / 'dense'} --tasks sst2 --sparsities 0.5 --from_dense_run"
+    )
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--from_dense_run"])
+    (dense,), (pruned,) = study["plan"](study["parse_arguments"]())
+    run = str(tmp_path / dense.folder)
+    assert (dense.arm, dense.flags) == ("own", ("--model_name_or_path", str(data / "dense")))
+    flags = ("--model_name_or_path", run, "--sparsity", "0.5", "--block_size", "16", "--teacher", run)
+    assert (pruned.arm, pruned.flags) == ("own-s0.5-b16-teacher", flags)
