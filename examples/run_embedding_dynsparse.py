@@ -65,11 +65,6 @@ logger = logging.getLogger("run_embedding_dynsparse")
 class ModelArguments(FinetunedModelArguments):
     """What is recovered."""
 
-    calibration_samples: int | None = HfArg(  # type: ignore[assignment]  # until `check`
-        default=None,
-        help="Training sentences by which a dense checkpoint is pruned to --sparsity: it keeps the blocks that matter "
-        "most to its outputs, fitted to these; 0: those of largest L1 norm. Default: 512, and 0 for gradual pruning.",
-    )
     pooling: str | None = HfArg(
         default=None,
         help=f"From hidden states to an embedding: {', '.join(POOLINGS)}. Default: as the checkpoint says, or mean.",
@@ -153,10 +148,7 @@ def main() -> None:
 
 
 def check(model_args: ModelArguments, data_args: EmbeddingTextArguments, args: RunArguments) -> None:
-    """Refuse flags that cannot work, before anything is read or built; by default a model is pruned by calibration."""
-    if model_args.calibration_samples is None:
-        made_sparse = model_args.sparsity is not None and args.finetune_mode != "gradual" and args.do_train
-        model_args.calibration_samples = 512 if made_sparse else 0
+    """Refuse flags that cannot work, before anything is read or built."""
     scripts.check_finetuning(model_args, args)
     data_args.check()
     if args.do_predict:

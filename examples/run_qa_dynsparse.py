@@ -18,7 +18,7 @@ Fine-tune a sparse or dense encoder on extractive question answering: SQuAD, or 
     accelerate launch examples/run_qa_dynsparse.py ... --quantization_aware --teacher runs/squad-dense
     # a dense BERT made sparse by what 512 windows need of it, learning from the dense one
     accelerate launch examples/run_qa_dynsparse.py --model_name_or_path bert-base-uncased --sparsity 0.8 \
-        --calibration_samples 512 --dataset_name rajpurkar/squad --teacher runs/squad-dense --output_dir runs/squad-s80
+        --dataset_name rajpurkar/squad --teacher runs/squad-dense --output_dir runs/squad-s80
     # some questions have no answer (SQuAD 2.0)
     accelerate launch examples/run_qa_dynsparse.py ... --dataset_name rajpurkar/squad_v2 --version_2_with_negative
     # no training: answer the questions of a file

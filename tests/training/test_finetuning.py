@@ -24,7 +24,29 @@ from hf_dynsparse.training.finetuning import (
     prepare_finetuning_,
     set_final_sparsity_,
 )
+from hf_dynsparse.training.flags import PrunedModelArguments
 from tests.toy import TOY_SIZES, toy_batch, toy_model
+
+
+@pytest.mark.parametrize(
+    ("given", "sparsity", "gradual", "samples"),
+    [
+        (None, 0.8, False, 512),  # made sparse at once: by calibration
+        (None, 0.8, True, 0),
+        (None, None, False, 0),
+        (0, 0.8, False, 0),
+        (7, 0.8, False, 7),
+        (0, None, True, 0),
+    ],
+)
+def test_a_dense_model_is_pruned_by_calibration_unless_told_otherwise(given, sparsity, gradual, samples):
+    arguments = PrunedModelArguments(calibration_samples=given)
+    arguments.check_calibration(sparsity, {"--finetune_mode gradual": gradual})
+    assert arguments.calibration_samples == samples
+    assert arguments.calibrates_by_default is (given is None and samples > 0)
+    assert not PrunedModelArguments.calibrates_by_default
+    with pytest.raises(ValueError, match="Got 3 with no --sparsity"):
+        PrunedModelArguments(calibration_samples=3).check_calibration(None, {"--finetune_mode gradual": gradual})
 
 
 def arguments(folder, **given):

@@ -110,5 +110,6 @@ def check_batches(batches: Sequence[Batch], width: int) -> None:
     if positions < width:
         raise ValueError(
             f"`calibration` must hold at least {width} tokens without padding, as the widest layer has inputs. "
-            f"Got {positions} in {len(batches)} batches. Give more text: 512 sentences are usual."
+            f"Got {positions} in {len(batches)} batches. Give more text: 512 sentences are usual; without any, the "
+            "blocks of largest norm are kept (scripts: --calibration_samples 0)."
         )

@@ -59,7 +59,8 @@ def find_stages(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[St
         if times[name] != 1:
             raise ValueError(
                 f"`calibration` must pass once through every layer that is pruned. Got {times[name]} calls of "
-                f"`{name}` for a batch. Leave the layer out by `ignore`, or give batches that use it."
+                f"`{name}` for a batch. Leave the layer out by `ignore`, give batches that use it, or keep the "
+                "blocks of largest norm (scripts: --calibration_samples 0)."
             )
     inputs = {layers[module]: id(input) for module, input, _ in calls if module in layers}
     chain = [call for call in calls if call[0] in members]

@@ -48,14 +48,15 @@ class HubArguments:
 class PrunedModelArguments(HubArguments):
     """Where a model comes from, and what of a dense one is kept."""
 
-    calibration_samples: int = field(
-        default=0,
+    calibration_samples: int | None = field(
+        default=None,
         metadata={
-            "help": "With --sparsity: pass so many training examples, such as 512, through the dense checkpoint, keep "
-            "the blocks that matter most to its outputs, and fit these: a far better start, for a minute with a small "
-            "encoder. Default: 0, the blocks of largest L1 norm."
+            "help": "With --sparsity: pass so many training examples through the dense checkpoint, keep the blocks "
+            "that matter most to its outputs, and fit these: a minute for a small encoder. 0: the blocks of largest "
+            "L1 norm, at once, and far worse. Default: 512, and 0 where the model is pruned step by step."
         },
     )
+    calibrates_by_default: ClassVar[bool] = False  # `check_calibration` chose the number
 
     @property
     def kept(self) -> str:
@@ -69,7 +70,7 @@ class PrunedModelArguments(HubArguments):
 
     def check_calibration(self, sparsity: float | None, excluded: Mapping[str, bool]) -> None:
         """
-        Refuse examples to calibrate by where nothing is made sparse.
+        Refuse examples to calibrate by where nothing is made sparse, and choose their number if none is given.
 
         Args:
             excluded (`Mapping[str, bool]`): what leaves nothing to calibrate, and whether it was given.
@@ -77,14 +78,17 @@ class PrunedModelArguments(HubArguments):
         Raises:
             ValueError: naming it.
         """
+        without = [what for what, given in {"no --sparsity": sparsity is None, **excluded}.items() if given]
+        if self.calibration_samples is None:
+            self.calibrates_by_default = not without  # type: ignore[misc]  # of this one
+            self.calibration_samples = 0 if without else 512
         if self.calibration_samples < 0:
             raise ValueError(f"`--calibration_samples` must not be negative. Got {self.calibration_samples}.")
-        for what, given in {"no --sparsity": sparsity is None, **excluded}.items():
-            if self.calibration_samples and given:
-                raise ValueError(
-                    "`--calibration_samples` of the training set choose what a dense checkpoint keeps at its "
-                    f"--sparsity. Got {self.calibration_samples} with {what}. Leave one of them out."
-                )
+        if self.calibration_samples and without:
+            raise ValueError(
+                "`--calibration_samples` of the training set choose what a dense checkpoint keeps at its "
+                f"--sparsity. Got {self.calibration_samples} with {without[0]}. Leave one of them out."
+            )
 
 
 @dataclass
@@ -97,8 +101,8 @@ class FinetunedModelArguments(PrunedModelArguments):
     sparsity: float | None = field(
         default=None,
         metadata={
-            "help": "Make a dense checkpoint sparse: leave out this share, and keep the blocks of largest L1 norm, or "
-            "those that --calibration_samples choose. With --finetune_mode gradual step by step, while it trains."
+            "help": "Make a dense checkpoint sparse: leave out this share, and keep the blocks that "
+            "--calibration_samples choose. With --finetune_mode gradual step by step, while it trains."
         },
     )
     block_size: str | None = field(
