@@ -37,9 +37,9 @@ from typing import Any, NamedTuple
 from study.jobs import Job, run_jobs
 from transformers import AutoConfig
 
-from hf_dynsparse import DynSparseBertConfig
 from hf_dynsparse.data import GLUE_TASKS
 from hf_dynsparse.files import write_atomically
+from hf_dynsparse.models.auto import saved_sparsity
 from hf_dynsparse.optim.recipes import FINETUNE_MODES
 from hf_dynsparse.reports.pictures.runs import plot_sparsity_sweep
 from hf_dynsparse.reports.tables import markdown_table
@@ -114,7 +114,7 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
     first, second = [], []
     for start in args.start:
         name, model = start.split("=", 1)
-        is_sparse = saved_sparsity(model) > 0
+        is_sparse = saved_sparsity(AutoConfig.from_pretrained(model)) > 0
         for task in args.tasks:
             for seed in args.seeds:
                 dense = str(Path(args.output_dir) / Run(name, task, seed, ()).folder)
@@ -127,13 +127,6 @@ def plan(args: argparse.Namespace) -> list[list[Run]]:
                     if is_pruned and (args.teacher or args.from_dense_run):
                         second.append(Run(f"{arm}-teacher", task, seed, (*run.flags, "--teacher", dense)))
     return [first, second]
-
-
-def saved_sparsity(model: str) -> float:
-    """What the configuration of a saved model says."""
-    config = AutoConfig.from_pretrained(model)
-    how = config.to_dict() if isinstance(config, DynSparseBertConfig) else getattr(config, "quantization_config", {})
-    return float(how.get("sparsity", 0.0))
 
 
 def arms(name: str, is_sparse: bool, args: argparse.Namespace) -> Iterator[tuple[str, tuple[str, ...]]]:

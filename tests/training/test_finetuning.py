@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -15,7 +16,7 @@ from transformers import (
 from hf_dynsparse import DynSparseBertForSequenceClassification, DynSparseTrainer, densify_, sparse_layers
 from hf_dynsparse.blocks.sizes import count_active_blocks
 from hf_dynsparse.data import glue_metrics
-from hf_dynsparse.models.auto import load_pretrained, load_teacher
+from hf_dynsparse.models.auto import load_pretrained, load_teacher, saved_sparsity
 from hf_dynsparse.optim.recipes import FINETUNE_MODES
 from hf_dynsparse.training.finetuning import (
     FinetuningArguments,
@@ -200,9 +201,18 @@ def test_load_pretrained_with_all_blocks(tmp_path, kind):
         assert layer.nnzb == count_active_blocks(layer.num_blocks, 1 - 0.9)
     loaded.save_pretrained(tmp_path / "pruned")
     again = load_pretrained(AutoModelForSequenceClassification, str(tmp_path / "pruned"))
-    told = again.config.quantization_config.sparsity if kind == "another" else again.config.sparsity
-    assert told == 0.9
+    assert saved_sparsity(AutoConfig.from_pretrained(tmp_path / "pruned")) == 0.9
     assert torch.equal(again.eval()(ids).logits, loaded.eval()(ids).logits)
+    # What is sparse already keeps its blocks, and is pruned further.
+    load = partial(load_pretrained, AutoModelForSequenceClassification, str(tmp_path / "pruned"), all_blocks=True)
+    further = load(sparsity=0.95)
+    assert {name: layer.nnzb for name, layer in sparse_layers(further).items()} == {
+        name: layer.nnzb for name, layer in sparse_layers(again).items()
+    }
+    with pytest.raises(ValueError, match="pruned further, to a higher `sparsity`. Got 0.9 for .*, which has 0.9"):
+        load(sparsity=0.9)
+    with pytest.raises(ValueError, match="is for dense checkpoints"):
+        load(sparsity=0.95, block_size=4)
 
 
 @pytest.mark.parametrize("kind", STOCK)

@@ -12,7 +12,7 @@ from . import DynSparseBertConfig
 from .bert.configuration_dynsparse_bert import encoder_shapes
 from .position_bias import restore_position_bias_
 from .sparsify import sparsify_
-from .stock.configuration import DynSparseQuantizationConfig
+from .stock.configuration import METHOD, DynSparseQuantizationConfig
 
 
 def load_pretrained(
@@ -33,7 +33,8 @@ def load_pretrained(
     Args:
         auto_class: a class such as [`~transformers.AutoModelForSequenceClassification`].
         name_or_path (`str`): folder or Hub name.
-        sparsity (`float`, *optional*): for a dense checkpoint: the share of positions to leave out.
+        sparsity (`float`, *optional*): for a dense checkpoint: the share of positions to leave out. With `all_blocks`
+            for a sparse one too, which keeps those that it has.
         block_size (`int`, `tuple[int, int]` or, for a BERT, `dict`, *optional*): side of a block, 16 if only the
             sparsity is given; see [`DynSparseBertConfig`].
         all_blocks (`bool`): whether a dense checkpoint keeps all its blocks nevertheless, as active ones: the start of
@@ -60,6 +61,14 @@ def load_pretrained(
     known = config or AutoConfig.from_pretrained(
         name_or_path, **{name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
     )
+    saved = saved_sparsity(known)
+    if all_blocks and block_size is None and saved:
+        if sparsity <= saved:
+            raise ValueError(
+                f"A sparse model is pruned further, to a higher `sparsity`. Got {sparsity} for {name_or_path}, which "
+                f"has {saved}. Give more, or begin with a denser one."
+            )
+        return cast(PreTrainedModel, auto_class.from_pretrained(name_or_path, config=config, **kwargs))
     if not is_dense(known):
         raise ValueError(
             f"`sparsity` is for dense checkpoints. Got {sparsity} for {name_or_path}, which is sparse or quantized "
@@ -86,6 +95,14 @@ def is_dense(config: PretrainedConfig) -> bool:
     if getattr(config, "quantization_config", None) is not None:
         return False
     return not (isinstance(config, DynSparseBertConfig) and config.nnzb_per_layer())
+
+
+def saved_sparsity(config: PretrainedConfig) -> float:
+    """What the configuration says of a model whose sparse layers hold floating-point numbers; else 0."""
+    how = getattr(config, "quantization_config", None)
+    if how is not None:
+        return float(how["sparsity"]) if how["quant_method"] == METHOD else 0.0
+    return 0.0 if is_dense(config) else float(cast(DynSparseBertConfig, config).sparsity)
 
 
 def every_block(config: BertConfig, block_size: BlockSize) -> dict[str, Any]:

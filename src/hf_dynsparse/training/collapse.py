@@ -31,7 +31,7 @@ def warn_of_collapse(args: Any, steps: int) -> None:
     logger.warning(
         "This model gives one answer for the whole evaluation set: the run collapsed, its scores say nothing. Got a "
         "learning rate of %g after a warm-up of %d in %d steps. Give more --num_train_epochs or --warmup_steps, or "
-        "lower --learning_rate to a third; a dense model that is made sparse keeps more by --calibration_samples "
-        "512, and learns more from a --teacher with --distillation_layers all.",
+        "lower --learning_rate to a third; a dense model that is made sparse keeps little by --calibration_samples "
+        "0, and learns more from a --teacher with --distillation_layers all.",
         *(args.learning_rate, args.get_warmup_steps(steps), steps),
     )
