@@ -135,3 +135,27 @@ def test_errors_come_before_any_work(run, data, tmp_path, flags, start, error):
     with pytest.raises(SystemExit, match=re.escape(error)):
         run(flags.format(data=data), start=start)
     assert not (tmp_path / "out").exists()
+
+
+def test_sentences_to_recover_by(tmp_path):
+    rows = {
+        "MNLI": ["index\tsentence1\tsentence2\tlabel", "0\tOne premise here.\tIt follows so.\tneutral"],
+        "QNLI": ["index\tquestion\tsentence\tlabel", "0\tWho was it?\tTwo words\tentailment"],  # one is too short
+        "CoLA": ["gj04\t1\t\tNo header stands here."],
+        "SST-2": ["sentence\tlabel", "a fragment of three\t1", "a fragment that is long enough to be kept\t0"],
+    }
+    for task, lines in rows.items():
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "train.tsv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "text.txt").write_text("= Title =\nToo short. The first sentence of it. A second one is here.\n")
+    output = tmp_path / "sentences.txt.gz"
+    flags = f"--glue_dir {tmp_path} --text {tmp_path / 'text.txt'} --text_sentences 1 --output {output}"
+    run_script(EXAMPLES / "study" / "sentences.py", flags)
+    assert sorted(gzip.decompress(output.read_bytes()).decode().splitlines()) == [
+        "It follows so.",
+        "No header stands here.",
+        "One premise here.",
+        "The first sentence of it.",
+        "Who was it?",
+        "a fragment that is long enough to be kept",
+    ]
