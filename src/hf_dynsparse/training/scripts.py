@@ -302,7 +302,7 @@ def write_finetuning(trainer: DynSparseTrainer, results: dict[str, float], facts
     """[`write_results`] of a fine-tuning run: `results` of its last evaluation, and other facts."""
     summary = facts | summarize_finetuning(trainer, results)
     if summary["collapsed"]:
-        warn_of_collapse(trainer.args, trainer.state.max_steps)
+        warn_of_collapse(trainer.args, trainer.state.max_steps, is_sparse=summary["sparsity"] > 0)
     scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["metrics"].items())
     sizes = f"; {smaller(summary)}" if "dense_checkpoint_bytes" in summary else ""
     write_results(trainer, summary, f" {scores}; {summary['sparsity']:.1%} sparse{sizes}")
