@@ -64,7 +64,7 @@ NOT_RUN: dict[str, dict[int, str]] = {
     "api": {5: "needs SQuAD, and logits that … stands for: tests/data, tests/examples"},
     "command_line": {0: HUB},
     "export": {1: "takes ten seconds: tests/checkpoints/test_export.py"},
-    "hub": {0: HUB, 1: HUB, 2: HUB, 3: "needs `kernels`: tests/test_packaging.py"},
+    "hub": {0: HUB, 1: HUB, 2: HUB, 3: "needs `kernels`: tests/ops/test_triton.py"},
     "make_it_sparse": {1: "needs sentence-transformers"},
     "many_processes": {0: RANKS},
     "monitoring": {0: "needs two runs: tests/reports", 1: "… stands for the arguments of a Trainer"},
