@@ -46,6 +46,7 @@ def prepare_console(args: Any, logger_name: str) -> None:
         datasets.disable_progress_bars()
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # on by default, whereupon torch warns that there is nothing to pin for
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: all would be said twice
     # accelerate knows the old name of an argument of DDP only.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     logging.getLogger("transformers.trainer_utils").addFilter(without_shares)

@@ -278,7 +278,9 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     except expected as error:
         _MADE.close()
         script, rank = Path(sys.argv[0]).name, leave_to_first()
-        sys.exit(f"{script}: error: {rank}{str(error).strip().splitlines()[-1].strip()}")
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+        # Of a file or a model that is not there, what was asked for comes first, and what to do last.
+        sys.exit(f"{script}: error: {rank}{' '.join(lines if isinstance(error, OSError) else lines[-1:])}")
     _MADE.pop_all()
 
 
