@@ -307,7 +307,8 @@ def write_finetuning(trainer: DynSparseTrainer, results: dict[str, float], facts
         warn_of_collapse(trainer.args, trainer.state.max_steps, is_sparse=summary["sparsity"] > 0)
     scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["metrics"].items())
     sizes = f"; {smaller(summary)}" if "dense_checkpoint_bytes" in summary else ""
-    write_results(trainer, summary, f" {scores}; {summary['sparsity']:.1%} sparse{sizes}")
+    kind = f"{summary['sparsity']:.1%} sparse" if summary["sparsity"] else "dense"
+    write_results(trainer, summary, f" {scores}; {kind}{sizes}")
 
 
 def write_results(trainer: DynSparseTrainer, summary: dict[str, Any], text: str) -> None:
