@@ -124,6 +124,9 @@ def prepare_finetuning_(
     Make `model` dense or quantisation-aware, in place, if `args` say so, and fill in the learning rate and epochs that
     the user left open. To be called before the optimiser is made: densified weights need fresh moments.
 
+    Args:
+        will_train (`bool`): say in the log how; else the model is only evaluated, or predicts.
+
     Raises:
         ValueError: if a model is to be pruned step by step that has no blocks, or to no sparsity.
     """
