@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_dynsparse import configure_kernels, keep_freed_memory
 from hf_dynsparse.ops.choice import TUNING_MODES
+from hf_dynsparse.training.bars import hide_bars
 
 
 SEED = 0
@@ -60,6 +61,7 @@ def run(
     if args.repeats < 1:
         parser.error(f"`--repeats` must be at least 1. Got {args.repeats}.")
     prepare_process(args)
+    hide_bars()
     machine = read_machine(args.device, SEED) | {"clock": choose_clock(args.device).name}
     print(f"{one_line(machine)}\nclock: {machine['clock']}; medians of {args.repeats} turns", flush=True)
     try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""
+r"""
 What a sentence encoder is worth after it has been pruned in one shot, without training: by the norm of its blocks, and
 by calibration on ordinary text.
 

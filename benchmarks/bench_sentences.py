@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""
+r"""
 Seconds that saved classifiers take for 1,000 real sentences, side by side: dense, sparse, slimmed, int8.
 
     python benchmarks/bench_sentences.py --models dense=runs/dense pruned=runs/pruned int8=runs/int8 \

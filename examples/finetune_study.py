@@ -6,7 +6,7 @@
 # [tool.uv.sources]
 # hf_dynsparse = { path = ".." }
 # ///
-"""
+r"""
 Fine-tune many models on many GLUE tasks, and compare: one table, one picture.
 
     # sparse pre-trained models: dense control, pattern locked, made dense, evolving

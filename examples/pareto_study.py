@@ -6,7 +6,7 @@
 # [tool.uv.sources]
 # hf_dynsparse = { path = ".." }
 # ///
-"""
+r"""
 Pre-train many models from one plan, and draw loss against training FLOPs and seconds (arXiv:2108.06277).
 
     python examples/pareto_study.py examples/studies/two_cores.yaml --output_dir runs/study \

@@ -6,7 +6,7 @@
 # [tool.uv.sources]
 # hf_dynsparse = { path = ".." }
 # ///
-"""
+r"""
 Train a BERT with only the heads and neurons that are worth it, found early in a run (EarlyBERT, arXiv:2101.00063).
 
     # a GLUE task, or sentences of your own: data and model flags of run_glue_dynsparse.py

@@ -114,7 +114,7 @@ def main() -> None:
             examples = tokenize_sentences(raw, columns, labels, tokenizer, data_args)
         calibration = scripts.calibration_of(model_args, args, examples.get("train"), tokenizer, checkpoint)
         model = load_model(model_args, args, config, calibration)
-        prepare_finetuning_(model, args)
+        prepare_finetuning_(model, args, will_train=args.do_train)
         if args.do_train and not labels:
             center_head_(model, examples["train"]["labels"])
         if checkpoint is not None:

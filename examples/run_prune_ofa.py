@@ -6,7 +6,7 @@
 # [tool.uv.sources]
 # hf_dynsparse = { path = ".." }
 # ///
-"""
+r"""
 Prune Once for All (arXiv:2111.05754): from a dense model to sparse int8 models of many tasks, from one plan.
 
     # text, sentences and labels of your own: one command, no plan

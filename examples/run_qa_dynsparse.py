@@ -101,7 +101,7 @@ def main() -> None:
             windows = {split: make_windows(split, rows[split], tokenizer, data_args) for split in rows}
         calibration = scripts.calibration_of(model_args, args, windows.get("train"), tokenizer, checkpoint)
         model = load_model(model_args, args, config, calibration)
-        prepare_finetuning_(model, args)
+        prepare_finetuning_(model, args, will_train=args.do_train)
         if checkpoint is not None:
             scripts.check_model_to_resume(model, checkpoint)
         padding = {"padding": "max_length", "max_length": data_args.max_seq_length}

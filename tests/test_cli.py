@@ -42,6 +42,7 @@ def run(capsys, *arguments):
     """What the command prints."""
     hf_dynsparse_cli.main([str(argument) for argument in arguments])
     printed = capsys.readouterr()
+    assert "\r" not in printed.err  # a progress bar
     return printed.out
 
 
@@ -232,6 +233,7 @@ def test_estimate_by_a_trial(tmp_path, capsys, caplog):
         assert trial["seconds_per_checkpoint"] > 0
         assert report[twin]["training_flops"] == 64 * report[twin]["flops_per_sequence"]
     assert "\n\ntrial on this machine" in printed
+    assert "Topology:" not in printed  # that of the trial, which updates none
     assert "\n  begun now, until" in printed
     assert "A run of 1,024 tokens is likely to end as a table of word frequencies" in caplog.text
 

@@ -21,6 +21,7 @@ from .blocks.sizes import BlockSize, parse_block_size
 from .files import write_atomically
 from .models.bert.configuration_dynsparse_bert import PRESETS
 from .topology import SCHEDULES
+from .training.bars import hide_bars
 
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def run_command(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     # Its complaints that torchvision is not installed concern nobody here.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    hide_bars()
     try:
         args.run(args)
     except StrictDataclassError as error:

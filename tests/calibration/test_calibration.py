@@ -114,6 +114,13 @@ def test_the_fit_is_plain_least_squares(block_shape, has_bias, share):
         assert not row[~stays].any()
 
 
+def test_inputs_that_never_vary_can_be_fitted():
+    """As behind a layer without an active block in its values. Products in float32 leave rounding of a zero."""
+    constant = torch.randn(16, generator=torch.Generator().manual_seed(0)).expand(500, 16)
+    objective = objective_of(measured(constant, constant), torch.ones(4, 16), True, 0.01, 0.5)
+    assert solve(objective, torch.ones(1, 4, dtype=torch.bool), (4, 4)).isfinite().all()
+
+
 def test_the_cost_of_a_block_is_that_of_solving_without_it():
     objective = Objective(torch.cov(draw(40, 12).T) + torch.eye(12), draw(6, 12, seed=1))
     for block_shape in ((1, 1), (2, 3)):

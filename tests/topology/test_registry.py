@@ -1,10 +1,13 @@
 """Scores, rules, schedules and methods from outside: found wherever a name is taken, and refused where they clash."""
 
+import re
+
 import pytest
 import torch
 
 from hf_dynsparse import (
     BlockSparseLinear,
+    prune_regrow_,
     register_method,
     register_regrow_rule,
     register_score,
@@ -50,7 +53,7 @@ def keep_the_first(update: UpdateContext, name: str, nnzb: int) -> Replacement:
 @pytest.fixture(autouse=True)
 def rows(monkeypatch):
     for table in (SCORES, METHODS):
-        for name in ("mine", "by_value", "only_regrows", "moves", "keeps"):
+        for name in ("mine", "by_value", "only_regrows", "moves", "keeps", "wrong"):
             monkeypatch.setitem(table, name, None)
             monkeypatch.delitem(table, name)  # restored at the end: what a test registers is taken away
     monkeypatch.setitem(SCHEDULES, "mine", lambda progress: 1.0 - progress**2)
@@ -183,3 +186,20 @@ def test_a_rule_of_norms_alone_is_observed():
         assert updater.step(1).removed == 1
     finally:
         del SCORES["by_value_of_inputs"]
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "problem"),
+    [
+        (lambda blocks: blocks.values.abs().sum(1), ValueError, r"shape \(\d+,\). Got torch.Size\(\[\d+, \d+\]\)"),
+        (lambda blocks: blocks.values.abs().sum(), ValueError, "a number for each block"),
+        (lambda blocks: None, ValueError, "Got NoneType"),
+        (lambda blocks: blocks.second_moment.sqrt(), AttributeError, "`needs`, here: values. All others are None"),
+    ],
+)
+def test_a_score_that_cannot_be_says_what_it_should_be(function, error, problem):
+    register_score("wrong", function, needs=["values"])
+    layer = next(iter(sparse_layers(toy_model()).values()))
+    with pytest.raises(error) as raised:
+        prune_regrow_(layer, None, pruning_ratio=0.5, prune_score="wrong")
+    assert re.search(problem, "\n".join([str(raised.value), *getattr(raised.value, "__notes__", [])]))

@@ -25,8 +25,19 @@ def test_a_constant(predictions, labels, constant):
     assert is_constant(predictions, labels) is constant
 
 
-def test_the_way_out_is_said(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("teacher", "is_sparse", "advice"),
+    [
+        (None, True, "keeps more by --calibration_samples 512"),
+        (None, False, "--learning_rate to a third."),
+        ("runs/dense", True, "See whether runs/dense, its teacher, has collapsed too."),
+    ],
+)
+def test_the_way_out_is_said(teacher, is_sparse, advice, tmp_path, caplog):
+    args = toy_arguments(tmp_path, learning_rate=2e-4, warmup_steps=0.1, teacher=teacher)
     with caplog.at_level(logging.WARNING):
-        warn_of_collapse(toy_arguments(tmp_path, learning_rate=2e-4, warmup_steps=0.1), 50)
-    (record,) = caplog.records
-    assert "learning rate of 0.0002 after a warm-up of 5 in 50 steps" in record.getMessage()
+        warn_of_collapse(args, 50, is_sparse=is_sparse)
+    (message,) = caplog.messages
+    assert "learning rate of 0.0002 after a warm-up of 5 in 50 steps" in message
+    assert advice in message
+    assert ("--calibration_samples" in message) == (is_sparse and teacher is None)

@@ -3,6 +3,7 @@
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 from transformers import ModernBertConfig, ModernBertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from hf_dynsparse import DynSparseBertForPreTraining, DynSparseTrainer, sparsify_
-from hf_dynsparse.training.context_gain import GAIN, gains_by_row, hits_by_row, log_frequencies, plateau_left
+from hf_dynsparse.training.context_gain import (
+    GAIN,
+    gains_by_row,
+    hits_by_row,
+    log_frequencies,
+    plateau_left,
+    what_helps,
+)
 from tests.toy import CLS, MASK, PAD, SEP, toy_arguments, toy_collator, toy_examples, toy_model, toy_trainer
 
 
@@ -147,6 +155,20 @@ class Scripted(DynSparseTrainer):
         if "eval_loss" in logs:
             logs[GAIN] = {0: 0.5, 2: 0.03, 4: 0.07, 6: 0.2, 8: 0.05, 10: 0.4}[self.state.global_step]
         super().log(logs, start_time)
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "left"),
+    [
+        ({"vocab_size": 30522}, {}, ["distance bias", "--recipe small", "8k", "tokens"]),
+        ({"vocab_size": 8192}, {"recipe": "small", "distance_bias": "1"}, ["tokens"]),
+        ({"rope_parameters": {"a": 1}}, {"recipe": "paper"}, ["--recipe small", "tokens"]),
+        ({"position_bias": "alibi"}, {"recipe": "small"}, ["tokens"]),
+    ],
+)
+def test_only_what_a_run_does_not_do_yet_can_help(config: dict, given: dict, left: list[str]) -> None:
+    said = what_helps(SimpleNamespace(**config), SimpleNamespace(**given))
+    assert [word for word in ("distance bias", "--recipe small", "8k", "tokens") if word in said] == left
 
 
 def test_leaving_the_plateau_is_said_once_and_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

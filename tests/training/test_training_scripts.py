@@ -173,6 +173,13 @@ def test_an_error_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch)
         raise error
 
 
+def test_an_error_of_the_hub_names_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    error = OSError("me/model is not a valid identifier\nIf it is private, log in.")
+    with pytest.raises(SystemExit, match="me/model is not a valid identifier If"), scripts.one_line_errors():
+        raise error
+
+
 @pytest.mark.parametrize("had", [False, True])
 def test_the_output_folder_is_as_it_was(had: bool, tmp_path: Path) -> None:
     """Unless it had a tokenizer, the one that a script made goes; what is made after the preparation stays."""

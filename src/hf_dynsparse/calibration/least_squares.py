@@ -8,6 +8,11 @@ from ..blocks.dense import to_blocks
 from .statistics import Statistics
 
 
+# Inputs whose variance is a smaller share of their mean square are taken for ones that vary so much: behind a layer
+# that has lost what made them differ, products in float32 leave rounding of a variance, and that may be negative.
+HARDLY_VARIES = 0.01
+
+
 class Objective(NamedTuple):
     """
     The mean square error of the outputs of a layer, but for a constant, as `tr(W H W') - 2 tr(W T')` of its weight.
@@ -30,16 +35,18 @@ def objective_of(
     means, so that covariances remain: `H = Cov[x] + r`, `T = V (Cov[z, x] + r)`.
 
     Args:
-        ridge (`float`): `r` as a share of the mean of the diagonal of `H`.
+        ridge (`float`): `r` as a share of the mean of the diagonal of `Cov[x]`, which counts as a hundredth of that of
+            the second moment at least.
         dense_share (`float`): `a`.
     """
     hessian, cross = statistics.gram / statistics.count, statistics.cross / statistics.count
+    least = HARDLY_VARIES * hessian.diagonal().mean()
     if has_bias:
         mean, dense_mean = statistics.total / statistics.count, statistics.dense_total / statistics.count
         hessian, cross = hessian - mean.outer(mean), cross - dense_mean.outer(mean)
     mixture = torch.lerp(hessian, cross, dense_share)
     # Never zero: inputs that are constant would leave nothing to solve.
-    pull = ridge * hessian.diagonal().mean() + torch.finfo(hessian.dtype).eps
+    pull = ridge * torch.maximum(hessian.diagonal().mean(), least) + torch.finfo(hessian.dtype).eps
     target = weight.double() @ mixture + pull * weight.double()
     return Objective(hessian + pull * torch.eye(len(hessian)).to(hessian), target)
 

@@ -1,5 +1,6 @@
 """Text for masked language modelling: flags that name it, reading it, and making token sequences of it."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +15,9 @@ from .files import DataError, check_file, read_file, reading
 from .next_sentence import build_next_sentence_pairs, split_sentences
 from .pieces import split_line
 from .rows import check_text, looks_numeric
+
+
+logger = logging.getLogger(__name__)
 
 
 SHUFFLED = 10_000  # rows of a stream that are shuffled among each other
@@ -143,6 +147,7 @@ def _read(args: TextArguments, cache_dir: str | None, token: str | None) -> dict
             return dict(load_dataset(args.dataset_name, args.dataset_config_name, token=token, **options))
     files = {"train": args.train_file, "validation": args.validation_file}
     if args.train_file is None:
+        logger.info("without --train_file the text is what the Python packages on this machine say of themselves")
         corpus = embedded_corpus(cache_dir)
         files = {"train": str(corpus.train_file), "validation": str(corpus.validation_file)}
     return {split: read_file(file, split, **options) for split, file in files.items() if file}

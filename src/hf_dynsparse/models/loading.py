@@ -99,11 +99,9 @@ def load_whole(
     model._weight_conversions = []
     if converted:
         logger.info(
-            "%s is dense: %d layers keep their blocks of largest L1 norm (block size %s, sparsity %g).",
-            source,
-            converted,
-            model.config.block_size,
-            model.config.sparsity,
+            "%s is dense: %d layers keep %s (block size %s, sparsity %g).",
+            *(source, converted, "their blocks of largest L1 norm" if model.config.sparsity else "all their blocks"),
+            *(model.config.block_size, model.config.sparsity),
         )
     return loaded
 

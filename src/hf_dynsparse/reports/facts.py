@@ -193,4 +193,9 @@ def describe_hardware(device: torch.device) -> str:
     """Name of the GPU, or of the CPU with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {counted(torch.get_num_threads(), 'thread')}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -32,7 +32,7 @@ def choose_by_hidden_copy(update: "UpdateContext", name: str, nnzb: int) -> Repl
     inactive = is_inactive.nonzero().squeeze(1)
     values = torch.cat([layer.values.detach(), hidden[inactive]])  # [all blocks, rows, columns], active ones first
     statistics = BlockStatistics(len(values), torch.Generator(), values.device, values=values)
-    scores = finite(SCORES[prune_score].function(statistics), "prune_score", prune_score)
+    scores = finite(SCORES[prune_score](statistics), "prune_score", prune_score)
     chosen = torch.zeros(len(values), dtype=torch.bool, device=index.device)
     chosen[select_highest(scores, nnzb)] = True
     returning = inactive[chosen[layer.nnzb :]]

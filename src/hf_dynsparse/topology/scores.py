@@ -80,6 +80,27 @@ class Score:
     function: Callable[[BlockStatistics], torch.Tensor]
     needs: frozenset[str] = frozenset()
 
+    def __call__(self, blocks: BlockStatistics) -> torch.Tensor:
+        """
+        The scores of `blocks`, of shape `(count,)`.
+
+        Raises:
+            ValueError: for another shape. An error of `function` says what it was given.
+        """
+        try:
+            scores = self.function(blocks)
+        except (AttributeError, TypeError) as error:
+            given = ", ".join(sorted(self.needs)) or "none"
+            error.add_note(f"A score gets the statistics that it `needs`, here: {given}. All others are None.")
+            raise
+        shape = getattr(scores, "shape", type(scores).__name__)
+        if shape != (blocks.count,):
+            raise ValueError(
+                f"A score must give a number for each block, a tensor of shape ({blocks.count},). Got {shape}. Sum "
+                "over the entries of a block, as in `blocks.values.abs().sum((1, 2))`."
+            )
+        return scores
+
 
 def l1(blocks: BlockStatistics) -> torch.Tensor:
     """Sum of magnitudes: the paper's default (arXiv:2108.06277, section 3)."""

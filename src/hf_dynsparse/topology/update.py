@@ -238,7 +238,7 @@ def score_slots(
         fields["newborn"] = newborn_slots(layer)[first : first + len(index)].to(device)
     for name in score.needs & RECORDED:
         fields[name] = recorded(layer, name)[first : first + len(index)].to(device)
-    scores = score.function(BlockStatistics(len(index), generator, device, **fields))
+    scores = score(BlockStatistics(len(index), generator, device, **fields))
     return gather_rows(scores, layer.values).to(index.device) if is_held else scores
 
 
@@ -262,7 +262,7 @@ def _score_positions(
         if name in score.needs:
             fields[name] = torch.zeros(layer.num_blocks, dtype=torch.bool, device=positions.device)
             fields[name] = fields[name].index_fill(0, positions, True).view(layer.grid)
-    return score.function(BlockStatistics(layer.num_blocks, generator, occupied.device, wanted=wanted, **fields))
+    return score(BlockStatistics(layer.num_blocks, generator, occupied.device, wanted=wanted, **fields))
 
 
 def _check_observed(settings: TopologySettings, observed: Mapping[str, torch.Tensor]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import datasets
 import transformers
 from accelerate.utils import get_cpu_distributed_information
-from huggingface_hub.utils.tqdm import enable_progress_bars
 from tqdm.contrib import DummyTqdmFile
+
+from .bars import hide_bars
 
 
 # Seconds that a launcher needs to see the first process end, which takes its time, and to end the others.
@@ -35,9 +36,8 @@ def prepare_console(args: Any, logger_name: str) -> None:
     datasets.utils.logging.set_verbosity_warning()
     if not args.should_log:
         transformers.logging.set_verbosity_error()  # its warnings are those of the first process
-    transformers.logging.disable_progress_bar()  # a bar for each save, and those of the Hub
+    hide_bars()
     if is_watched:
-        enable_progress_bars()  # those of the Hub
         for handler in logging.getLogger("transformers").handlers:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(stream)
@@ -46,6 +46,7 @@ def prepare_console(args: Any, logger_name: str) -> None:
         datasets.disable_progress_bars()
     if args.device.type == "cpu":
         args.dataloader_pin_memory = False  # on by default, whereupon torch warns that there is nothing to pin for
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: all would be said twice
     # accelerate knows the old name of an argument of DDP only.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     logging.getLogger("transformers.trainer_utils").addFilter(without_shares)

@@ -22,11 +22,20 @@ from ..reports.facts import PLATEAU, seconds_so_far
 logger = logging.getLogger(__name__)
 
 GAIN = "eval_context_gain"
-WHAT_HELPS = (
-    "What helps: a distance bias in attention (--distance_bias 1:0@0.7), for absolute positions hide the neighbours, "
-    "or rotary positions (--model_type modernbert); small batches and a high rate (--recipe small); a vocabulary of "
-    "8k or less; more tokens."
-)
+SMALL_VOCABULARY = 8192
+
+
+def what_helps(config: Any, args: Any) -> str:
+    """What takes a run of the model with this `config`, and with these training `args`, off the plateau sooner."""
+    absolute = not any(getattr(config, name, None) for name in ("position_bias", "rope_parameters"))
+    ways = {
+        "a distance bias in attention (--distance_bias 1:0@0.7), for absolute positions hide the neighbours, or "
+        "rotary positions (--model_type modernbert)": absolute and not getattr(args, "distance_bias", None),
+        "small batches and a high rate (--recipe small)": getattr(args, "recipe", None) != "small",
+        "a vocabulary of 8k or less": getattr(config, "vocab_size", 0) > SMALL_VOCABULARY,
+        "more tokens": True,
+    }
+    return f"What helps: {'; '.join(way for way, is_left in ways.items() if is_left)}."
 
 
 def log_frequencies(piece_counts: Any) -> torch.Tensor:
@@ -176,7 +185,8 @@ class ContextGainTrainer(Trainer):
         if now[GAIN] >= PLATEAU:
             logger.info("left the plateau of word frequencies: %s, %.3g s", so_far, seconds_so_far(now) or 0.0)
         elif not earlier:
-            logger.info("still on the plateau of word frequencies: %s. %s", so_far, WHAT_HELPS)
+            ways = what_helps(self.accelerator.unwrap_model(self.model).config, self.args)
+            logger.info("still on the plateau of word frequencies: %s. %s", so_far, ways)
 
 
 def plateau_left(log_history: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -117,10 +117,15 @@ class FinetuningArguments(DynSparseTrainingArguments):
         super().__post_init__()
 
 
-def prepare_finetuning_(model: PreTrainedModel, args: FinetuningArguments) -> PreTrainedModel:
+def prepare_finetuning_(
+    model: PreTrainedModel, args: FinetuningArguments, *, will_train: bool = True
+) -> PreTrainedModel:
     """
     Make `model` dense or quantisation-aware, in place, if `args` say so, and fill in the learning rate and epochs that
     the user left open. To be called before the optimiser is made: densified weights need fresh moments.
+
+    Args:
+        will_train (`bool`): say in the log how; else the model is only evaluated, or predicts.
 
     Raises:
         ValueError: if a model is to be pruned step by step that has no blocks, or to no sparsity.
@@ -139,14 +144,17 @@ def prepare_finetuning_(model: PreTrainedModel, args: FinetuningArguments) -> Pr
         model.config.quantize_embeddings = can_round_embeddings(model) if asked is None else asked
         prepare_qat_(model, model.config.quantize_embeddings)
     mode = args.finetune_mode if was_sparse else "dense"
+    sparsity = model_facts(model).sparsity if sparse_layers(model) else 0.0
     recipe = QUANTIZATION_AWARE if args.quantization_aware else FINETUNE_MODES[mode]
     if args.learning_rate is None:
         args.learning_rate = recipe.learning_rate
     if args.num_train_epochs is None:
         args.num_train_epochs = recipe.num_train_epochs
+    if not will_train:
+        return model
     logger.info(
         "Fine-tuning a %s model, mode %s: %s. Learning rate %g, %s.",
-        f"{model_facts(model).sparsity:.1%} sparse" if sparse_layers(model) else "dense",
+        f"{sparsity:.1%} sparse" if sparsity else "dense",
         mode,
         recipe.does if was_sparse or args.quantization_aware else "there are no sparse layers",
         args.learning_rate,

@@ -58,6 +58,8 @@ class ResumingTrainer(CallbackTrainer, SavingTrainer):
         if self.args.should_save:
             warn_of_later_checkpoints(self._get_output_dir(trial), state.global_step)
         if not isinstance(resume_from_checkpoint, str) or not 0 < self.args.max_steps <= state.global_step:
+            if state.global_step:
+                logger.info("going on from step %d, by %s", state.global_step, resume_from_checkpoint)
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         logger.info("%s holds all %d steps: nothing to train.", resume_from_checkpoint, state.global_step)
         self._load_from_checkpoint(resume_from_checkpoint)

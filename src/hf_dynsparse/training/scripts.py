@@ -278,7 +278,9 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     except expected as error:
         _MADE.close()
         script, rank = Path(sys.argv[0]).name, leave_to_first()
-        sys.exit(f"{script}: error: {rank}{str(error).strip().splitlines()[-1].strip()}")
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+        # Of a file or a model that is not there, what was asked for comes first, and what to do last.
+        sys.exit(f"{script}: error: {rank}{' '.join(lines if isinstance(error, OSError) else lines[-1:])}")
     _MADE.pop_all()
 
 
@@ -302,10 +304,11 @@ def write_finetuning(trainer: DynSparseTrainer, results: dict[str, float], facts
     """[`write_results`] of a fine-tuning run: `results` of its last evaluation, and other facts."""
     summary = facts | summarize_finetuning(trainer, results)
     if summary["collapsed"]:
-        warn_of_collapse(trainer.args, trainer.state.max_steps)
+        warn_of_collapse(trainer.args, trainer.state.max_steps, is_sparse=summary["sparsity"] > 0)
     scores = ", ".join(f"{name} {value:.4g}" for name, value in summary["metrics"].items())
     sizes = f"; {smaller(summary)}" if "dense_checkpoint_bytes" in summary else ""
-    write_results(trainer, summary, f" {scores}; {summary['sparsity']:.1%} sparse{sizes}")
+    kind = f"{summary['sparsity']:.1%} sparse" if summary["sparsity"] else "dense"
+    write_results(trainer, summary, f" {scores}; {kind}{sizes}")
 
 
 def write_results(trainer: DynSparseTrainer, summary: dict[str, Any], text: str) -> None:

@@ -14,7 +14,7 @@ from .._transformers import has_length
 from ..models.density import block_size_of
 from ..models.flops import dense_flops_per_sequence
 from ..models.heads import stack_name
-from ..reports.facts import PLATEAU, checkpoint_bytes, dense_bytes, describe_hardware, task_metrics
+from ..reports.facts import PLATEAU, checkpoint_bytes, counted, dense_bytes, describe_hardware, task_metrics
 from ..reports.layers import model_facts
 from .context_gain import plateau_left
 
@@ -133,7 +133,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         **_gain_row(summary),
         "training FLOPs": f"{summary['flops']:.3e}, {summary['flops'] / summary['dense_flops']:.1%} of the dense twin",
         "throughput": f"{summary['tokens_per_second']:,.0f} tokens per second on {summary['hardware']}",
-        "sparsity": f"{summary['sparsity']:.4f} after {summary['topology_updates']} topology updates",
+        "sparsity": f"{summary['sparsity']:.4f} after {counted(summary['topology_updates'], 'topology update')}",
         "DOF coverage": f"{summary['coverage']:.1%} of all positions were active at some time",
         "checkpoint": _ratio(summary["checkpoint_bytes"], summary["dense_checkpoint_bytes"]),
         "  its encoder": _ratio(summary["encoder_bytes"], summary["dense_encoder_bytes"]),

@@ -96,7 +96,9 @@ function drawChart(figure, title, curves, axis, most, plateau) {
   for (const { key, run, points } of known) {
     const places = points.map((point) => [x(along(point)).toFixed(1), y(point[VALUE]).toFixed(1)]);
     const look = key === "loss" && curves.length > 1 ? { "stroke-width": 1, opacity: 0.6 } : { "stroke-width": 2 };
-    picture.append(svg("path", { d: places.length ? `M${places.join("L")}` : "", style: stroke(run), ...look }));
+    // Not on to a second evaluation at the same step: that is of other rows, all that were held out.
+    const steps = places.map((place, at) => `${at && place[0] !== places[at - 1][0] ? "L" : "M"}${place}`);
+    picture.append(svg("path", { d: steps.join(""), style: stroke(run), ...look }));
     if (key.startsWith("eval_"))
       picture.append(...places.map(([cx, cy]) => svg("circle", { cx, cy, r: 3, style: `fill:${colour(run)}` })));
   }

@@ -36,7 +36,8 @@ TOLD = {
 }
 # Left out, as is all else under `dynsparse/`: of use in a picture, or said elsewhere in the line.
 UNTOLD = ("epoch", "grad_norm", "total_flos", "num_input_tokens_seen")
-SPEEDS = ("runtime", "samples_per_second", "steps_per_second", "tokens_per_second")
+# Of an evaluation: its speeds, and what the line says in words.
+QUIET = ("runtime", "samples_per_second", "steps_per_second", "tokens_per_second", "collapsed")
 
 
 class ConsoleCallback(ProgressCallback, PrinterCallback):
@@ -53,6 +54,7 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
     """
 
     training_bar: Any  # `tqdm`, or `None` outside of training
+    _evaluated = ""  # the last line of an evaluation
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,7 +88,10 @@ class ConsoleCallback(ProgressCallback, PrinterCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "loss" not in logs:
-            say(describe(logs, state))
+            line = describe(logs, state)
+            if line != self._evaluated:  # a script evaluates at the last step, and once more at the end
+                say(line)
+            self._evaluated = line
         elif self._is_due(args, state):
             self._told, self._when = state.global_step, time.perf_counter()
             left = self._seconds_left(state)
@@ -121,8 +126,13 @@ def announce(logger: logging.Logger, text: str, args: TrainingArguments) -> None
     """Log `text` at level INFO; where nobody has asked for that level, [`say`] it, unless `args` want silence."""
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", text)
-    elif args.should_log and args.get_process_log_level() <= logging.WARNING > logging.root.manager.disable:
+    elif args.should_log and args.get_process_log_level() <= logging.WARNING and not _is_silenced():
         say(text)
+
+
+def _is_silenced() -> bool:
+    """Whether `logging.disable` keeps what is below a warning from everybody, as in a trial."""
+    return logging.root.manager.disable >= logging.INFO
 
 
 def describe(logs: Mapping[str, Any], state: TrainerState) -> str:
@@ -138,7 +148,8 @@ def describe(logs: Mapping[str, Any], state: TrainerState) -> str:
         return "  ".join([begin, *told, *rest]).strip()
     prefix = runtime.removesuffix("runtime")
     scores = {name.removeprefix(prefix): value for name, value in logs.items() if name.startswith(prefix)}
-    shown = (f"{name.replace('_', ' ')} {_number(value)}" for name, value in scores.items() if name not in SPEEDS)
+    shown = [f"{name.replace('_', ' ')} {_number(value)}" for name, value in scores.items() if name not in QUIET]
+    shown += ["one answer to everything"] if "collapsed" in scores else []
     kind = "evaluation" if prefix == "eval_" else prefix.rstrip("_")
     return f"{begin}  {kind}: {', '.join(shown)}".strip()
 
