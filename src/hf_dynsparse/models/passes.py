@@ -32,9 +32,10 @@ STOCK = {fused: stock for stock, fused in FUSED.items()}
 
 def fuse_passes_(model: nn.Module, fused: bool = True) -> int:
     """
-    Compute on a CPU what lies between the products of `model` in fewer passes over memory, in place: in a BERT
-    dropout, residual and normalisation as one, and the loss of our own heads for masked language modelling without
-    stored probabilities. The same to rounding, with the same draws of seeded dropout; nothing that is saved changes.
+    Compute on a CPU, while training, what lies between the products of `model` in fewer passes over memory, in place:
+    in a BERT dropout, residual and normalisation as one, and the loss of our own heads for masked language modelling
+    without stored probabilities. The same to rounding, with the same draws of seeded dropout. Evaluations and what is
+    saved stay as they are, bit for bit.
 
     PyTorch's dropout, with a probability above 0, and submodules with hooks stay as they are.
 
@@ -58,7 +59,7 @@ def fuse_passes_(model: nn.Module, fused: bool = True) -> int:
 def _forward(module: Any, stock: Any, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
     dropout, norm = module.dropout, module.LayerNorm
     p = dropout.p if dropout.training else 0.0
-    if p and type(dropout) is not SeededDropout or _has_hooks(dropout) or _has_hooks(norm):
+    if not module.training or p and type(dropout) is not SeededDropout or _has_hooks(dropout) or _has_hooks(norm):
         output: torch.Tensor = stock(hidden_states, input_tensor)
         return output
     return residual_norm(module.dense(hidden_states), input_tensor, norm.weight, norm.bias, norm.eps, p)

@@ -251,7 +251,8 @@ class BlockSparseLinear(SparseLayer):
         if not input.dim() or input.shape[-1] != self.in_features:
             raise self._wrong_width(input)
         # An attribute costs a Python call, which few tokens feel. Sharded or parametrised, it is elsewhere.
-        parameters, buffers = self._parameters, self._buffers
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
         if "values" in parameters and "bias" in parameters and "block_index" in buffers:
             values, block_index, bias = parameters["values"], buffers["block_index"], parameters["bias"]
         else:

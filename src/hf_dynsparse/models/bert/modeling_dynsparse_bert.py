@@ -348,9 +348,9 @@ class DynSparseBertForMaskedLM(DynSparseBertPreTrainedModel, BertForMaskedLM):
         )
         hidden_states = outputs.last_hidden_state
         hidden_states, labels = _to_predict(self, hidden_states, labels)
-        logits = self.cls(hidden_states)
+        logits, fused = self.cls(hidden_states), self.fused_loss and self.training
         output = MaskedLMOutput(
-            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch, self.fused_loss),
+            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch, fused),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -400,7 +400,7 @@ class DynSparseBertForPreTraining(DynSparseBertPreTrainedModel, BertForPreTraini
         hidden_states, labels = _to_predict(self, hidden_states, labels)
         prediction_logits, relationship_logits = self.cls(hidden_states, outputs.pooler_output)
         if labels is not None and next_sentence_label is not None:
-            loss = token_loss(prediction_logits, labels, fused=self.fused_loss)
+            loss = token_loss(prediction_logits, labels, fused=self.fused_loss and self.training)
             loss = loss + token_loss(relationship_logits, next_sentence_label)
         output = BertForPreTrainingOutput(
             loss=loss,

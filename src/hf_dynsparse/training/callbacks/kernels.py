@@ -54,7 +54,7 @@ class KernelCallback(TrainerCallback, ExportableState):
         }
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         configure_kernels(tuning=self.tuning, dense_workspace=self.dense_workspace)
         saved = saved_state(self, state)
@@ -62,7 +62,7 @@ class KernelCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:  # earlier versions did not fuse
             self.fused_passes = saved is not None and saved["args"].get("fused_passes", False)
         if args.device.type == "cpu":
-            fuse_passes_(model, self.fused_passes)
+            fuse_passes_(kwargs["model"], self.fused_passes)
         self._steps = None
         keep_state(self, state)
 
