@@ -1,4 +1,5 @@
-// The products of block-sparse matrices on the CPU, and passes over what lies between them: the functions that `hf_dynsparse/ops/native.py` calls.
+// The products of block-sparse matrices on the CPU, and passes over what lies between them: the functions that
+// `hf_dynsparse/ops/native.py` calls.
 //
 // Compiled once per instruction set into a library of its own (setup.py). Plain C interface: no PyTorch, no Python.
 

@@ -1,5 +1,5 @@
-// Cross-entropy of rows of logits, without a copy of their logarithms of probabilities: those are computed again where the
-// gradient is written.
+// Cross-entropy of rows of logits, without a copy of their logarithms of probabilities: those are computed again where
+// the gradient is written.
 
 #pragma once
 
@@ -21,8 +21,8 @@ INLINE Vector load_logits(const float* row, int64_t i, int64_t classes) {
     return x;
 }
 
-// The largest logit of a row, and the logarithm of the sum of exponentials of all logits less that one: apart, since their
-// sum would lose what is small beside large logits. The row is read from memory once.
+// The largest logit of a row, and the logarithm of the sum of exponentials of all logits less that one: apart, since
+// their sum would lose what is small beside large logits. The row is read from memory once.
 struct LogSum {
     float largest, rest;
 };

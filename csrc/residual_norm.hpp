@@ -18,10 +18,12 @@ struct Residual {
     int threads;
 };
 
-INLINE Vector drop(Vector x, int64_t place, const Residual& of) {
-    if (!of.threshold) return x;
-    return (Vector)((Words)(x * of.scale) & ~dropped(place, of.seed, of.threshold));
+// All ones where the entry `place` + lane is dropped.
+INLINE Words dropped(int64_t place, const Residual& of) {
+    return of.threshold ? dropped(place, of.seed, of.threshold) : Words{};
 }
+
+INLINE Vector drop(Vector x, Words places, const Residual& of) { return (Vector)((Words)(x * of.scale) & ~places); }
 
 INLINE float lane_sum(Vector x) {
     float sum = 0;
@@ -39,7 +41,7 @@ inline void residual_norm(const Residual of, const float* input, const float* re
         const int64_t begin = row * of.width, end = begin + of.width;
         Vector total{}, squares{};
         for (int64_t i = begin; i < end; i += LANES) {
-            const Vector x = drop(load(input + i), i, of) + load(residual + i);
+            const Vector x = drop(load(input + i), dropped(i, of), of) + load(residual + i);
             store(output + i, x);  // a row stays in the first cache
             total += x;
         }
@@ -73,9 +75,11 @@ inline void residual_norm_backward(const Residual of, const float* grad, const f
             Vector total{}, products{};
             for (int64_t j = 0; j < width; j += LANES) {
                 const int64_t i = begin + j;
-                const Vector sum = drop(load(input + i), i, of) + load(residual + i);
+                const Words places = dropped(i, of);
+                const Vector sum = drop(load(input + i), places, of) + load(residual + i);
                 const Vector g = load(grad + i), x = (sum - center) * factor, weighted = g * load(weight + j);
-                store(grad_residual + i, x);
+                store(grad_residual + i, x);  // both rows stay in the first cache
+                if (grad_input) store(grad_input + i, (Vector)places);
                 store(of_weight + j, load(of_weight + j) + g * x);
                 store(of_bias + j, load(of_bias + j) + g);
                 total += weighted;
@@ -87,7 +91,7 @@ inline void residual_norm_backward(const Residual of, const float* grad, const f
                 const Vector weighted = load(grad + i) * load(weight + j);
                 const Vector back = (weighted - average - load(grad_residual + i) * slope) * factor;
                 store(grad_residual + i, back);
-                if (grad_input) store(grad_input + i, drop(back, i, of));
+                if (grad_input) store(grad_input + i, drop(back, (Words)load(grad_input + i), of));
             }
         }
     }
