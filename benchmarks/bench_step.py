@@ -3,8 +3,9 @@
 Seconds of a whole training step (forward, backward, clipping, optimiser) of BERT: sparse, against its dense twin and
 against stock transformers. All sides in turn in one process: same batch, dropout, fused AdamW and allocator.
 
-The dense twin computes the head at masked positions only, and its dropout masks by a hash, as the sparse model does;
-stock does neither. So what is gained over the twin comes from sparsity, and the rest of the gain over stock does not.
+The dense twin computes the head at masked positions only, its dropout masks by a hash, and fused passes between the
+products, as the sparse model does; stock does none of it. So what is gained over the twin comes from sparsity, and the
+rest of the gain over stock does not.
 
     python benchmarks/bench_step.py --quick
     python benchmarks/bench_step.py --preset medium --batch_size 32 --block_size 1 4 16 --threads 1 --json step.json
@@ -28,7 +29,7 @@ from _table import COLUMNS, heading, line
 from _timing import Samples, choose_clock, median_ratio, median_seconds, time_in_turn
 from transformers import PreTrainedModel
 
-from hf_dynsparse import flops_per_sequence, seed_dropout_
+from hf_dynsparse import flops_per_sequence, fuse_passes_, seed_dropout_
 from hf_dynsparse.models.position_bias import KINDS
 
 
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seq_len", type=int, default=128, help="tokens of a sequence (%(default)s)")
     parser.add_argument(
         "--torch_dropout", action="store_true", help="PyTorch's dropout on all sides, not only stock's"
+    )
+    parser.add_argument(
+        "--separate_passes", action="store_true", help="no fused passes between the products, on any side"
     )
     parser.add_argument("--dropout", type=float, help="on all sides (the preset's: 0 up to small, else 0.1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
@@ -97,6 +101,8 @@ def prepare_step(args: argparse.Namespace, arm: Arm) -> tuple[PreTrainedModel, C
     model.to(args.device).train()
     if arm.kind != "stock" and not args.torch_dropout:
         seed_dropout_(model)
+    if arm.kind != "stock" and not args.separate_passes:
+        fuse_passes_(model)
     batch = make_batch(args.batch_size, args.seq_len, args.vocab_size, args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -127,6 +133,7 @@ def make_row(
         "vocab": args.vocab_size,
         "dropout": model.config.hidden_dropout_prob,
         "torch_dropout": args.torch_dropout,
+        "separate_passes": args.separate_passes,
         "sparsity": arm.sparsity,
         "block_size": None if arm.block_size is None else label(arm.block_size),
         "position_bias": arm.position_bias,

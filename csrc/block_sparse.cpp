@@ -1,9 +1,12 @@
-// The products of block-sparse matrices on the CPU, and dropout: the functions that `hf_dynsparse/ops/native.py` calls.
+// The products of block-sparse matrices on the CPU, and passes over what lies between them: the functions that
+// `hf_dynsparse/ops/native.py` calls.
 //
 // Compiled once per instruction set into a library of its own (setup.py). Plain C interface: no PyTorch, no Python.
 
 #include "backward.hpp"
+#include "cross_entropy.hpp"
 #include "dropout.hpp"
+#include "residual_norm.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -36,7 +39,7 @@ struct Layer {
     SHAPE(1, 1, 1, __VA_ARGS__) SHAPE(1, 1, 4, __VA_ARGS__) SQUARES(1, __VA_ARGS__) PAIRS(__VA_ARGS__) return 1;
 
 // Grows with every change of the functions below: a library from an older build is refused.
-EXPORT int interface_version() { return 3; }
+EXPORT int interface_version() { return 4; }
 
 // The best variant for this CPU: 5 for x86-64-v4 with AVX512-BF16, 4 for x86-64-v4, 3 for x86-64-v3, 0 for the
 // portable one.
@@ -81,4 +84,28 @@ EXPORT void dropout(int depth, int threads, int64_t count, uint64_t seed, uint32
     else
         dropout(static_cast<const uint16_t*>(input), static_cast<uint16_t*>(output), count, seed, threshold, scale,
                 threads);
+}
+
+// cross_entropy.hpp
+EXPORT int64_t cross_entropy(int threads, int64_t rows, int64_t classes, const float* logits, const int64_t* labels,
+                             float* losses, LogSum* sums) {
+    return cross_entropy(logits, labels, rows, classes, losses, sums, threads);
+}
+
+EXPORT void cross_entropy_backward(int threads, int64_t rows, int64_t classes, const float* grad, const float* logits,
+                                   const int64_t* labels, const LogSum* sums, float* grad_logits) {
+    cross_entropy_backward(grad, logits, labels, sums, rows, classes, grad_logits, threads);
+}
+
+// residual_norm.hpp
+EXPORT void residual_norm(const Residual* of, const float* input, const float* residual, const float* weight,
+                          const float* bias, float* mean, float* deviation, float* output) {
+    residual_norm(*of, input, residual, weight, bias, mean, deviation, output);
+}
+
+EXPORT void residual_norm_backward(const Residual* of, const float* grad, const float* input, const float* residual,
+                                   const float* mean, const float* deviation, const float* weight, float* grad_input,
+                                   float* grad_residual, float* grad_weight, float* grad_bias) {
+    residual_norm_backward(*of, grad, input, residual, mean, deviation, weight, grad_input, grad_residual, grad_weight,
+                           grad_bias);
 }

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .models.dropout import seed_dropout_
     from .models.flops import flops_per_sequence, inference_flops_per_sequence
     from .models.fresh import sparse_from_config
+    from .models.passes import fuse_passes_
     from .models.sparsify import densify_, sparsify_
     from .nn.linear import BlockSparseLinear, sparse_layers
     from .ops import Backend, configure_kernels, register_backend, use_backend
@@ -81,6 +82,7 @@ _MODULES = {
     ".models.dropout": "seed_dropout_",
     ".models.flops": "flops_per_sequence inference_flops_per_sequence",
     ".models.fresh": "sparse_from_config",
+    ".models.passes": "fuse_passes_",
     ".models.sparsify": "densify_ sparsify_",
     ".nn.linear": "BlockSparseLinear sparse_layers",
     ".ops": "Backend configure_kernels register_backend use_backend",
@@ -139,6 +141,7 @@ __all__ = [
     "export_onnx",
     "export_program",
     "flops_per_sequence",
+    "fuse_passes_",
     "group_lasso_",
     "inference_flops_per_sequence",
     "inspect_checkpoint",

@@ -22,8 +22,10 @@ from transformers.models.bert.modeling_bert import (
     BertEncoder,
     BertForPreTrainingOutput,
     BertOnlyMLMHead,
+    BertOutput,
     BertPooler,
     BertPreTrainingHeads,
+    BertSelfOutput,
 )
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -61,8 +63,10 @@ __all__ = [
     "BertEncoder",
     "BertForPreTrainingOutput",
     "BertOnlyMLMHead",
+    "BertOutput",
     "BertPooler",
     "BertPreTrainingHeads",
+    "BertSelfOutput",
     "ConversionOps",
     "EvalLoopOutput",
     "ExportableState",

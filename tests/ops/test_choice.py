@@ -13,7 +13,6 @@ import pytest
 import torch
 from helpers import make_layer, needs_kernels
 
-import hf_dynsparse
 from hf_dynsparse import BlockSparseLinear, configure_kernels, register_backend, topology_summary, use_backend
 from hf_dynsparse.ops import BACKENDS, Backend, Problem, backends, choice, choose_backend, native, reference, tuning
 from hf_dynsparse.ops.tuning import cache_file  # before a fixture replaces it
@@ -378,12 +377,12 @@ def test_sizes_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_kernels
-def test_a_product_of_a_few_tokens_takes_few_calls_of_the_package() -> None:
-    layer, input = BlockSparseLinear(64, 64, 16, 0.5), torch.ones(3, 64)
-    package, calls = str(Path(hf_dynsparse.__file__).parent), []
+@pytest.mark.parametrize("shape", [(3, 64), (1, 3, 64)])
+def test_a_product_of_a_few_tokens_takes_few_calls(shape: tuple[int, ...]) -> None:
+    layer, input, calls = BlockSparseLinear(64, 64, 16, 0.5), torch.ones(shape), []
 
     def note(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(package):
+        if event == "call":
             calls.append(frame.f_code.co_name)
 
     with torch.no_grad(), use_backend("native"):
@@ -393,7 +392,7 @@ def test_a_product_of_a_few_tokens_takes_few_calls_of_the_package() -> None:
             layer(input)
         finally:
             sys.setprofile(None)
-    assert calls[0] == "forward"
+    calls = calls[calls.index("forward") :]
     assert len(calls) <= 8, calls
 
 
@@ -401,7 +400,7 @@ def test_a_product_of_a_few_tokens_takes_few_calls_of_the_package() -> None:
 def test_libraries_that_are_there_serve(monkeypatch):
     assert native.why_not(torch.device("cpu"), torch.float32, (1, 1)) is None
     monkeypatch.setattr(native, "INTERFACE_VERSION", 99)
-    with pytest.raises(native.LibraryUnavailable, match="_native_portable.so must have interface 99. Got 3. Build it"):
+    with pytest.raises(native.LibraryUnavailable, match="_native_portable.so must have interface 99. Got 4. Build it"):
         native.load_variant.__wrapped__("portable")
 
 

@@ -214,7 +214,7 @@ def test_an_interrupted_stock_run_observes_nothing_once_it_is_dropped_or_told_to
 def test_the_log_of_a_stock_trainer_has_the_metrics(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"seeded_dropout": False, "logging_steps": 2}
+    settings = {"seeded_dropout": False, "fused_passes": False, "logging_steps": 2}
     with caplog.at_level(logging.INFO, "hf_dynsparse"):
         how = toy_arguments(tmp_path, **settings).topology_settings()
         stock = stock_trainer(tmp_path / "stock", TopologyCallback(how), **settings)

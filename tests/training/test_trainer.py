@@ -109,7 +109,7 @@ def test_sequence_and_choice_batches_count_alike(tmp_path):
 
 def test_stock_trainer_with_the_callback_is_the_same_run(tmp_path):
     # The stock trainer draws dropout as PyTorch does.
-    settings = {"regrow_rule": "gradient", "group_lasso": 0.1, "seeded_dropout": False}
+    settings = {"regrow_rule": "gradient", "group_lasso": 0.1, "seeded_dropout": False, "fused_passes": False}
     ours = toy_trainer(tmp_path / "ours", toy_model(hidden_dropout_prob=0.1), **settings)
     ours.train()
     args = toy_arguments(tmp_path / "stock", **settings)

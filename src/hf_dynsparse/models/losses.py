@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..ops.passes import cross_entropy
+
 
 IGNORED = -100  # a label that does not count
 
@@ -14,7 +16,10 @@ LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
 
 def token_loss(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    fused: bool = False,
 ) -> torch.Tensor:
     """
     Cross-entropy over the labels that count: their mean, or their sum divided by `num_items_in_batch`. If none counts
@@ -24,8 +29,12 @@ def token_loss(
         logits (`torch.Tensor` of shape `(..., classes)`).
         labels (`torch.Tensor` of shape `(...)`): classes, or -100.
         num_items_in_batch (`int`, *optional*): labels that count in all micro-batches and ranks.
+        fused (`bool`): without stored probabilities, see [`hf_dynsparse.ops.passes.cross_entropy`]; same to rounding.
     """
     logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    if fused:
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return cross_entropy(logits, labels).sum() / at_least_one(count)
     if num_items_in_batch is None:
         return zero_if_unlabelled(F.cross_entropy(logits, labels, ignore_index=IGNORED), labels)
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")

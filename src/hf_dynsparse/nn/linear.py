@@ -250,7 +250,14 @@ class BlockSparseLinear(SparseLayer):
         """`input` of shape `(..., in_features)` to `(..., out_features)`."""
         if not input.dim() or input.shape[-1] != self.in_features:
             raise self._wrong_width(input)
-        return block_sparse_linear(input, self.values, self.block_index, self.bias, self.out_features)
+        # An attribute costs a Python call, which few tokens feel. Sharded or parametrised, it is elsewhere.
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        if "values" in parameters and "bias" in parameters and "block_index" in buffers:
+            values, block_index, bias = parameters["values"], buffers["block_index"], parameters["bias"]
+        else:
+            values, block_index, bias = self.values, self.block_index, self.bias
+        return block_sparse_linear(input, values, block_index, bias, self.out_features)
 
     def to_sparse_bsr(self) -> torch.Tensor:
         """A copy of the weight as `torch.sparse_bsr_tensor` of shape `(out_features, in_features)`."""

@@ -45,26 +45,26 @@ def block_sparse_linear(
         dtype = torch.get_autocast_dtype(input.device.type)
         input, values = input.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if input.dim() == 2:
-        return _linear(input, values, block_index, bias, out_features)
-    if not input.dim() or not input.shape[-1]:
-        raise ValueError(
-            f"`input` must be of shape (..., in_features), with one feature at least. Got {tuple(input.shape)}. "
-            "Reshape it."
-        )
-    flat = input.reshape(-1, input.shape[-1])  # [tokens, in_features]
-    return _linear(flat, values, block_index, bias, out_features).view(*input.shape[:-1], out_features)
+    flat = input
+    if input.dim() != 2:
+        if not input.dim() or not input.shape[-1]:
+            raise ValueError(
+                f"`input` must be of shape (..., in_features), with one feature at least. Got {tuple(input.shape)}. "
+                "Reshape it."
+            )
+        flat = input.reshape(-1, input.shape[-1])  # [tokens, in_features]
+    product: Callable[..., torch.Tensor] = _linear
+    if not torch.compiler.is_dynamo_compiling() and is_plain(flat):
+        product = _EagerLinear.apply if torch.is_grad_enabled() else compute_linear
+    output = product(flat, values, block_index, bias, out_features)
+    return output if flat is input else output.view(*input.shape[:-1], out_features)
 
 
 def _linear(input: torch.Tensor, *others: Any) -> torch.Tensor:
-    """`linear` by the shortest way."""
-    product: Callable[..., torch.Tensor] = linear
-    if not torch.compiler.is_compiling():
-        if is_plain(input):
-            product = _EagerLinear.apply if torch.is_grad_enabled() else compute_linear
-        elif is_transformed():
-            product = _Linear.apply
-    return product(input, *others)
+    """`linear` under every transformation, compiled or not."""
+    product = _Linear.apply if not torch.compiler.is_compiling() and is_transformed() else linear
+    output: torch.Tensor = product(input, *others)
+    return output
 
 
 def _linear_backward(

@@ -64,15 +64,20 @@ seeded_dropout.register_autograd(_backward, setup_context=_setup_context)
 
 def dropout(input: torch.Tensor, p: float, training: bool = True) -> torch.Tensor:
     """`torch.nn.functional.dropout`, by a seeded mask where the kernels of the CPU can: other draws."""
-    possible = input.device.type == "cpu" and input.dtype in native.DTYPES and _has_kernels()
+    possible = input.device.type == "cpu" and input.dtype in native.DTYPES and has_kernels()
     # What `torch.func` and forward mode need to know of dropout, PyTorch knows of its own.
     transformed = not torch.compiler.is_compiling() and is_transformed()
     if not training or not 0.0 < p < 1.0 or not possible or transformed:
         return torch.nn.functional.dropout(input, p, training)
-    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
-    return seeded_dropout(input, seed, p)
+    return seeded_dropout(input, draw_seed(), p)
+
+
+def draw_seed() -> torch.Tensor:
+    """A seed for `seeded_dropout`, of shape `()`, from the generator of PyTorch."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
 
 
 @torch.compiler.assume_constant_result
-def _has_kernels() -> bool:
+def has_kernels() -> bool:
+    """Whether the kernels of the CPU can run here."""
     return native.why_not(torch.device("cpu"), torch.float32, (1, 1)) is None

@@ -19,7 +19,7 @@ from ..blocks.layout import BlockLayout, BlockOrder
 from .reference import Shape
 
 
-__all__ = ["backward", "break_even", "dds", "dropout", "sdd", "why_not"]
+__all__ = ["backward", "break_even", "cross_entropy", "dds", "dropout", "residual_norm", "sdd", "why_not"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 # What `best_variant` of the portable library answers -> the library for that CPU; the best first.
 VARIANTS = {5: "x86_64_v4_bf16", 4: "x86_64_v4", 3: "x86_64_v3", 0: "portable"}
 
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 
 _BUILD = "Build it with a C++ compiler: pip install -e . (or python setup.py build_ext --inplace)"
 
@@ -44,6 +44,17 @@ class _Layer(ctypes.Structure):
 
     _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "depth", "threads")] + [
         (name, ctypes.c_int64) for name in ("tokens", "out_features", "in_features", "nnzb")
+    ]
+
+
+class _Residual(ctypes.Structure):
+    """`Residual` of csrc/residual_norm.hpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "width")),
+        *(("seed", ctypes.c_uint64), ("threshold", ctypes.c_uint32)),
+        *((name, ctypes.c_float) for name in ("scale", "epsilon")),
+        ("threads", ctypes.c_int),
     ]
 
 
@@ -82,6 +93,14 @@ def load_variant(variant: str) -> ctypes.CDLL:
     number, size, real = ctypes.c_int, ctypes.c_int64, ctypes.c_float
     library.dropout.argtypes = [number, number, size, ctypes.c_uint64, ctypes.c_uint32, real, address, address]
     library.dropout.restype = None
+    library.cross_entropy.argtypes = [number, size, size, *[address] * 4]
+    library.cross_entropy.restype = size
+    library.cross_entropy_backward.argtypes = [number, size, size, *[address] * 5]
+    library.cross_entropy_backward.restype = None
+    library.residual_norm.argtypes = [ctypes.POINTER(_Residual), *[address] * 7]
+    library.residual_norm.restype = None
+    library.residual_norm_backward.argtypes = [ctypes.POINTER(_Residual), *[address] * 10]
+    library.residual_norm_backward.restype = None
     return library
 
 
@@ -246,10 +265,85 @@ def dropout(input: torch.Tensor, seed: int, p: float) -> torch.Tensor:
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     readable, addresses = _readable(input, output)
     depth = 2 if input.dtype == torch.bfloat16 else 1
-    threshold, scale = min(round(p * 2**32), 2**32 - 1), 1 / (1 - p)
-    numbers = depth, torch.get_num_threads(), input.numel(), seed & (2**64 - 1), threshold, scale
-    _library()[1].dropout(*numbers, *addresses)
+    _library()[1].dropout(depth, torch.get_num_threads(), input.numel(), *_dropout_numbers(seed, p), *addresses)
     return output
+
+
+def _dropout_numbers(seed: int, p: float) -> tuple[int, int, float]:
+    """Seed, threshold and scale of csrc/dropout.hpp."""
+    return seed & (2**64 - 1), min(round(p * 2**32), 2**32 - 1), 1 / (1 - p)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The losses of rows of `logits`, of shape `(rows, classes)` and float32, 0 where the label is -100; and what
+    `cross_entropy_backward` needs of each row.
+
+    Raises:
+        IndexError: for a label that is no class.
+    """
+    (rows, classes), threads = logits.shape, torch.get_num_threads()
+    losses, sums = logits.new_empty(rows), logits.new_empty(rows, 2)
+    readable, addresses = _readable(logits, labels, losses, sums)
+    wrong = _library()[1].cross_entropy(threads, rows, classes, *addresses)
+    if wrong < rows:
+        raise IndexError(f"Labels must be classes, below {classes}, or -100. Got {int(labels[wrong])}.")
+    return losses, sums
+
+
+def cross_entropy_backward(
+    grad: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, sums: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of `logits` from that of the losses, `grad` of shape `(rows,)`."""
+    output = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    readable, addresses = _readable(grad, logits, labels, sums, output)
+    _library()[1].cross_entropy_backward(torch.get_num_threads(), *logits.shape, *addresses)
+    return output
+
+
+def residual_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    epsilon: float,
+    seed: int,
+    p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Layer normalisation of `dropout(input, seed, p) + residual`, or with `p` 0 of `input + residual`: the output, and
+    the means and inverse deviations that `residual_norm_backward` needs. The width is a multiple of 16.
+    """
+    rows, output = input.numel() // input.shape[-1], input.new_empty(input.shape)
+    mean, deviation = input.new_empty(rows), input.new_empty(rows)
+    readable, addresses = _readable(input, residual, weight, bias, mean, deviation, output)
+    _library()[1].residual_norm(_residual(input, epsilon, seed, p), *addresses)
+    return output, mean, deviation
+
+
+def residual_norm_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    mean: torch.Tensor,
+    deviation: torch.Tensor,
+    weight: torch.Tensor,
+    seed: int,
+    p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of input, residual, weight and bias; with `p` 0 the first two are one tensor."""
+    of_residual, of_input = grad.new_empty(grad.shape), grad.new_empty(grad.shape) if p else None
+    of_weight, of_bias = grad.new_empty(grad.shape[-1]), grad.new_empty(grad.shape[-1])
+    operands = grad, input, residual, mean, deviation, weight, of_input, of_residual, of_weight, of_bias
+    readable, addresses = _readable(*operands)
+    _library()[1].residual_norm_backward(_residual(grad, 0.0, seed, p), *addresses)
+    return of_residual if of_input is None else of_input, of_residual, of_weight, of_bias
+
+
+def _residual(input: torch.Tensor, epsilon: float, seed: int, p: float) -> _Residual:
+    seed, threshold, scale = _dropout_numbers(seed, p)
+    width, threads = input.shape[-1], torch.get_num_threads()
+    return _Residual(input.numel() // width, width, seed, threshold, scale, epsilon, threads)
 
 
 def _library() -> tuple[str, ctypes.CDLL]:

@@ -161,6 +161,14 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
             "times as fast, and no mask is stored. The same distribution, other draws."
         },
     )
+    fused_passes: bool = field(
+        default=True,
+        metadata={
+            "help": "On CPUs, compute what lies between the products of a BERT in fewer passes over memory: dropout, "
+            "residual and normalisation as one, the loss without stored probabilities. The same to rounding. A "
+            "resumed run goes on as it began."
+        },
+    )
     keep_freed_memory: bool | None = field(
         default=None,
         metadata={

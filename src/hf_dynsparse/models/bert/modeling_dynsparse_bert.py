@@ -315,6 +315,7 @@ class DynSparseBertForMaskedLM(DynSparseBertPreTrainedModel, BertForMaskedLM):
     """
 
     sparse_evaluation = False  # the same while evaluating: see `predicting_labelled`
+    fused_loss = False  # see `fuse_passes_`
     # This forward divides by `num_items_in_batch` itself.
     accepts_loss_kwargs = True
 
@@ -347,9 +348,9 @@ class DynSparseBertForMaskedLM(DynSparseBertPreTrainedModel, BertForMaskedLM):
         )
         hidden_states = outputs.last_hidden_state
         hidden_states, labels = _to_predict(self, hidden_states, labels)
-        logits = self.cls(hidden_states)
+        logits, fused = self.cls(hidden_states), self.fused_loss and self.training
         output = MaskedLMOutput(
-            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch),
+            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch, fused),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -365,6 +366,7 @@ class DynSparseBertForPreTraining(DynSparseBertPreTrainedModel, BertForPreTraini
     """
 
     sparse_evaluation = False
+    fused_loss = False
 
     def __init__(self, config: DynSparseBertConfig) -> None:
         BertPreTrainedModel.__init__(self, config)
@@ -398,7 +400,8 @@ class DynSparseBertForPreTraining(DynSparseBertPreTrainedModel, BertForPreTraini
         hidden_states, labels = _to_predict(self, hidden_states, labels)
         prediction_logits, relationship_logits = self.cls(hidden_states, outputs.pooler_output)
         if labels is not None and next_sentence_label is not None:
-            loss = token_loss(prediction_logits, labels) + token_loss(relationship_logits, next_sentence_label)
+            loss = token_loss(prediction_logits, labels, fused=self.fused_loss and self.training)
+            loss = loss + token_loss(relationship_logits, next_sentence_label)
         output = BertForPreTrainingOutput(
             loss=loss,
             prediction_logits=prediction_logits,

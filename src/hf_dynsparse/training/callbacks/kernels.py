@@ -1,4 +1,4 @@
-"""`KernelCallback`: the backends of a run, chosen once, the same on all ranks and in a resumed run."""
+"""`KernelCallback`: what computes a run, chosen once, the same on all ranks and in a resumed run."""
 
 import logging
 import math
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..._transformers import ExportableState
+from ...models.passes import fuse_passes_
 from ...nn.linear import sparse_layers
 from ...ops import choose_backend, configure_kernels
 from ...ops.choice import Choice, choice_from_json, choice_to_json, current_plan
@@ -33,17 +34,22 @@ class KernelCallback(TrainerCallback, ExportableState):
 
     Args:
         tuning, dense_workspace: see [`configure_kernels`].
+        fused_passes (`bool`): see [`fuse_passes_`]; on CPUs. A resumed run goes on as it began.
     """
 
-    def __init__(self, tuning: str = "once", dense_workspace: bool = True) -> None:
-        self.tuning, self.dense_workspace = tuning, dense_workspace
+    def __init__(self, tuning: str = "once", dense_workspace: bool = True, fused_passes: bool = True) -> None:
+        self.tuning, self.dense_workspace, self.fused_passes = tuning, dense_workspace, fused_passes
         self._saved: list[dict[str, Any]] = []
         self._steps: tuple[int, torch.dtype | None] | None = None  # tokens and dtype of a step, once it is planned for
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps in `trainer_state.json`."""
         return {
-            "args": {"tuning": self.tuning, "dense_workspace": self.dense_workspace},
+            "args": {
+                "tuning": self.tuning,
+                "dense_workspace": self.dense_workspace,
+                "fused_passes": self.fused_passes,
+            },
             "attributes": {"choices": self._saved},
         }
 
@@ -53,6 +59,10 @@ class KernelCallback(TrainerCallback, ExportableState):
         configure_kernels(tuning=self.tuning, dense_workspace=self.dense_workspace)
         saved = saved_state(self, state)
         self._saved = saved["attributes"]["choices"] if saved is not None and state.global_step > 0 else []
+        if state.global_step > 0:  # earlier versions did not fuse
+            self.fused_passes = saved is not None and saved["args"].get("fused_passes", False)
+        if args.device.type == "cpu":
+            fuse_passes_(kwargs["model"], self.fused_passes)
         self._steps = None
         keep_state(self, state)
 

@@ -120,5 +120,5 @@ def _made(callback: TrainerCallback | type[TrainerCallback], args: DynSparseTrai
     if issubclass(callback, TopologyCallback):
         return callback(args.topology_settings(), group_lasso=args.group_lasso)
     if issubclass(callback, KernelCallback):
-        return callback(args.kernel_tuning, args.dense_workspace)
+        return callback(args.kernel_tuning, args.dense_workspace, args.fused_passes)
     return callback()
