@@ -1,4 +1,9 @@
-"""Layers that hold int8 and compute with integers. They are made from trained ones and train no more."""
+"""
+Layers that hold int8 and compute with integers. They are made from trained ones and train no more.
+
+The kernels of `ops/int8.py` compute where they can. Elsewhere those for floating-point numbers do, given integers that
+they add without rounding.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self, TypeVar, final
@@ -9,6 +14,7 @@ from torch import nn
 from ...blocks.sizes import as_block_shape, block_grid
 from ...nn.linear import BlockSparseLinear, LinearLayer, SparseLayer
 from ...ops import Problem, to_dense
+from ...ops.int8 import PackedLinear, pack
 from .affine import (
     INPUT_LEVELS,
     INT32_LEVELS,
@@ -123,7 +129,12 @@ class Int8Layer(LinearLayer):
                 "An int8 model is for inference. Got one in training mode: call `model.eval()`, or train the model "
                 "that it was made from, prepared by `prepare_qat_`."
             )
-        known, device = self._constants, input.device.type
+        known = self._constants
+        if known.packed is not None and known.packed.serves(input):
+            output = known.packed.multiply(input)
+            if output is not None:
+                return output
+        device = input.device.type
         integers = quantize_input(input, self.input_scale, known.zero_point).to(known.dtype)
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # bfloat16 would round the integers
@@ -144,17 +155,31 @@ class Int8Layer(LinearLayer):
 
     @property
     def _constants(self) -> "_Constants":
-        if self.scale.is_meta:
-            return _Constants(torch.float32, 0, 1.0, self.bias)  # there is nothing to compute but shapes
-        if self._known is None:
+        known, values = self._known, self.int8_values
+        if known is not None and known.values is values and known.version == _version(values):
+            return known
+        if values.is_meta:
+            return _Constants(torch.float32, 0, 1.0, self.bias, None, values, 0)  # there is nothing to compute but shapes
+        with torch.inference_mode(False), torch.no_grad():
             zero_point = int(self.input_zero_point)
             largest = int(self._row_sums().max()) * max(zero_point, INPUT_LEVELS - zero_point)
             step = float(self.step)
             exact = largest <= EXACT_IN_FLOAT32 and SMALLEST_SCALE <= step <= torch.finfo(torch.float32).max
             bias = None if self.int32_bias is None else self.int32_bias * self.step
             dtype = torch.float32 if exact else torch.float64
-            self._known = _Constants(dtype, zero_point, step, None if bias is None else bias.to(dtype))
-        return self._known
+            bias = None if bias is None else bias.to(dtype)
+            packed = self._pack(zero_point, step, bias) if exact else None
+            known = self._known = _Constants(dtype, zero_point, step, bias, packed, values, _version(values))
+        return known
+
+    def _pack(self, zero_point: int, step: float, bias: torch.Tensor | None) -> PackedLinear | None:
+        """The weight for kernels that compute with integers, if there are some."""
+        given = {"zero_point": zero_point, "input_scale": self.input_scale, "step": step, "bias": bias}
+        return pack(*self._blocks(), self.shape, **given)
+
+    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The values as blocks, and block row and block column of each."""
+        raise NotImplementedError
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         raise NotImplementedError
@@ -176,13 +201,25 @@ class Int8Layer(LinearLayer):
         return self
 
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy packs its own weight: addresses are not copied.
+        return {**self.__dict__, "_known": None}
+
+
 class _Constants(NamedTuple):
-    """What every forward pass needs, computed once."""
+    """What every forward pass needs, computed once for `values` as they are at `version`."""
 
     dtype: torch.dtype
     zero_point: int
     step: float
     bias: torch.Tensor | None
+    packed: PackedLinear | None
+    values: torch.Tensor
+    version: int
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @final
@@ -217,6 +254,10 @@ class Int8Linear(Int8Layer):
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return nn.functional.linear(integers, self.int8_values.to(dtype))
+
+    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        corner = torch.zeros(1, dtype=torch.int64)
+        return self.int8_values[None], corner, corner
 
     def _row_sums(self) -> torch.Tensor:
         return self.int8_values.short().abs().sum(1)
@@ -293,7 +334,8 @@ class Int8BlockSparseLinear(Int8Layer, SparseLayer):
             return torch.empty(self.nnzb, dtype=torch.int32, device="meta")
         # No buffer: the loader overwrites those that no checkpoint holds.
         if self._decoded is None or self._decoded.device != self.block_code.device:
-            self._decoded = decode_index(self.block_code, self.code_bits, self.nnzb, self.num_blocks, self.label)
+            with torch.inference_mode(False):  # of an index that inference made no order would be kept
+                self._decoded = decode_index(self.block_code, self.code_bits, self.nnzb, self.num_blocks, self.label)
         return self._decoded
 
     def problem(self, tokens: int = 1, *, backward: bool = False, dtype: torch.dtype | None = None) -> Problem:
@@ -322,6 +364,9 @@ class Int8BlockSparseLinear(Int8Layer, SparseLayer):
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.multiply(integers, self.int8_values.to(dtype), None)
+
+    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.int8_values, self.layout.rows, self.layout.columns
 
     def _row_sums(self) -> torch.Tensor:
         sums = self.int8_values.short().abs().sum(2)  # [nnzb, rows]
