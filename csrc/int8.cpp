@@ -6,16 +6,6 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-extern "C" {
-// A layer; `hf_dynsparse/ops/int8.py` fills it in.
-struct Int8Layer {
-    int32_t height;  // of a strip: 1 or 4
-    Rounding rounding;
-    int64_t out_features, in_features;
-    Strips strips;
-};
-}
-
 // Grows with every change of the functions below: a library from an older build is refused.
 EXPORT int interface_version() { return 1; }
 
@@ -41,16 +31,14 @@ EXPORT int runs(int variant) {
     return 0;
 }
 
-// output [tokens, out] from input [tokens, in], both float32. Returns 0; 1 for a height that is not compiled; 2 if a
-// number is not finite, which no integer stands for: `output` holds nothing of use then.
+// output [tokens, out] from input [tokens, in], both float32. Returns 0; 1 for a height of strips that is not compiled; 2
+// if a number is not finite, which no integer stands for: `output` holds nothing of use then.
 EXPORT int int8_linear(const Int8Layer* layer, int threads, int64_t tokens, const float* input, float* output) {
-    const auto run = [&](auto height) {
-        return multiply<decltype(height)::value>(input, tokens, layer->in_features, layer->rounding, layer->strips,
-                                                 layer->out_features, output, threads)
-                   ? 0
-                   : 2;
-    };
-    if (layer->height == 1) return run(std::integral_constant<int, 1>{});
-    if (layer->height == 4) return run(std::integral_constant<int, 4>{});
-    return 1;
+    return multiply(*layer, threads, tokens, input, output);
+}
+
+// The same for `down(gelu(up(input)))`.
+EXPORT int int8_feed_forward(const Int8Layer* up, const Int8Layer* down, int threads, int64_t tokens,
+                             const float* input, float* output) {
+    return feed_forward(*up, *down, threads, tokens, input, output);
 }

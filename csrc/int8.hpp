@@ -55,13 +55,14 @@ struct Rounding {
     float reciprocal;
     int32_t zero_point;
 
-    // LANES numbers -> their bytes. Added to 1.5 * 2^23, a float has no digits but those of the nearest integer, ties to even.
-    INLINE Bytes round(Vector x) const {
+    // LANES numbers -> their integers. Added to 1.5 * 2^23, a float has no digits but those of the nearest integer, ties to
+    // even.
+    INLINE Integers round(Vector x) const {
         constexpr float MAGIC = 12582912.0f;
         constexpr int32_t MAGIC_BITS = 0x4b400000;
         const Vector low = broadcast(float(-zero_point)), high = broadcast(float(255 - zero_point));
         const Vector nearest = clamp(x * broadcast(reciprocal), low, high) + broadcast(MAGIC);
-        return __builtin_convertvector((Integers)nearest - broadcast_integer(MAGIC_BITS - zero_point), Bytes);
+        return (Integers)nearest - broadcast_integer(MAGIC_BITS - zero_point);
     }
 
     // row [features] -> bytes [features rounded up to LANES]. Adds 0 to `seen` for each number, NaN if it is not finite.
@@ -70,14 +71,14 @@ struct Rounding {
         for (; at + LANES <= features; at += LANES) {
             const Vector x = load(row + at);
             seen += x * broadcast(0.0f);
-            *(Bytes*)(bytes + at) = round(x);
+            *(Bytes*)(bytes + at) = __builtin_convertvector(round(x), Bytes);
         }
         if (at == features) return;
         float rest[LANES] = {};
         std::memcpy(rest, row + at, (features - at) * sizeof(float));
         const Vector x = load(rest);
         seen += x * broadcast(0.0f);
-        *(Bytes*)(bytes + at) = round(x);
+        *(Bytes*)(bytes + at) = __builtin_convertvector(round(x), Bytes);
     }
 };
 
@@ -141,41 +142,137 @@ INLINE void sum_strip(const float* panel, const Strips& strips, int64_t strip, f
     }
 }
 
-// input [tokens, in] -> output [tokens, out]. False, and nothing of use in `output`, if a number is not finite.
-template <int HEIGHT>
-bool multiply(const float* input, int64_t tokens, int64_t in, Rounding rounding, const Strips& strips, int64_t out,
-              float* output, int threads) {
+// What one call knows of a layer.
+struct Int8Layer {
+    int32_t height;  // of a strip: 1 or 4
+    Rounding rounding;
+    int64_t out_features, in_features;
+    Strips strips;
+
+    // Units of a panel that inputs in rows are packed into.
+    int64_t units() const { return (in_features + QUAD * TILE - 1) / (QUAD * TILE) * TILE; }
+};
+
+// panel -> output [tokens, out] for the tokens of the panel.
+template <int HEIGHT, int TOKENS>
+void multiply_panel(const float* panel, int64_t tokens, const Int8Layer& layer, float* output, bool streamed) {
+    // Wide enough that each token's part of a group is written as a run of several cache lines.
+    constexpr int64_t GROUP = 4096 / TOKENS < 64 ? 64 : 4096 / TOKENS;
+    alignas(64) float group[GROUP * TOKENS];
+    const int64_t out = layer.out_features;
+    for (int64_t first = 0; first < out; first += GROUP) {
+        const int64_t width = out - first < GROUP ? out - first : GROUP;
+        for (int64_t j = 0; j < width; j += HEIGHT)
+            sum_strip<HEIGHT, TOKENS>(panel, layer.strips, (first + j) / HEIGHT, group + j * TOKENS);
+        unpack<TOKENS>(group, width, output + first, tokens, out, streamed);
+    }
+    if (streamed) finish_streams();
+}
+
+// x / 2 * (1 + erf(x / sqrt 2)), to 6e-7. erf(z) / z is a polynomial of z^2, fitted at Chebyshev's points for z in [0, 3.9],
+// beyond which erf is 1 in float32; its argument is brought to [-1, 1].
+INLINE Vector gelu(Vector x) {
+    constexpr float END = 3.9f;
+    constexpr float COEFFICIENTS[] = {
+        0.362583995f, -0.181011453f, 0.134688452f, -0.109517045f, 0.0907170847f,
+        -0.0739864185f, 0.0575924888f, -0.0418249667f, 0.0301181842f, -0.0220831465f,
+        0.0120105688f, -0.00353632425f, 0.00314039364f, -0.00402476592f, 0.00154320302f};
+    constexpr int DEGREE = sizeof(COEFFICIENTS) / sizeof(float) - 1;
+    const Vector z = clamp(x * broadcast(0.707106781f), broadcast(-END), broadcast(END));
+    const Vector u = z * z * broadcast(2 / (END * END)) - broadcast(1.0f);
+    Vector ratio = broadcast(COEFFICIENTS[DEGREE]);
+    UNROLL for (int i = DEGREE - 1; i >= 0; i--) ratio = ratio * u + broadcast(COEFFICIENTS[i]);
+    const Vector half = x * broadcast(0.5f);
+    return half + half * (z * ratio);
+}
+
+// panel -> the panel of the next layer: its inputs are GELU of this layer's outputs.
+template <int HEIGHT, int TOKENS>
+void multiply_panel_on(const float* panel, const Int8Layer& layer, Rounding next, float* to, Vector& seen) {
+    alignas(64) float rows[QUAD * TOKENS] = {};
+    const int64_t out = layer.out_features;
+    for (int64_t first = 0; first < out; first += QUAD, to += TOKENS) {
+        const int64_t width = out - first < QUAD ? out - first : QUAD;
+        for (int64_t j = 0; j < width; j += HEIGHT)
+            sum_strip<HEIGHT, TOKENS>(panel, layer.strips, (first + j) / HEIGHT, rows + j * TOKENS);
+        for (int token = 0; token < TOKENS; token += LANES) {
+            Integers unit = {};
+            UNROLL for (int j = 0; j < QUAD; j++) {
+                const Vector x = gelu(load(rows + j * TOKENS + token));
+                seen += x * broadcast(0.0f);
+                unit |= next.round(x) << (8 * j);
+            }
+            *(Integers*)(to + token) = unit;
+        }
+    }
+}
+
+// Calls `work` with the number of each panel, its tokens, a constant no less than them, and a vector to note in what is
+// seen. False if a number was not finite.
+template <typename Work>
+bool for_panels(int64_t tokens, int threads, Work work) {
     const Panels panels(tokens, SHORT_PANEL, LONG_PANEL, threads);
-    const bool streamed = is_streamed(output, tokens, out);
-    const int64_t units = (in + QUAD * TILE - 1) / (QUAD * TILE) * TILE;
     bool finite = true;
-    use_large_pages(output, tokens * out * int64_t(sizeof(float)));
 #pragma omp parallel num_threads(panels.team(threads)) reduction(&& : finite)
     {
-        float* panel = first_panel_memory.get(units * panels.size);
-        float* bytes = second_panel_memory.get(units * TILE);
         Vector seen = {};
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < panels.count; i++) {
-            const int64_t begin = panels.begin(i), length = panels.length(i);
-            with_panel<SHORT_PANEL, LONG_PANEL>(length, [&](auto size) {
-                constexpr int TOKENS = decltype(size)::value;
-                // Wide enough that each token's part of a group is written as a run of several cache lines.
-                constexpr int64_t GROUP = 4096 / TOKENS < 64 ? 64 : 4096 / TOKENS;
-                alignas(64) float group[GROUP * TOKENS];
-                round_and_pack<TOKENS>(input + begin * in, length, in, rounding, units, bytes, panel, seen);
-                for (int64_t first = 0; first < out; first += GROUP) {
-                    const int64_t width = out - first < GROUP ? out - first : GROUP;
-                    for (int64_t j = 0; j < width; j += HEIGHT)
-                        sum_strip<HEIGHT, TOKENS>(panel, strips, (first + j) / HEIGHT, group + j * TOKENS);
-                    unpack<TOKENS>(group, width, output + begin * out + first, length, out, streamed);
-                }
-            });
-        }
-        if (streamed) finish_streams();
+        for (int64_t i = 0; i < panels.count; i++)
+            with_panel<SHORT_PANEL, LONG_PANEL>(panels.length(i),
+                                                [&](auto size) { work(panels.begin(i), panels.length(i), size, seen); });
         for (int lane = 0; lane < LANES; lane++) finite = finite && seen[lane] == 0.0f;
     }
     return finite;
+}
+
+// Calls `work` with the height of the strips of a layer, a constant; 1 if it is not compiled.
+template <typename Work>
+int with_height(const Int8Layer& layer, Work work) {
+    if (layer.height == 1) return work(std::integral_constant<int, 1>{});
+    if (layer.height == 4) return work(std::integral_constant<int, 4>{});
+    return 1;
+}
+
+template <int TOKENS>
+const float* pack_inputs(const Int8Layer& layer, const float* input, int64_t tokens, Vector& seen) {
+    float* panel = first_panel_memory.get(layer.units() * TOKENS);
+    float* bytes = second_panel_memory.get(layer.units() * TILE);
+    round_and_pack<TOKENS>(input, tokens, layer.in_features, layer.rounding, layer.units(), bytes, panel, seen);
+    return panel;
+}
+
+// input [tokens, in] -> output [tokens, out]. 0, or 1 as `with_height`, or 2 if a number is not finite.
+int multiply(const Int8Layer& layer, int threads, int64_t tokens, const float* input, float* output) {
+    const int64_t in = layer.in_features, out = layer.out_features;
+    const bool streamed = is_streamed(output, tokens, out);
+    use_large_pages(output, tokens * out * int64_t(sizeof(float)));
+    return with_height(layer, [&](auto height) {
+        return for_panels(tokens, threads, [&](int64_t begin, int64_t length, auto size, Vector& seen) {
+            constexpr int HEIGHT = decltype(height)::value, TOKENS = decltype(size)::value;
+            const float* panel = pack_inputs<TOKENS>(layer, input + begin * in, length, seen);
+            multiply_panel<HEIGHT, TOKENS>(panel, length, layer, output + begin * out, streamed);
+        }) ? 0 : 2;
+    });
+}
+
+// The same through two layers with GELU between them, whose numbers never leave the cache.
+int feed_forward(const Int8Layer& up, const Int8Layer& down, int threads, int64_t tokens, const float* input,
+                 float* output) {
+    const int64_t in = up.in_features, out = down.out_features;
+    const bool streamed = is_streamed(output, tokens, out);
+    use_large_pages(output, tokens * out * int64_t(sizeof(float)));
+    return with_height(up, [&](auto upper) {
+        return with_height(down, [&](auto lower) {
+            return for_panels(tokens, threads, [&](int64_t begin, int64_t length, auto size, Vector& seen) {
+                constexpr int UPPER = decltype(upper)::value, LOWER = decltype(lower)::value;
+                constexpr int TOKENS = decltype(size)::value;
+                const float* panel = pack_inputs<TOKENS>(up, input + begin * in, length, seen);
+                float* between = entry_memory.get(down.units() * TOKENS);
+                multiply_panel_on<UPPER, TOKENS>(panel, up, down.rounding, between, seen);
+                multiply_panel<LOWER, TOKENS>(between, length, down, output + begin * out, streamed);
+            }) ? 0 : 2;
+        });
+    });
 }
 
 }  // namespace

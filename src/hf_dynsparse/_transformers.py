@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from transformers import initialization as init
+from transformers.activations import GELUActivation
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -21,6 +22,7 @@ from transformers.models.bert.modeling_bert import (
     BertEmbeddings,
     BertEncoder,
     BertForPreTrainingOutput,
+    BertLayer,
     BertOnlyMLMHead,
     BertPooler,
     BertPreTrainingHeads,
@@ -60,12 +62,14 @@ __all__ = [
     "BertEmbeddings",
     "BertEncoder",
     "BertForPreTrainingOutput",
+    "BertLayer",
     "BertOnlyMLMHead",
     "BertPooler",
     "BertPreTrainingHeads",
     "ConversionOps",
     "EvalLoopOutput",
     "ExportableState",
+    "GELUActivation",
     "HfQuantizer",
     "HubStrategy",
     "MaskedLMOutput",

@@ -58,7 +58,9 @@ def load_variant(variant: str) -> ctypes.CDLL:
     """
     library = open_library(f"_int8_{variant}.so", INTERFACE_VERSION)
     address = ctypes.c_void_p
-    library.int8_linear.argtypes = [ctypes.POINTER(_Layer), ctypes.c_int, ctypes.c_int64, address, address]
+    layer, numbers = ctypes.POINTER(_Layer), (ctypes.c_int, ctypes.c_int64)
+    library.int8_linear.argtypes = [layer, *numbers, address, address]
+    library.int8_feed_forward.argtypes = [layer, layer, *numbers, address, address]
     return library
 
 
@@ -142,16 +144,27 @@ class PackedLinear:
             and input.shape[-1] == self.in_features
         )
 
-    def multiply(self, input: torch.Tensor) -> torch.Tensor | None:
+    def multiply(self, input: torch.Tensor, then: "PackedLinear | None" = None) -> torch.Tensor | None:
         """
-        `input` of shape `(..., in_features)`, rounded, to `(..., out_features)`; `None` if a number is not finite, which
-        no integer stands for.
+        `input` of shape `(..., in_features)`, rounded, to `(..., out_features)`.
+
+        Args:
+            then ([`PackedLinear`], *optional*): a second layer, packed for the same library, that is given GELU of the
+                outputs of this one.
+
+        Returns:
+            `torch.Tensor`, or `None` if a number on the way is not finite, which no integer stands for.
         """
+        last = then or self
         input = input.resolve_neg().contiguous()
-        output = input.new_empty(*input.shape[:-1], self.out_features)
+        output = input.new_empty(*input.shape[:-1], last.out_features)
         tokens = input.numel() // self.in_features
-        operands = self.layer, torch.get_num_threads(), tokens, input.data_ptr(), output.data_ptr()
-        return output if self.library.int8_linear(*operands) == 0 else None
+        operands = torch.get_num_threads(), tokens, input.data_ptr(), output.data_ptr()
+        if then is None:
+            found = self.library.int8_linear(self.layer, *operands)
+        else:
+            found = self.library.int8_feed_forward(self.layer, then.layer, *operands)
+        return output if found == 0 else None
 
 
 def pack(

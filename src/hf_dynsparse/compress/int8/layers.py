@@ -145,6 +145,13 @@ class Int8Layer(LinearLayer):
             return sums.mul_(known.step).to(input.dtype)
         return torch.add(known.bias, sums, alpha=known.step, out=sums).to(input.dtype)  # in one pass
 
+    def feed(self, then: "Int8Layer", input: torch.Tensor) -> torch.Tensor | None:
+        """`then(gelu(self(input)))` in one call, or `None` where no kernel can."""
+        first, second = self._constants.packed, then._constants.packed
+        if first is None or second is None or first.library is not second.library or not first.serves(input):
+            return None
+        return first.multiply(input, second)
+
     @property
     def exact_dtype(self) -> torch.dtype:
         """
