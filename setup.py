@@ -26,14 +26,14 @@ COMPILE = [
     *("-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"),
 ]
 HEADERS = sorted(path.relative_to(HERE).as_posix() for path in HERE.glob("csrc/*.hpp"))
-# By name of a library its source and variants.
-LIBRARIES = {"native": ("block_sparse", {"portable": []}), "int8": ("int8", {"portable": []})}
+# By the beginning of its name, a library's source and variants.
+LIBRARIES = {"native": ("block_sparse", {"portable": []}), "native_int8": ("int8", {"portable": []})}
 if platform.machine() in ("x86_64", "AMD64"):
     V3, V4 = "-march=x86-64-v3", "-march=x86-64-v4"
     for _, variants in LIBRARIES.values():
         variants |= {"x86_64_v3": [V3], "x86_64_v4": [V4]}
     LIBRARIES["native"][1]["x86_64_v4_bf16"] = [V4, "-mavx512bf16"]
-    LIBRARIES["int8"][1].update({"x86_64_v3_vnni": [V3, "-mavxvnni"], "x86_64_v4_vnni": [V4, "-mavx512vnni"]})
+    LIBRARIES["native_int8"][1].update({"x86_64_v3_vnni": [V3, "-mavxvnni"], "x86_64_v4_vnni": [V4, "-mavx512vnni"]})
 
 
 def native_extension(library: str, source: str, variant: str, flags: list[str]) -> Extension:

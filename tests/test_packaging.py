@@ -111,7 +111,7 @@ def test_with_a_compiler_the_wheel_has_a_library_per_instruction_set_and_serves_
     assert not name.endswith("-any.whl")
     libraries = {
         f"hf_dynsparse/ops/_{name}_{variant}.so"
-        for name, module in {"native": native, "int8": int8}.items()
+        for name, module in {"native": native, "native_int8": int8}.items()
         for variant in (module.VARIANTS.values() if platform.machine() in ("x86_64", "AMD64") else ["portable"])
     }
     assert {file for file in files if file.endswith(".so")} == libraries

@@ -156,7 +156,7 @@ def test_without_the_best_variant_the_next_serves(monkeypatch, caplog):
 
     def load_old(variant: str) -> object:
         if variant != "portable":
-            raise native.LibraryUnavailable(f"_int8_{variant}.so is not built.")
+            raise native.LibraryUnavailable(f"_native_int8_{variant}.so is not built.")
         return load(variant)
 
     monkeypatch.setattr(int8, "load_variant", load_old)

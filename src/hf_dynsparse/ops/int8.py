@@ -56,7 +56,7 @@ def load_variant(variant: str) -> ctypes.CDLL:
     Raises:
         LibraryUnavailable: if it is not built, does not load or comes from other sources.
     """
-    library = open_library(f"_int8_{variant}.so", INTERFACE_VERSION)
+    library = open_library(f"_native_int8_{variant}.so", INTERFACE_VERSION)
     address = ctypes.c_void_p
     layer, numbers = ctypes.POINTER(_Layer), (ctypes.c_int, ctypes.c_int64)
     library.int8_linear.argtypes = [layer, *numbers, address, address]
