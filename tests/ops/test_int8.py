@@ -17,7 +17,14 @@ pytestmark = needs_kernels
 
 # Block shape and grid; the last is a dense matrix with odd sides.
 WEIGHTS = [
-    *(((1, 1), (7, 13)), ((1, 1), (48, 90)), ((1, 4), (9, 33)), ((2, 8), (9, 5)), ((4, 1), (5, 31)), ((4, 2), (5, 31))),
+    *(
+        ((1, 1), (7, 13)),
+        ((1, 1), (48, 90)),
+        ((1, 4), (9, 33)),
+        ((2, 8), (9, 5)),
+        ((4, 1), (5, 31)),
+        ((4, 2), (5, 31)),
+    ),
     *(((4, 4), (19, 21)), ((8, 8), (5, 9)), ((16, 16), (5, 7)), ((32, 32), (1, 3)), ((7, 13), (1, 1))),
 ]
 TOKENS = (1, 15, 16, 17, 64, 65, 200)
@@ -147,7 +154,10 @@ def test_what_is_served():
 
 
 def test_an_instruction_set_must_be_there():
-    with pytest.raises(native.LibraryUnavailable, match=r"This CPU runs .*portable. Got 'sse9'"), int8.use_variant("sse9"):
+    with (
+        pytest.raises(native.LibraryUnavailable, match=r"This CPU runs .*portable. Got 'sse9'"),
+        int8.use_variant("sse9"),
+    ):
         pass
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
+from pathlib import Path
 
 import torch
 
@@ -126,6 +127,11 @@ class PackedLinear:
     in_features: int
     out_features: int
     tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the library."""
+        return Path(self.library._name).stem
 
     @property
     def nbytes(self) -> int:

@@ -166,7 +166,9 @@ class Int8Layer(LinearLayer):
         if known is not None and known.values is values and known.version == _version(values):
             return known
         if values.is_meta:
-            return _Constants(torch.float32, 0, 1.0, self.bias, None, values, 0)  # there is nothing to compute but shapes
+            return _Constants(
+                torch.float32, 0, 1.0, self.bias, None, values, 0
+            )  # there is nothing to compute but shapes
         with torch.inference_mode(False), torch.no_grad():
             zero_point = int(self.input_zero_point)
             largest = int(self._row_sums().max()) * max(zero_point, INPUT_LEVELS - zero_point)
@@ -206,7 +208,6 @@ class Int8Layer(LinearLayer):
         if self.scale.dtype != torch.float32:
             self.scale, self.input_scale = (scale.to(self.scale.device) for scale in before)
         return self
-
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy packs its own weight: addresses are not copied.
@@ -346,8 +347,13 @@ class Int8BlockSparseLinear(Int8Layer, SparseLayer):
         return self._decoded
 
     def problem(self, tokens: int = 1, *, backward: bool = False, dtype: torch.dtype | None = None) -> Problem:
-        """See [`SparseLayer.problem`]; the integers are multiplied in floating point."""
+        """See [`SparseLayer.problem`]: of the integers in floating point, where no kernel multiplies them as such."""
         return super().problem(tokens, backward=backward, dtype=dtype or torch.float32)
+
+    def describe_backend(self) -> tuple[str, str]:
+        """See [`SparseLayer.describe_backend`]; `"int8"` where integers are multiplied as such."""
+        packed = self._constants.packed
+        return super().describe_backend() if packed is None else ("int8", packed.name)
 
     def to_dense(self) -> torch.Tensor:
         """The dense weight that the integers represent, `torch.float32` of shape `(out_features, in_features)`."""
