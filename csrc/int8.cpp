@@ -31,14 +31,10 @@ EXPORT int runs(int variant) {
     return 0;
 }
 
-// output [tokens, out] from input [tokens, in], both float32. Returns 0; 1 for a height of strips that is not compiled; 2
-// if a number is not finite, which no integer stands for: `output` holds nothing of use then.
-EXPORT int int8_linear(const Int8Layer* layer, int threads, int64_t tokens, const float* input, float* output) {
-    return multiply(*layer, threads, tokens, input, output);
-}
-
-// The same for `down(gelu(up(input)))`.
-EXPORT int int8_feed_forward(const Int8Layer* up, const Int8Layer* down, int threads, int64_t tokens,
-                             const float* input, float* output) {
-    return feed_forward(*up, *down, threads, tokens, input, output);
+// output [tokens, out] from input [tokens, in], both float32: that of `layer` or, if `next` is not null, of
+// `next(gelu(layer(input)))`, and of what `ending` says of it, if that is not null. Returns 0; 1 for a height of strips that
+// is not compiled; 2 if a number is not finite, which no integer stands for: `output` holds nothing of use then.
+EXPORT int int8_linear(const Int8Layer* layer, const Int8Layer* next, const Ending* ending, int threads, int64_t tokens,
+                       const float* input, float* output) {
+    return Call{*layer, next, ending, tokens, input, output}.run(threads);
 }

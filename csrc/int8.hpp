@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include <cmath>
+
 #include "panels.hpp"
 
 namespace {
@@ -233,46 +235,86 @@ int with_height(const Int8Layer& layer, Work work) {
     return 1;
 }
 
-template <int TOKENS>
-const float* pack_inputs(const Int8Layer& layer, const float* input, int64_t tokens, Vector& seen) {
-    float* panel = first_panel_memory.get(layer.units() * TOKENS);
-    float* bytes = second_panel_memory.get(layer.units() * TILE);
-    round_and_pack<TOKENS>(input, tokens, layer.in_features, layer.rounding, layer.units(), bytes, panel, seen);
-    return panel;
+// What follows the last product of a call: LayerNorm(output + residual).
+struct Ending {
+    const float* residual;  // [tokens, features]
+    const float* weight;    // [features]
+    const float* bias;      // [features]
+    float epsilon;
+};
+
+INLINE float lane_sum(Vector x) {
+    float sum = 0;
+    UNROLL for (int lane = 0; lane < LANES; lane++) sum += x[lane];
+    return sum;
 }
 
-// input [tokens, in] -> output [tokens, out]. 0, or 1 as `with_height`, or 2 if a number is not finite.
-int multiply(const Int8Layer& layer, int threads, int64_t tokens, const float* input, float* output) {
-    const int64_t in = layer.in_features, out = layer.out_features;
-    const bool streamed = is_streamed(output, tokens, out);
-    use_large_pages(output, tokens * out * int64_t(sizeof(float)));
-    return with_height(layer, [&](auto height) {
-        return for_panels(tokens, threads, [&](int64_t begin, int64_t length, auto size, Vector& seen) {
-            constexpr int HEIGHT = decltype(height)::value, TOKENS = decltype(size)::value;
-            const float* panel = pack_inputs<TOKENS>(layer, input + begin * in, length, seen);
-            multiply_panel<HEIGHT, TOKENS>(panel, length, layer, output + begin * out, streamed);
-        }) ? 0 : 2;
-    });
+// The same for one token, in place. The features beyond the last whole vector are taken one by one.
+inline void finish_row(float* row, const float* residual, int64_t features, const Ending& ending) {
+    const int64_t whole = features / LANES * LANES;
+    Vector sums = {}, squares = {};
+    float sum = 0, square = 0;
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const Vector x = load(row + i) + load(residual + i);
+        store(row + i, x);
+        sums += x;
+    }
+    for (int64_t i = whole; i < features; i++) sum += row[i] += residual[i];
+    const float mean = (sum + lane_sum(sums)) / float(features);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const Vector x = load(row + i) - broadcast(mean);
+        squares += x * x;
+    }
+    for (int64_t i = whole; i < features; i++) square += (row[i] - mean) * (row[i] - mean);
+    const float scale = 1 / std::sqrt((square + lane_sum(squares)) / float(features) + ending.epsilon);
+    for (int64_t i = 0; i < whole; i += LANES)
+        store(row + i, (load(row + i) - broadcast(mean)) * broadcast(scale) * load(ending.weight + i) + load(ending.bias + i));
+    for (int64_t i = whole; i < features; i++) row[i] = (row[i] - mean) * scale * ending.weight[i] + ending.bias[i];
 }
 
-// The same through two layers with GELU between them, whose numbers never leave the cache.
-int feed_forward(const Int8Layer& up, const Int8Layer& down, int threads, int64_t tokens, const float* input,
-                 float* output) {
-    const int64_t in = up.in_features, out = down.out_features;
-    const bool streamed = is_streamed(output, tokens, out);
-    use_large_pages(output, tokens * out * int64_t(sizeof(float)));
-    return with_height(up, [&](auto upper) {
-        return with_height(down, [&](auto lower) {
-            return for_panels(tokens, threads, [&](int64_t begin, int64_t length, auto size, Vector& seen) {
-                constexpr int UPPER = decltype(upper)::value, LOWER = decltype(lower)::value;
-                constexpr int TOKENS = decltype(size)::value;
-                const float* panel = pack_inputs<TOKENS>(up, input + begin * in, length, seen);
-                float* between = entry_memory.get(down.units() * TOKENS);
-                multiply_panel_on<UPPER, TOKENS>(panel, up, down.rounding, between, seen);
-                multiply_panel<LOWER, TOKENS>(between, length, down, output + begin * out, streamed);
-            }) ? 0 : 2;
+// One call: through a layer or, with GELU between them, whose numbers never leave the cache, through two.
+struct Call {
+    const Int8Layer& layer;
+    const Int8Layer* next;  // may be null
+    const Ending* ending;   // may be null
+    int64_t tokens;
+    const float* input;  // [tokens, in]
+    float* output;       // [tokens, out]
+
+    const Int8Layer& last() const { return next ? *next : layer; }
+
+    // What is normalised is read again at once.
+    bool streamed() const { return !ending && is_streamed(output, tokens, last().out_features); }
+
+    template <int HEIGHT, int NEXT_HEIGHT, int TOKENS>
+    void run_panel(int64_t begin, int64_t length, Vector& seen) const {
+        const int64_t in = layer.in_features, out = last().out_features;
+        float* panel = first_panel_memory.get(layer.units() * TOKENS);
+        float* bytes = second_panel_memory.get(layer.units() * TILE);
+        round_and_pack<TOKENS>(input + begin * in, length, in, layer.rounding, layer.units(), bytes, panel, seen);
+        if (next) {
+            float* between = entry_memory.get(next->units() * TOKENS);
+            multiply_panel_on<HEIGHT, TOKENS>(panel, layer, next->rounding, between, seen);
+            panel = between;
+        }
+        multiply_panel<NEXT_HEIGHT, TOKENS>(panel, length, last(), output + begin * out, streamed());
+        if (ending)
+            for (int64_t token = begin; token < begin + length; token++)
+                finish_row(output + token * out, ending->residual + token * out, out, *ending);
+    }
+
+    // 0, or 1 as `with_height`, or 2 if a number is not finite.
+    int run(int threads) const {
+        use_large_pages(output, tokens * last().out_features * int64_t(sizeof(float)));
+        return with_height(layer, [&](auto height) {
+            return with_height(last(), [&](auto next_height) {
+                return for_panels(tokens, threads, [&](int64_t begin, int64_t length, auto size, Vector& seen) {
+                    run_panel<decltype(height)::value, decltype(next_height)::value, decltype(size)::value>(begin, length,
+                                                                                                       seen);
+                }) ? 0 : 2;
+            });
         });
-    });
-}
+    }
+};
 
 }  // namespace

@@ -26,6 +26,7 @@ from transformers.models.bert.modeling_bert import (
     BertOnlyMLMHead,
     BertPooler,
     BertPreTrainingHeads,
+    BertSelfOutput,
 )
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -66,6 +67,7 @@ __all__ = [
     "BertOnlyMLMHead",
     "BertPooler",
     "BertPreTrainingHeads",
+    "BertSelfOutput",
     "ConversionOps",
     "EvalLoopOutput",
     "ExportableState",

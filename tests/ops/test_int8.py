@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 import torch
 from helpers import cover_pairs, needs_kernels
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, layer_norm
 
 from hf_dynsparse.blocks.draw import random_block_index
 from hf_dynsparse.ops import int8, native, to_dense, use_backend
@@ -124,6 +124,19 @@ def test_two_layers_with_gelu_between(variant, weights, tokens):
     # A difference in the last digit moves a number near a tie to the neighbouring integer.
     assert (found == wanted).float().mean() > 0.98
     assert (found - wanted).abs().max() <= 127
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_residual_and_norm_follow(variant):
+    with int8.use_variant(variant):
+        layer, dense = packed(((4, 4), (9, 5)), step=1e-3)
+    input, integers = numbers(70, 20, 128, False)
+    residual = torch.randn(70, 36, generator=torch.Generator().manual_seed(0))
+    weight, bias = torch.linspace(-1, 2, 36), torch.linspace(3, 4, 36)
+    product = (integers @ dense.T).double() * 1e-3 + residual
+    wanted = layer_norm(product, (36,), weight.double(), bias.double(), 1e-3).float()
+    found = layer.multiply(input, ending=int8.Ending(residual, weight, bias, 1e-3))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", variants())

@@ -49,6 +49,23 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class Ending(ctypes.Structure):
+    """
+    `Ending` of csrc/int8.cpp: what follows a product in the same call, `layer_norm(product + residual)`. All float32.
+
+    Args:
+        residual (`torch.Tensor` of the shape of the product).
+        weight, bias (`torch.Tensor` of shape `(out_features,)`).
+        eps (`float`).
+    """
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("residual", "weight", "bias")), ("epsilon", ctypes.c_float)]
+
+    def __init__(self, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
+        self.tensors = [tensor.resolve_neg().contiguous() for tensor in (residual, weight, bias)]
+        super().__init__(*(tensor.data_ptr() for tensor in self.tensors), eps)
+
+
 @cache
 def load_variant(variant: str) -> ctypes.CDLL:
     """
@@ -60,8 +77,7 @@ def load_variant(variant: str) -> ctypes.CDLL:
     library = open_library(f"_native_int8_{variant}.so", INTERFACE_VERSION)
     address = ctypes.c_void_p
     layer, numbers = ctypes.POINTER(_Layer), (ctypes.c_int, ctypes.c_int64)
-    library.int8_linear.argtypes = [layer, *numbers, address, address]
-    library.int8_feed_forward.argtypes = [layer, layer, *numbers, address, address]
+    library.int8_linear.argtypes = [layer, layer, ctypes.POINTER(Ending), *numbers, address, address]
     return library
 
 
@@ -150,26 +166,25 @@ class PackedLinear:
             and input.shape[-1] == self.in_features
         )
 
-    def multiply(self, input: torch.Tensor, then: "PackedLinear | None" = None) -> torch.Tensor | None:
+    def multiply(
+        self, input: torch.Tensor, then: "PackedLinear | None" = None, ending: Ending | None = None
+    ) -> torch.Tensor | None:
         """
         `input` of shape `(..., in_features)`, rounded, to `(..., out_features)`.
 
         Args:
             then ([`PackedLinear`], *optional*): a second layer, packed for the same library, that is given GELU of the
                 outputs of this one.
+            ending ([`Ending`], *optional*): what follows.
 
         Returns:
             `torch.Tensor`, or `None` if a number on the way is not finite, which no integer stands for.
         """
-        last = then or self
         input = input.resolve_neg().contiguous()
-        output = input.new_empty(*input.shape[:-1], last.out_features)
+        output = input.new_empty(*input.shape[:-1], (then or self).out_features)
         tokens = input.numel() // self.in_features
         operands = torch.get_num_threads(), tokens, input.data_ptr(), output.data_ptr()
-        if then is None:
-            found = self.library.int8_linear(self.layer, *operands)
-        else:
-            found = self.library.int8_feed_forward(self.layer, then.layer, *operands)
+        found = self.library.int8_linear(self.layer, then and then.layer, ending, *operands)
         return output if found == 0 else None
 
 

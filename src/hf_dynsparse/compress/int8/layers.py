@@ -14,7 +14,7 @@ from torch import nn
 from ...blocks.sizes import as_block_shape, block_grid
 from ...nn.linear import BlockSparseLinear, LinearLayer, SparseLayer
 from ...ops import Problem, to_dense
-from ...ops.int8 import PackedLinear, pack
+from ...ops.int8 import Ending, PackedLinear, pack
 from .affine import (
     INPUT_LEVELS,
     INT32_LEVELS,
@@ -145,12 +145,26 @@ class Int8Layer(LinearLayer):
             return sums.mul_(known.step).to(input.dtype)
         return torch.add(known.bias, sums, alpha=known.step, out=sums).to(input.dtype)  # in one pass
 
-    def feed(self, then: "Int8Layer", input: torch.Tensor) -> torch.Tensor | None:
-        """`then(gelu(self(input)))` in one call, or `None` where no kernel can."""
-        first, second = self._constants.packed, then._constants.packed
-        if first is None or second is None or first.library is not second.library or not first.serves(input):
+    def finish(
+        self, input: torch.Tensor, residual: torch.Tensor, norm: nn.LayerNorm, then: "Int8Layer | None" = None
+    ) -> torch.Tensor | None:
+        """
+        `norm(self(input) + residual)` or, of two layers, `norm(then(gelu(self(input))) + residual)`, in one call; `None`
+        where no kernel can.
+        """
+        first, second = self._constants.packed, None if then is None else then._constants.packed
+        if first is None or not first.serves(input) or (then is not None and second is None):
             return None
-        return first.multiply(input, second)
+        if type(norm) is not nn.LayerNorm:
+            return None
+        if second is not None and second.library is not first.library:
+            return None
+        shape = *input.shape[:-1], (second or first).out_features
+        weight, bias = norm.weight, norm.bias
+        dtypes = {tensor.dtype for tensor in (residual, weight, bias) if tensor is not None}
+        if bias is None or dtypes != {torch.float32} or residual.shape != shape or weight.shape != shape[-1:]:
+            return None
+        return first.multiply(input, second, Ending(residual, weight, bias, norm.eps))
 
     @property
     def exact_dtype(self) -> torch.dtype:
@@ -183,8 +197,8 @@ class Int8Layer(LinearLayer):
 
     def _pack(self, zero_point: int, step: float, bias: torch.Tensor | None) -> PackedLinear | None:
         """The weight for kernels that compute with integers, if there are some."""
-        given = {"zero_point": zero_point, "input_scale": self.input_scale, "step": step, "bias": bias}
-        return pack(*self._blocks(), self.shape, **given)
+        scale = self.input_scale
+        return pack(*self._blocks(), self.shape, zero_point=zero_point, input_scale=scale, step=step, bias=bias)
 
     def _blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The values as blocks, and block row and block column of each."""

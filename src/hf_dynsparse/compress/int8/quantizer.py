@@ -15,8 +15,8 @@ from ...models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ...models.stock.configuration import LayersConfig
 from ...models.stock.quantizer import LayerQuantizer, present_layers
 from ...nn.linear import BlockSparseLinear
+from .bert import fuse_
 from .embedding import Int8Embedding
-from .feed_forward import fuse_feed_forward_
 from .index_coding import CODE_BITS
 from .layers import Int8BlockSparseLinear, Int8Linear
 from .qat import QatBlockSparseLinear, QatEmbedding, QatLinear, QuantizationAware
@@ -99,7 +99,7 @@ class DynSparseInt8Quantizer(LayerQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         super()._process_model_after_weight_loading(model, **kwargs)
         model.requires_grad_(False).eval()
-        fuse_feed_forward_(model, True)
+        fuse_(model, True)
 
     def _verify(self, model: PreTrainedModel, source: str) -> None:
         super()._verify(model, source)
@@ -127,7 +127,7 @@ class DynSparseInt8Quantizer(LayerQuantizer):
         a DynSparse BERT; a stock model becomes dense.
         """
         keeps_sparse = isinstance(model, DynSparseBertPreTrainedModel)
-        fuse_feed_forward_(model, False)
+        fuse_(model, False)
         for name, module in int8_modules(model).items():
             layer: nn.Module = module.to_float()
             if isinstance(layer, BlockSparseLinear) and not keeps_sparse:
