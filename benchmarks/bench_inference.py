@@ -129,7 +129,7 @@ def output_error(
     key: tuple[Arm, str], models: dict[tuple[Arm, str], torch.nn.Module], input_ids: torch.Tensor
 ) -> float:
     """
-    Relative error of the output: of a sparse model against its dense form, of the others against float32 of their kind.
+    Relative error of the output: of sparse float32 against its dense form, of the others against float32 of their kind.
 
     Raises:
         ValueError: if a sparse model in float32 differs by more than rounding.

@@ -52,6 +52,22 @@ INLINE Vector clamp(Vector x, Vector low, Vector high) {
     return x < high ? x : high;
 }
 
+// As many bytes are written at once.
+constexpr int STEP = 4 * LANES;
+
+// Integers in [0, 255] as bytes.
+INLINE void store_bytes(uint8_t* to, const Integers (&x)[4]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // Packed within halves of a register: the last step puts groups of four in order.
+    const __m256i low = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
+    const __m256i high = _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i*)to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order));
+#else
+    UNROLL for (int i = 0; i < 4; i++) *(Bytes*)(to + i * LANES) = __builtin_convertvector(x[i], Bytes);
+#endif
+}
+
 // What inputs are rounded by: number = (integer - zero_point) / reciprocal.
 struct Rounding {
     float reciprocal;
@@ -67,20 +83,25 @@ struct Rounding {
         return (Integers)nearest - broadcast_integer(MAGIC_BITS - zero_point);
     }
 
-    // row [features] -> bytes [features rounded up to LANES]. Adds 0 to `seen` for each number, NaN if it is not finite.
-    INLINE void round_row(const float* row, int64_t features, uint8_t* bytes, Vector& seen) const {
-        int64_t at = 0;
-        for (; at + LANES <= features; at += LANES) {
-            const Vector x = load(row + at);
-            seen += x * broadcast(0.0f);
-            *(Bytes*)(bytes + at) = __builtin_convertvector(round(x), Bytes);
+    // STEP numbers -> their bytes. Adds 0 to `seen` for each number, NaN if it is not finite.
+    INLINE void round_step(const float* numbers, uint8_t* bytes, Vector (&seen)[4]) const {
+        Integers rounded[4];
+        UNROLL for (int i = 0; i < 4; i++) {
+            const Vector x = load(numbers + i * LANES);
+            seen[i] += x * broadcast(0.0f);
+            rounded[i] = round(x);
         }
+        store_bytes(bytes, rounded);
+    }
+
+    // row [features] -> bytes [features rounded up to STEP].
+    INLINE void round_row(const float* row, int64_t features, uint8_t* bytes, Vector (&seen)[4]) const {
+        int64_t at = 0;
+        for (; at + STEP <= features; at += STEP) round_step(row + at, bytes + at, seen);
         if (at == features) return;
-        float rest[LANES] = {};
+        float rest[STEP] = {};
         std::memcpy(rest, row + at, (features - at) * sizeof(float));
-        const Vector x = load(rest);
-        seen += x * broadcast(0.0f);
-        *(Bytes*)(bytes + at) = __builtin_convertvector(round(x), Bytes);
+        round_step(rest, bytes + at, seen);
     }
 };
 
@@ -89,13 +110,15 @@ struct Rounding {
 template <int TOKENS>
 void round_and_pack(const float* matrix, int64_t tokens, int64_t features, Rounding rounding, int64_t units, float* bytes,
                     float* panel, Vector& seen) {
+    Vector seen_here[4] = {};
     for (int64_t token = 0; token < tokens; token += TILE) {
         const int64_t rows = tokens - token < TILE ? tokens - token : TILE;
         for (int64_t row = 0; row < rows; row++)
-            rounding.round_row(matrix + (token + row) * features, features, (uint8_t*)(bytes + row * units), seen);
+            rounding.round_row(matrix + (token + row) * features, features, (uint8_t*)(bytes + row * units), seen_here);
         for (int64_t unit = 0; unit < units; unit += TILE)
             transpose_tile(bytes + unit, units, panel + unit * TOKENS + token, TOKENS);
     }
+    UNROLL for (int i = 0; i < 4; i++) seen += seen_here[i];
 }
 
 // The weight of a layer, packed.

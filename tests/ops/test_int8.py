@@ -74,7 +74,7 @@ def packed(
 
 
 def numbers(tokens: int, features: int, zero_point: int, extreme: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs on the grid of 0.5, between its points, on ties and beyond its ends; and the integers less the zero point."""
+    """Inputs on the grid of 0.5, on ties, and beyond its ends; and their integers less the zero point."""
     if extreme:
         integers = torch.full((tokens, features), 255 if zero_point < 128 else 0)
         return 2 * (integers - zero_point + 0.0), integers - zero_point

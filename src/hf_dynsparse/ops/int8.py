@@ -155,7 +155,7 @@ class PackedLinear:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def serves(self, input: torch.Tensor) -> bool:
-        """Whether `multiply` takes `input`: float32 in memory, of nothing but eager mode, and no other backend asked for."""
+        """Whether `multiply` takes `input`: float32 on the CPU, in eager mode, and no other backend is asked for."""
         return (
             input.dtype is torch.float32
             and input.is_cpu

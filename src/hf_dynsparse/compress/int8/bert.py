@@ -1,6 +1,6 @@
 """
-The parts of a BERT layer that int8 kernels compute in one call each, wherever nobody looks between the steps: the numbers
-stay in the cache of the CPU, and what the next product reads is rounded for it as soon as it is computed.
+The parts of a BERT layer that int8 kernels compute in one call each, wherever nobody looks between the steps: the
+numbers stay in the cache of the CPU, and what the next product reads is rounded for it as soon as it is computed.
 """
 
 import torch
@@ -29,11 +29,11 @@ class Int8BertLayer(BertLayer):
         """As in `BertLayer`."""
         intermediate, end = self.intermediate, self.output
         up, activation, down = intermediate.dense, intermediate.intermediate_act_fn, end.dense
-        if isinstance(up, Int8Layer) and isinstance(down, Int8Layer) and type(activation) is GELUActivation:
-            if _is_unseen(intermediate, up, activation, end, down, end.LayerNorm, end.dropout):
-                output = up.finish(attention_output, attention_output, end.LayerNorm, down)
-                if output is not None:
-                    return output
+        is_known = isinstance(up, Int8Layer) and isinstance(down, Int8Layer) and type(activation) is GELUActivation
+        if is_known and _is_unseen(intermediate, up, activation, end, down, end.LayerNorm, end.dropout):
+            output = up.finish(attention_output, attention_output, end.LayerNorm, down)
+            if output is not None:
+                return output
         return super().feed_forward_chunk(attention_output)
 
 

@@ -149,8 +149,8 @@ class Int8Layer(LinearLayer):
         self, input: torch.Tensor, residual: torch.Tensor, norm: nn.LayerNorm, then: "Int8Layer | None" = None
     ) -> torch.Tensor | None:
         """
-        `norm(self(input) + residual)` or, of two layers, `norm(then(gelu(self(input))) + residual)`, in one call; `None`
-        where no kernel can.
+        `norm(self(input) + residual)` or, of two layers, `norm(then(gelu(self(input))) + residual)`, in one call;
+        `None` where no kernel can.
         """
         first, second = self._constants.packed, None if then is None else then._constants.packed
         if first is None or not first.serves(input) or (then is not None and second is None):

@@ -139,7 +139,7 @@ class DynSparseInt8Quantizer(LayerQuantizer):
 def to_int8_(model: Any) -> Any:
     """
     Turn a model that was trained after [`prepare_qat_`] into an int8 model, in place. It computes with integers, by
-    kernels for floating-point numbers in which no integer is rounded; it saves and loads as usual, and trains no more.
+    kernels for them on a CPU with AVX2 or more; it saves and loads as usual, and trains no more.
 
     Args:
         model (`PreTrainedModel`): changed in place and returned, in evaluation mode.
