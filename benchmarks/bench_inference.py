@@ -81,9 +81,8 @@ def round_sparse(arm: Arm, model: PreTrainedModel, args: argparse.Namespace) -> 
     with torch.no_grad():
         rounded(input_ids)
     int8 = to_int8_(copy.deepcopy(rounded))
-    require_close(
-        f"the int8 output of {arm.name}", *(encode(each.eval(), input_ids) for each in (int8, rounded)), 2e-2
-    )
+    found, wanted = (encode(each.eval(), input_ids) for each in (int8, rounded))
+    require_close(f"the int8 output of {arm.name}", found, wanted, TOLERANCE["int8"])
     return int8
 
 
@@ -129,7 +128,7 @@ def output_error(
     key: tuple[Arm, str], models: dict[tuple[Arm, str], torch.nn.Module], input_ids: torch.Tensor
 ) -> float:
     """
-    Relative error of the output: of sparse float32 against its dense form, of the others against float32 of their kind.
+    Relative error of the output: of sparse float32 against its dense form, of others against float32 of their kind.
 
     Raises:
         ValueError: if a sparse model in float32 differs by more than rounding.

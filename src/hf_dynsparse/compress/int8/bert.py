@@ -3,6 +3,8 @@ The parts of a BERT layer that int8 kernels compute in one call each, wherever n
 numbers stay in the cache of the CPU, and what the next product reads is rounded for it as soon as it is computed.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -28,6 +30,7 @@ class Int8BertLayer(BertLayer):
     def feed_forward_chunk(self, attention_output: torch.Tensor) -> torch.Tensor:
         """As in `BertLayer`."""
         intermediate, end = self.intermediate, self.output
+        up: Any
         up, activation, down = intermediate.dense, intermediate.intermediate_act_fn, end.dense
         is_known = isinstance(up, Int8Layer) and isinstance(down, Int8Layer) and type(activation) is GELUActivation
         if is_known and _is_unseen(intermediate, up, activation, end, down, end.LayerNorm, end.dropout):
