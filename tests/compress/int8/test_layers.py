@@ -121,6 +121,14 @@ def test_what_is_packed_follows_the_values():
     assert torch.equal(int8(input), before)
 
 
+def test_a_compiled_layer_computes_the_same():
+    int8 = to_int8(trained(qat_layer(4, (24, 40), True)))
+    input = torch.randn(2, 40, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        eager = int8(input)
+        assert torch.equal(torch.compile(int8, backend="eager", fullgraph=True)(input), eager)
+
+
 def test_nan_stays_nan():
     int8 = to_int8(trained(qat_layer(None, (8, 16), True)))
     input = torch.ones(3, 16)

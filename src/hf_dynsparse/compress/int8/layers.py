@@ -161,8 +161,8 @@ class Int8Layer(LinearLayer):
             return None
         shape = *input.shape[:-1], (second or first).out_features
         weight, bias = norm.weight, norm.bias
-        dtypes = {tensor.dtype for tensor in (residual, weight, bias) if tensor is not None}
-        if bias is None or dtypes != {torch.float32} or residual.shape != shape or weight.shape != shape[-1:]:
+        kinds = {(tensor.dtype, tensor.device.type) for tensor in (residual, weight, bias) if tensor is not None}
+        if bias is None or kinds != {(torch.float32, "cpu")} or residual.shape != shape or weight.shape != shape[-1:]:
             return None
         return first.multiply(input, second, Ending(residual, weight, bias, norm.eps))
 
@@ -177,7 +177,7 @@ class Int8Layer(LinearLayer):
     @property
     def _constants(self) -> "_Constants":
         known, values = self._known, self.int8_values
-        if known is not None and known.values is values and known.version == _version(values):
+        if known is not None and (torch.compiler.is_compiling() or known.is_of(values)):
             return known
         if values.is_meta:
             return _Constants(
@@ -238,6 +238,10 @@ class _Constants(NamedTuple):
     packed: PackedLinear | None
     values: torch.Tensor
     version: int
+
+    def is_of(self, values: torch.Tensor) -> bool:
+        """Whether `values` are what they were."""
+        return self.values is values and self.version == _version(values)
 
 
 def _version(tensor: torch.Tensor) -> int:
