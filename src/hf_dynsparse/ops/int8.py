@@ -227,7 +227,7 @@ def pack(
         quads.short(),
         packed.contiguous(),
         (-zero_point * sums.flatten()).int(),
-        torch.zeros(shape[0]) if bias is None else bias.contiguous(),
+        torch.zeros(shape[0], dtype=torch.float32) if bias is None else bias.contiguous(),
     )
     sizes, addresses = shape, (tensor.data_ptr() for tensor in tensors)
     layer = _Layer(height, float(input_scale.reciprocal()), zero_point, *sizes, *addresses, step)

@@ -179,11 +179,9 @@ class Int8Layer(LinearLayer):
         known, values = self._known, self.int8_values
         if known is not None and (torch.compiler.is_compiling() or known.is_of(values)):
             return known
-        if values.is_meta:
-            return _Constants(
-                torch.float32, 0, 1.0, self.bias, None, values, 0
-            )  # there is nothing to compute but shapes
-        with torch.inference_mode(False), torch.no_grad():
+        if values.is_meta:  # there is nothing to compute but shapes
+            return _Constants(torch.float32, 0, 1.0, self.bias, None, values, 0)
+        with torch.inference_mode(False), torch.no_grad(), values.device:
             zero_point = int(self.input_zero_point)
             largest = int(self._row_sums().max()) * max(zero_point, INPUT_LEVELS - zero_point)
             step = float(self.step)
