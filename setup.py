@@ -26,20 +26,21 @@ COMPILE = [
     *("-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"),
 ]
 HEADERS = sorted(path.relative_to(HERE).as_posix() for path in HERE.glob("csrc/*.hpp"))
-VARIANTS = {"portable": []}
+# By the beginning of its name, a library's source and variants.
+LIBRARIES = {"native": ("block_sparse", {"portable": []}), "native_int8": ("int8", {"portable": []})}
 if platform.machine() in ("x86_64", "AMD64"):
-    VARIANTS |= {
-        "x86_64_v3": ["-march=x86-64-v3"],
-        "x86_64_v4": ["-march=x86-64-v4"],
-        "x86_64_v4_bf16": ["-march=x86-64-v4", "-mavx512bf16"],
-    }
+    V3, V4 = "-march=x86-64-v3", "-march=x86-64-v4"
+    for _, variants in LIBRARIES.values():
+        variants |= {"x86_64_v3": [V3], "x86_64_v4": [V4]}
+    LIBRARIES["native"][1]["x86_64_v4_bf16"] = [V4, "-mavx512bf16"]
+    LIBRARIES["native_int8"][1].update({"x86_64_v3_vnni": [V3, "-mavxvnni"], "x86_64_v4_vnni": [V4, "-mavx512vnni"]})
 
 
-def native_extension(variant: str, flags: list[str]) -> Extension:
+def native_extension(library: str, source: str, variant: str, flags: list[str]) -> Extension:
     """One variant of the kernels. Optional: without a compiler the package installs and does without it."""
     return Extension(
-        f"hf_dynsparse.ops._native_{variant}",
-        sources=["csrc/block_sparse.cpp"],
+        f"hf_dynsparse.ops._{library}_{variant}",
+        sources=[f"csrc/{source}.cpp"],
         depends=HEADERS,
         language="c++",
         extra_compile_args=COMPILE + flags,
@@ -133,7 +134,11 @@ setup(
         "hf_dynsparse": ["py.typed", "*/*.md", "reports/page/*.*"],
         **dict.fromkeys(EXAMPLES, ["*.ipynb", "*.yaml", "*.html", "*.md"]),
     },
-    ext_modules=[native_extension(variant, flags) for variant, flags in VARIANTS.items()],
+    ext_modules=[
+        native_extension(library, source, variant, flags)
+        for library, (source, variants) in LIBRARIES.items()
+        for variant, flags in variants.items()
+    ],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel},
     python_requires=">=3.11",  # as transformers 5.23
     entry_points={"console_scripts": ["hf-dynsparse=hf_dynsparse_cli:main"]},

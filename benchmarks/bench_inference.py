@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """
-Seconds of a BERT encoder under `torch.inference_mode`: sparse float32 over stock dense float32, beside what a dense
-model can have without sparsity: bfloat16, and int8 by dynamic quantisation.
+Seconds of a BERT encoder under `torch.inference_mode`: sparse float32 and sparse int8 over stock dense float32, beside
+what a dense model can have without sparsity: bfloat16, and int8 by PyTorch's dynamic quantisation.
 
     python benchmarks/bench_inference.py --quick
     python benchmarks/bench_inference.py --preset base --batches 1x128 32x128 --block_size 4 16 --json inference.json
+    python benchmarks/bench_inference.py --preset minilm --batches 1x16 1x128 32x128 --block_size 1x4 4 16
 """
 
 import argparse
@@ -21,7 +22,7 @@ from _table import COLUMNS, heading, line
 from _timing import choose_clock, median_ratio, median_seconds, time_in_turn
 from transformers import PreTrainedModel
 
-from hf_dynsparse import configure_kernels
+from hf_dynsparse import configure_kernels, prepare_qat_, to_int8_
 
 
 QUICK = {"preset": "mini", "vocab_size": 8192}
@@ -50,6 +51,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
     quantized = quantize(stock, args.device)
     if quantized is not None:
         models[stock_arm, "int8"] = quantized
+    for arm in arms[1:]:
+        models[arm, "int8"] = round_sparse(arm, models[arm, "float32"], args)
     print(heading(COLUMNS["bench_inference"]))
     return [row for batch, length in args.batches for row in measure_batch(args, models, batch, length)]
 
@@ -66,10 +69,27 @@ def quantize(stock: PreTrainedModel, device: torch.device) -> torch.nn.Module | 
         return None
 
 
+def round_sparse(arm: Arm, model: PreTrainedModel, args: argparse.Namespace) -> PreTrainedModel:
+    """
+    A copy as an int8 model of this package, which knows the range of inputs from one batch.
+
+    Raises:
+        ValueError: if its output is not that of the rounded model in floating point.
+    """
+    rounded = prepare_qat_(copy.deepcopy(model)).train()
+    input_ids = make_batch(2, 16, args.vocab_size, args.device)["input_ids"]
+    with torch.no_grad():
+        rounded(input_ids)
+    int8 = to_int8_(copy.deepcopy(rounded))
+    found, wanted = (encode(each.eval(), input_ids) for each in (int8, rounded))
+    require_close(f"the int8 output of {arm.name}", found, wanted, TOLERANCE["int8"])
+    return int8
+
+
 def measure_batch(
     args: argparse.Namespace, models: dict[tuple[Arm, str], torch.nn.Module], batch: int, length: int
 ) -> list[Row]:
-    """All sides in turn on one batch; the sparse ones only if their output is right."""
+    """All sides in turn on one batch; those in floating point only if their output is right."""
     configure_kernels()  # forget what served other batches
     input_ids = make_batch(batch, length, args.vocab_size, args.device)["input_ids"]
     errors = {key: output_error(key, models, input_ids) for key in models}
@@ -108,15 +128,15 @@ def output_error(
     key: tuple[Arm, str], models: dict[tuple[Arm, str], torch.nn.Module], input_ids: torch.Tensor
 ) -> float:
     """
-    Relative error of the output: of a sparse model against its dense form, of the others against stock float32.
+    Relative error of the output: of sparse float32 against its dense form, of others against float32 of their kind.
 
     Raises:
-        ValueError: if a sparse model differs by more than rounding.
+        ValueError: if a sparse model in float32 differs by more than rounding.
     """
     arm, dtype = key
     output = encode(models[key], input_ids)
-    if arm.kind != "sparse":
-        return relative_error(output, encode(models[next(iter(models))], input_ids))
+    if arm.kind != "sparse" or dtype == "int8":
+        return relative_error(output, encode(models[arm, "float32"], input_ids))
     wanted = encode(models[key].to_dense().eval(), input_ids)
     return require_close(f"the output of {arm.name}", output, wanted, TOLERANCE[dtype])
 

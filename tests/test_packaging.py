@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_dynsparse.ops import native
+from hf_dynsparse.ops import int8, native
 
 
 ROOT = Path(__file__).parents[1]
@@ -109,8 +109,11 @@ def test_with_a_compiler_the_wheel_has_a_library_per_instruction_set_and_serves_
     name, files = the_wheel(tree)
     assert name.split("-")[2:4] == ["py3", "none"]
     assert not name.endswith("-any.whl")
-    variants = native.VARIANTS.values() if platform.machine() in ("x86_64", "AMD64") else ["portable"]
-    libraries = {f"hf_dynsparse/ops/_native_{variant}.so" for variant in variants}
+    libraries = {
+        f"hf_dynsparse/ops/_{name}_{variant}.so"
+        for name, module in {"native": native, "native_int8": int8}.items()
+        for variant in (module.VARIANTS.values() if platform.machine() in ("x86_64", "AMD64") else ["portable"])
+    }
     assert {file for file in files if file.endswith(".so")} == libraries
     objects = [line for line in printed.splitlines() if line.startswith("wrote ") and line.endswith(".o")]
-    assert len(set(objects)) == len(objects) == len(libraries)  # the same source, but an object of its own each
+    assert len(set(objects)) == len(objects) == len(libraries)  # sources are shared, but each has an object of its own

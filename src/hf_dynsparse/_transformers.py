@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from transformers import initialization as init
+from transformers.activations import GELUActivation
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -21,6 +22,7 @@ from transformers.models.bert.modeling_bert import (
     BertEmbeddings,
     BertEncoder,
     BertForPreTrainingOutput,
+    BertLayer,
     BertOnlyMLMHead,
     BertOutput,
     BertPooler,
@@ -62,6 +64,7 @@ __all__ = [
     "BertEmbeddings",
     "BertEncoder",
     "BertForPreTrainingOutput",
+    "BertLayer",
     "BertOnlyMLMHead",
     "BertOutput",
     "BertPooler",
@@ -70,6 +73,7 @@ __all__ = [
     "ConversionOps",
     "EvalLoopOutput",
     "ExportableState",
+    "GELUActivation",
     "HfQuantizer",
     "HubStrategy",
     "MaskedLMOutput",

@@ -10,7 +10,7 @@ from ..blocks.dense import to_blocks
 from ..blocks.draw import balanced_block_index, random_block_index
 from ..blocks.layout import BlockLayout, layout_of
 from ..blocks.sizes import as_block_shape, block_grid, check_sparsity, count_active_blocks
-from ..ops import Problem, block_sparse_linear, to_dense
+from ..ops import Problem, block_sparse_linear, describe_choice, to_dense
 
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -127,6 +127,10 @@ class SparseLayer(LinearLayer):
             tokens,
             backward,
         )
+
+    def describe_backend(self) -> tuple[str, str]:
+        """What serves the layer, and why; see `describe_choice`."""
+        return describe_choice(self.problem())
 
     def multiply(self, input: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """

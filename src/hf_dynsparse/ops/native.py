@@ -68,25 +68,36 @@ class _Order(ctypes.Structure):
         super().__init__(*(tensor.data_ptr() for tensor in (order.offsets, order.rows, order.columns, order.slots)))
 
 
+def open_library(name: str, version: int) -> ctypes.CDLL:
+    """
+    Load one of the compiled libraries beside this file.
+
+    Raises:
+        LibraryUnavailable: if it is not built, does not load or comes from other sources.
+    """
+    path = Path(__file__).with_name(name)
+    if not path.is_file():
+        raise LibraryUnavailable(f"{name} is not built. {_BUILD}")
+    try:
+        # torch is loaded by now, so its libgomp.so.1, and with it its threads, are the ones the library gets.
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryUnavailable(f"{name} does not load ({error}). {_BUILD}") from error
+    found = library.interface_version()
+    if found != version:
+        raise LibraryUnavailable(f"{name} must have interface {version}. Got {found}. {_BUILD}")
+    return library
+
+
 @cache
 def load_variant(variant: str) -> ctypes.CDLL:
     """
     Load the compiled kernels for one instruction set.
 
     Raises:
-        LibraryUnavailable: if it is not built, does not load or comes from other sources.
+        LibraryUnavailable: as `open_library`.
     """
-    path = Path(__file__).with_name(f"_native_{variant}.so")
-    if not path.is_file():
-        raise LibraryUnavailable(f"{path.name} is not built. {_BUILD}")
-    try:
-        # torch is loaded by now, so its libgomp.so.1, and with it its threads, are the ones the library gets.
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise LibraryUnavailable(f"{path.name} does not load ({error}). {_BUILD}") from error
-    found = library.interface_version()
-    if found != INTERFACE_VERSION:
-        raise LibraryUnavailable(f"{path.name} must have interface {INTERFACE_VERSION}. Got {found}. {_BUILD}")
+    library = open_library(f"_native_{variant}.so", INTERFACE_VERSION)
     layer, order, address = ctypes.POINTER(_Layer), ctypes.POINTER(_Order), ctypes.c_void_p
     library.forward.argtypes = [layer, order, *[address] * 4]
     library.backward.argtypes = [layer, order, order, *[address] * 6]

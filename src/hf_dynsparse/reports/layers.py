@@ -6,7 +6,6 @@ from math import prod
 from torch import Tensor, nn
 
 from ..nn.linear import SparseLayer, sparse_layers
-from ..ops import describe_choice
 from .tables import plain_table
 
 
@@ -155,7 +154,7 @@ def topology_summary(model: nn.Module) -> TopologySummary:
     """Shape, block, active blocks, density and backend of every sparse layer, and why that backend."""
     return TopologySummary(
         tuple(
-            LayerTopology(name, *_sizes(layer), *describe_choice(layer.problem()))
+            LayerTopology(name, *_sizes(layer), *layer.describe_backend())
             for name, layer in sparse_layers(model).items()
         )
     )

@@ -1,15 +1,18 @@
 """Int8 layers and quantisation-aware ones against plain arithmetic with integers."""
 
 import copy
+import pickle
 from itertools import product
 
 import pytest
 import torch
+from helpers import needs_kernels
 from torch import nn
 
 from hf_dynsparse import BlockSparseLinear, use_backend
 from hf_dynsparse.compress.int8 import Int8BlockSparseLinear, Int8Linear, integer_reference, prepare_qat_
 from hf_dynsparse.compress.int8.layers import EXACT_IN_FLOAT32
+from hf_dynsparse.ops import int8 as kernels
 
 
 INPUTS = {
@@ -89,6 +92,55 @@ def test_heavy_rows_are_computed_in_float64(block):
     assert integer_reference(int8, input).max() / int8.step > EXACT_IN_FLOAT32
     assert torch.equal(int8(input), integer_reference(int8, input))
     assert to_int8(trained(qat_layer(block, (4, 64), False))).exact_dtype == torch.float32
+
+
+@needs_kernels
+@pytest.mark.parametrize(("block", "shape"), LAYERS, ids=str)
+def test_with_and_without_kernels_the_outputs_are_the_same(block, shape):
+    layer = trained(qat_layer(block, shape, True))
+    one, other = to_int8(layer), to_int8(layer)
+    input = torch.randn(2, 3, shape[1], generator=torch.Generator().manual_seed(2))
+    with kernels.use_variant(None):
+        truth = one(input)
+    assert one._constants.packed is None
+    torch.testing.assert_close(other(input), truth, rtol=1e-6, atol=1e-7)
+    assert (other._constants.packed is not None) == (kernels.find_best() is not None)
+
+
+@needs_kernels
+def test_what_is_packed_follows_the_values():
+    int8 = to_int8(trained(qat_layer(4, (24, 40), True)))
+    input = torch.randn(2, 40, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        before = int8(input).clone()
+    assert not int8.block_index.is_inference()  # else its order would be derived at every call
+    for other in (copy.deepcopy(int8), pickle.loads(pickle.dumps(int8))):
+        assert torch.equal(other(input), before)
+        other.int8_values.neg_()
+        torch.testing.assert_close(other(input), integer_reference(other, input), rtol=1e-6, atol=1e-7)
+    assert torch.equal(int8(input), before)
+
+
+def test_a_compiled_layer_computes_the_same():
+    int8 = to_int8(trained(qat_layer(4, (24, 40), True)))
+    input = torch.randn(2, 40, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        eager = int8(input)
+        assert torch.equal(torch.compile(int8, backend="eager", fullgraph=True)(input), eager)
+
+
+def test_nan_stays_nan():
+    int8 = to_int8(trained(qat_layer(None, (8, 16), True)))
+    input = torch.ones(3, 16)
+    input[1, 5] = torch.nan
+    assert int8(input).isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("block", [None, 4], ids=str)
+def test_another_width_is_refused(block):
+    int8 = to_int8(trained(qat_layer(block, (8, 16), True)))
+    with pytest.raises((ValueError, RuntimeError), match="16"):
+        int8(torch.ones(3, 8))
 
 
 def trained(layer):

@@ -32,6 +32,7 @@ from hf_dynsparse import (
 )
 from hf_dynsparse.checkpoints.export import export_bsr, export_program
 from hf_dynsparse.compress.int8 import Int8Embedding, Int8Linear
+from hf_dynsparse.compress.int8.bert import Int8BertLayer, Int8BertSelfOutput
 from hf_dynsparse.compress.int8.quantizer import int8_modules
 from hf_dynsparse.compress.slimming import add_gates_
 from hf_dynsparse.hub.files import check_model
@@ -100,6 +101,25 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(saved):
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+def test_steps_are_one_call_unless_somebody_looks(saved):
+    _, model, _ = saved
+    layers = [module for module in model.modules() if type(module) is Int8BertLayer]
+    assert len(layers) == model.config.num_hidden_layers
+    fused, seen = outputs(model), []
+    ends = [layer.output for layer in layers] + [layer.attention.output for layer in layers]
+    assert {type(end) for end in ends[len(layers) :]} == {Int8BertSelfOutput}
+    hooks = [end.dense.register_forward_hook(lambda *_: seen.append(1)) for end in ends]
+    apart = outputs(model)
+    assert len(seen) == len(ends)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(fused, apart, rtol=0, atol=2e-3)
+    with torch.no_grad():
+        states = model(**batch(), output_hidden_states=True).hidden_states
+    assert len(states) == len(layers) + 1
+    assert len(seen) == len(ends)
+
+
 def hash_of_indices_or_none(model):
     return hash_of_indices(model) if sparse_layers(model) else None
 
@@ -140,6 +160,7 @@ def test_back_to_floating_point(saved):
         densify_(model)
     loaded = AutoModelForSequenceClassification.from_pretrained(folder)
     floating = loaded.dequantize()
+    assert not any(isinstance(module, Int8BertLayer | Int8BertSelfOutput) for module in floating.modules())
     assert not int8_modules(floating)
     torch.testing.assert_close(outputs(floating), outputs(model), rtol=0, atol=0.02)
     floating.train()(**batch(labelled=True)).loss.backward()  # it trains again

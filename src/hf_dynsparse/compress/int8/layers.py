@@ -1,4 +1,9 @@
-"""Layers that hold int8 and compute with integers. They are made from trained ones and train no more."""
+"""
+Layers that hold int8 and compute with integers. They are made from trained ones and train no more.
+
+The kernels of `ops/int8.py` compute where they can. Elsewhere those for floating-point numbers do, given integers that
+they add without rounding.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self, TypeVar, final
@@ -9,6 +14,7 @@ from torch import nn
 from ...blocks.sizes import as_block_shape, block_grid
 from ...nn.linear import BlockSparseLinear, LinearLayer, SparseLayer
 from ...ops import Problem, to_dense
+from ...ops.int8 import Ending, PackedLinear, pack
 from .affine import (
     INPUT_LEVELS,
     INT32_LEVELS,
@@ -123,7 +129,12 @@ class Int8Layer(LinearLayer):
                 "An int8 model is for inference. Got one in training mode: call `model.eval()`, or train the model "
                 "that it was made from, prepared by `prepare_qat_`."
             )
-        known, device = self._constants, input.device.type
+        known = self._constants
+        if known.packed is not None and known.packed.serves(input):
+            output = known.packed.multiply(input)
+            if output is not None:
+                return output
+        device = input.device.type
         integers = quantize_input(input, self.input_scale, known.zero_point).to(known.dtype)
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # bfloat16 would round the integers
@@ -133,6 +144,27 @@ class Int8Layer(LinearLayer):
         if known.bias is None:
             return sums.mul_(known.step).to(input.dtype)
         return torch.add(known.bias, sums, alpha=known.step, out=sums).to(input.dtype)  # in one pass
+
+    def finish(
+        self, input: torch.Tensor, residual: torch.Tensor, norm: nn.LayerNorm, then: "Int8Layer | None" = None
+    ) -> torch.Tensor | None:
+        """
+        `norm(self(input) + residual)` or, of two layers, `norm(then(gelu(self(input))) + residual)`, in one call;
+        `None` where no kernel can.
+        """
+        first, second = self._constants.packed, None if then is None else then._constants.packed
+        if first is None or not first.serves(input) or (then is not None and second is None):
+            return None
+        if type(norm) is not nn.LayerNorm:
+            return None
+        if second is not None and second.library is not first.library:
+            return None
+        shape = *input.shape[:-1], (second or first).out_features
+        weight, bias = norm.weight, norm.bias
+        kinds = {(tensor.dtype, tensor.device.type) for tensor in (residual, weight, bias) if tensor is not None}
+        if bias is None or kinds != {(torch.float32, "cpu")} or residual.shape != shape or weight.shape != shape[-1:]:
+            return None
+        return first.multiply(input, second, Ending(residual, weight, bias, norm.eps))
 
     @property
     def exact_dtype(self) -> torch.dtype:
@@ -144,17 +176,31 @@ class Int8Layer(LinearLayer):
 
     @property
     def _constants(self) -> "_Constants":
-        if self.scale.is_meta:
-            return _Constants(torch.float32, 0, 1.0, self.bias)  # there is nothing to compute but shapes
-        if self._known is None:
+        known, values = self._known, self.int8_values
+        if known is not None and (torch.compiler.is_compiling() or known.is_of(values)):
+            return known
+        if values.is_meta:  # there is nothing to compute but shapes
+            return _Constants(torch.float32, 0, 1.0, self.bias, None, values, 0)
+        with torch.inference_mode(False), torch.no_grad(), values.device:
             zero_point = int(self.input_zero_point)
             largest = int(self._row_sums().max()) * max(zero_point, INPUT_LEVELS - zero_point)
             step = float(self.step)
             exact = largest <= EXACT_IN_FLOAT32 and SMALLEST_SCALE <= step <= torch.finfo(torch.float32).max
             bias = None if self.int32_bias is None else self.int32_bias * self.step
             dtype = torch.float32 if exact else torch.float64
-            self._known = _Constants(dtype, zero_point, step, None if bias is None else bias.to(dtype))
-        return self._known
+            bias = None if bias is None else bias.to(dtype)
+            packed = self._pack(zero_point, step, bias) if exact else None
+            known = self._known = _Constants(dtype, zero_point, step, bias, packed, values, _version(values))
+        return known
+
+    def _pack(self, zero_point: int, step: float, bias: torch.Tensor | None) -> PackedLinear | None:
+        """The weight for kernels that compute with integers, if there are some."""
+        scale = self.input_scale
+        return pack(*self._blocks(), self.shape, zero_point=zero_point, input_scale=scale, step=step, bias=bias)
+
+    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The values as blocks, and block row and block column of each."""
+        raise NotImplementedError
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         raise NotImplementedError
@@ -175,14 +221,29 @@ class Int8Layer(LinearLayer):
             self.scale, self.input_scale = (scale.to(self.scale.device) for scale in before)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy packs its own weight: addresses are not copied.
+        return {**self.__dict__, "_known": None}
+
 
 class _Constants(NamedTuple):
-    """What every forward pass needs, computed once."""
+    """What every forward pass needs, computed once for `values` as they are at `version`."""
 
     dtype: torch.dtype
     zero_point: int
     step: float
     bias: torch.Tensor | None
+    packed: PackedLinear | None
+    values: torch.Tensor
+    version: int
+
+    def is_of(self, values: torch.Tensor) -> bool:
+        """Whether `values` are what they were."""
+        return self.values is values and self.version == _version(values)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @final
@@ -217,6 +278,10 @@ class Int8Linear(Int8Layer):
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return nn.functional.linear(integers, self.int8_values.to(dtype))
+
+    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        corner = torch.zeros(1, dtype=torch.int64)
+        return self.int8_values[None], corner, corner
 
     def _row_sums(self) -> torch.Tensor:
         return self.int8_values.short().abs().sum(1)
@@ -293,12 +358,18 @@ class Int8BlockSparseLinear(Int8Layer, SparseLayer):
             return torch.empty(self.nnzb, dtype=torch.int32, device="meta")
         # No buffer: the loader overwrites those that no checkpoint holds.
         if self._decoded is None or self._decoded.device != self.block_code.device:
-            self._decoded = decode_index(self.block_code, self.code_bits, self.nnzb, self.num_blocks, self.label)
+            with torch.inference_mode(False):  # of an index that inference made no order would be kept
+                self._decoded = decode_index(self.block_code, self.code_bits, self.nnzb, self.num_blocks, self.label)
         return self._decoded
 
     def problem(self, tokens: int = 1, *, backward: bool = False, dtype: torch.dtype | None = None) -> Problem:
-        """See [`SparseLayer.problem`]; the integers are multiplied in floating point."""
+        """See [`SparseLayer.problem`]: of the integers in floating point, where no kernel multiplies them as such."""
         return super().problem(tokens, backward=backward, dtype=dtype or torch.float32)
+
+    def describe_backend(self) -> tuple[str, str]:
+        """See [`SparseLayer.describe_backend`]; `"int8"` where integers are multiplied as such."""
+        packed = self._constants.packed
+        return super().describe_backend() if packed is None else ("int8", packed.name)
 
     def to_dense(self) -> torch.Tensor:
         """The dense weight that the integers represent, `torch.float32` of shape `(out_features, in_features)`."""
@@ -322,6 +393,9 @@ class Int8BlockSparseLinear(Int8Layer, SparseLayer):
 
     def _multiply(self, integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return self.multiply(integers, self.int8_values.to(dtype), None)
+
+    def _blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.int8_values, self.layout.rows, self.layout.columns
 
     def _row_sums(self) -> torch.Tensor:
         sums = self.int8_values.short().abs().sum(2)  # [nnzb, rows]

@@ -15,6 +15,7 @@ from ...models.bert.modeling_dynsparse_bert import DynSparseBertPreTrainedModel
 from ...models.stock.configuration import LayersConfig
 from ...models.stock.quantizer import LayerQuantizer, present_layers
 from ...nn.linear import BlockSparseLinear
+from .bert import fuse_
 from .embedding import Int8Embedding
 from .index_coding import CODE_BITS
 from .layers import Int8BlockSparseLinear, Int8Linear
@@ -98,6 +99,7 @@ class DynSparseInt8Quantizer(LayerQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         super()._process_model_after_weight_loading(model, **kwargs)
         model.requires_grad_(False).eval()
+        fuse_(model, True)
 
     def _verify(self, model: PreTrainedModel, source: str) -> None:
         super()._verify(model, source)
@@ -125,6 +127,7 @@ class DynSparseInt8Quantizer(LayerQuantizer):
         a DynSparse BERT; a stock model becomes dense.
         """
         keeps_sparse = isinstance(model, DynSparseBertPreTrainedModel)
+        fuse_(model, False)
         for name, module in int8_modules(model).items():
             layer: nn.Module = module.to_float()
             if isinstance(layer, BlockSparseLinear) and not keeps_sparse:
@@ -136,7 +139,7 @@ class DynSparseInt8Quantizer(LayerQuantizer):
 def to_int8_(model: Any) -> Any:
     """
     Turn a model that was trained after [`prepare_qat_`] into an int8 model, in place. It computes with integers, by
-    kernels for floating-point numbers in which no integer is rounded; it saves and loads as usual, and trains no more.
+    kernels for them on a CPU with AVX2 or more; it saves and loads as usual, and trains no more.
 
     Args:
         model (`PreTrainedModel`): changed in place and returned, in evaluation mode.
