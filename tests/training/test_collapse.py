@@ -28,7 +28,7 @@ def test_a_constant(predictions, labels, constant):
 @pytest.mark.parametrize(
     ("teacher", "is_sparse", "advice"),
     [
-        (None, True, "keeps more by --calibration_samples 512"),
+        (None, True, "keeps little by --calibration_samples 0"),
         (None, False, "--learning_rate to a third."),
         ("runs/dense", True, "See whether runs/dense, its teacher, has collapsed too."),
     ],

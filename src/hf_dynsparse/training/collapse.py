@@ -36,7 +36,7 @@ def warn_of_collapse(args: Any, steps: int, *, is_sparse: bool = True) -> None:
         ways = f" See whether {args.teacher}, its teacher, has collapsed too."
     elif is_sparse:
         ways = (
-            " A dense model that is made sparse keeps more by --calibration_samples 512, and learns more from a "
+            " A dense model that is made sparse keeps little by --calibration_samples 0, and learns more from a "
             "--teacher with --distillation_layers all."
         )
     logger.warning(
