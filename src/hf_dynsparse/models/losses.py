@@ -1,12 +1,14 @@
 """Losses that are 0, not NaN, where a batch has nothing to predict."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from ..ops.passes import cross_entropy
+
+# The cross-entropy of each row, 0 where the label does not count, of logits `(rows, classes)` and labels `(rows,)`.
+RowLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 IGNORED = -100  # a label that does not count
@@ -19,7 +21,7 @@ def token_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
-    fused: bool = False,
+    row_losses: RowLosses | None = None,
 ) -> torch.Tensor:
     """
     Cross-entropy over the labels that count: their mean, or their sum divided by `num_items_in_batch`. If none counts
@@ -29,12 +31,12 @@ def token_loss(
         logits (`torch.Tensor` of shape `(..., classes)`).
         labels (`torch.Tensor` of shape `(...)`): classes, or -100.
         num_items_in_batch (`int`, *optional*): labels that count in all micro-batches and ranks.
-        fused (`bool`): without stored probabilities, see [`hf_dynsparse.ops.passes.cross_entropy`]; same to rounding.
+        row_losses (`Callable`, *optional*): what computes them in the place of PyTorch.
     """
     logits, labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    if fused:
+    if row_losses is not None:
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return cross_entropy(logits, labels).sum() / at_least_one(count)
+        return row_losses(logits, labels).sum() / at_least_one(count)
     if num_items_in_batch is None:
         return zero_if_unlabelled(F.cross_entropy(logits, labels, ignore_index=IGNORED), labels)
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .._transformers import BertOutput, BertSelfOutput
-from ..ops.passes import residual_norm
+from ..ops.passes import cross_entropy, residual_norm
 from .dropout import SeededDropout
 
 
@@ -50,8 +50,8 @@ def fuse_passes_(model: nn.Module, fused: bool = True) -> int:
         if type(module) in classes:
             module.__class__ = classes[type(module)]  # keeps its place, hooks and mode
             changed += 1
-        elif hasattr(module, "fused_loss") and module.fused_loss != fused:
-            vars(module)["fused_loss"] = fused
+        elif hasattr(module, "row_losses") and (module.row_losses is not None) != fused:
+            vars(module)["row_losses"] = cross_entropy if fused else None
             changed += 1
     return changed
 

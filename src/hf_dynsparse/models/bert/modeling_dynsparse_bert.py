@@ -48,7 +48,7 @@ from ...nn.replace import replace_by_sparse_
 from ..calibrated import calibrate_
 from ..checksums import ChecksumWriter, order_metadata
 from ..loading import check_readable, count_nonzero_blocks, load_whole, refuse_pickles
-from ..losses import IGNORED, span_loss, token_loss, zero_if_unlabelled
+from ..losses import IGNORED, RowLosses, span_loss, token_loss, zero_if_unlabelled
 from ..position_bias import PositionBias, add_position_bias_, check_stock
 from ..readme import write_readme
 from .configuration_dynsparse_bert import DynSparseBertConfig, encoder_shapes, layer_sizes
@@ -315,7 +315,7 @@ class DynSparseBertForMaskedLM(DynSparseBertPreTrainedModel, BertForMaskedLM):
     """
 
     sparse_evaluation = False  # the same while evaluating: see `predicting_labelled`
-    fused_loss = False  # see `fuse_passes_`
+    row_losses: RowLosses | None = None  # while training: see `fuse_passes_`
     # This forward divides by `num_items_in_batch` itself.
     accepts_loss_kwargs = True
 
@@ -348,9 +348,9 @@ class DynSparseBertForMaskedLM(DynSparseBertPreTrainedModel, BertForMaskedLM):
         )
         hidden_states = outputs.last_hidden_state
         hidden_states, labels = _to_predict(self, hidden_states, labels)
-        logits, fused = self.cls(hidden_states), self.fused_loss and self.training
+        logits, row_losses = self.cls(hidden_states), self.row_losses if self.training else None
         output = MaskedLMOutput(
-            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch, fused),
+            loss=None if labels is None else token_loss(logits, labels, num_items_in_batch, row_losses),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -366,7 +366,7 @@ class DynSparseBertForPreTraining(DynSparseBertPreTrainedModel, BertForPreTraini
     """
 
     sparse_evaluation = False
-    fused_loss = False
+    row_losses: RowLosses | None = None
 
     def __init__(self, config: DynSparseBertConfig) -> None:
         BertPreTrainedModel.__init__(self, config)
@@ -400,7 +400,7 @@ class DynSparseBertForPreTraining(DynSparseBertPreTrainedModel, BertForPreTraini
         hidden_states, labels = _to_predict(self, hidden_states, labels)
         prediction_logits, relationship_logits = self.cls(hidden_states, outputs.pooler_output)
         if labels is not None and next_sentence_label is not None:
-            loss = token_loss(prediction_logits, labels, fused=self.fused_loss and self.training)
+            loss = token_loss(prediction_logits, labels, row_losses=self.row_losses if self.training else None)
             loss = loss + token_loss(relationship_logits, next_sentence_label)
         output = BertForPreTrainingOutput(
             loss=loss,
