@@ -56,7 +56,7 @@ class PrunedModelArguments(HubArguments):
             "L1 norm, at once, and far worse. Default: 512, and 0 where the model is pruned step by step."
         },
     )
-    calibrates_by_default: ClassVar[bool] = False  # `check_calibration` chose the number
+    calibrates_by_default: bool = field(default=False, init=False)  # `check_calibration` chose the number
 
     @property
     def kept(self) -> str:
@@ -80,7 +80,7 @@ class PrunedModelArguments(HubArguments):
         """
         without = [what for what, given in {"no --sparsity": sparsity is None, **excluded}.items() if given]
         if self.calibration_samples is None:
-            self.calibrates_by_default = not without  # type: ignore[misc]  # of this one
+            self.calibrates_by_default = not without
             self.calibration_samples = 0 if without else 512
         if self.calibration_samples < 0:
             raise ValueError(f"`--calibration_samples` must not be negative. Got {self.calibration_samples}.")
