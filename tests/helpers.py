@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import combinations, product
 from typing import Any
 
@@ -41,6 +42,15 @@ needs_kernels = pytest.mark.skipif(
     native.why_not(torch.device("cpu"), torch.float32, (1, 1)) is not None,
     reason="the C++ kernels are not built: no compiler at install time",
 )
+
+
+def variants(kernels: Any) -> list[str]:
+    """Instruction sets of a module of compiled kernels that are built and that this processor runs."""
+    found = []
+    for variant in kernels.VARIANTS.values():
+        with suppress(native.LibraryUnavailable), kernels.use_variant(variant):
+            found.append(variant)
+    return found
 
 
 def serving(block_size: int | tuple[int, int], dtype: torch.dtype) -> list[str]:

@@ -1,11 +1,8 @@
 """The compiled int8 kernels against sums in int64: every instruction set, bit for bit."""
 
-from collections.abc import Iterator
-from contextlib import suppress
-
 import pytest
 import torch
-from helpers import cover_pairs, needs_kernels
+from helpers import cover_pairs, needs_kernels, variants
 from torch.nn.functional import gelu, layer_norm
 
 from hf_dynsparse.blocks.draw import random_block_index
@@ -35,22 +32,6 @@ DRAW = {
     "highest": lambda shape, drawn: torch.full(shape, 127),
     "alternating": lambda shape, drawn: 127 - 254 * (torch.arange(torch.Size(shape).numel()).view(shape) % 2),
 }
-
-
-def variants() -> list[str]:
-    """Those that are built and that this processor runs."""
-    found = []
-    for variant in int8.VARIANTS.values():
-        with suppress(native.LibraryUnavailable), int8.use_variant(variant):
-            found.append(variant)
-    return found
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def packed(
@@ -85,7 +66,9 @@ def numbers(tokens: int, features: int, zero_point: int, extreme: bool) -> tuple
 
 @pytest.mark.parametrize(
     ("variant", "weight", "tokens", "zero_point", "kind"),
-    cover_pairs([(variant, weight) for variant in variants() for weight in WEIGHTS], TOKENS, ZERO_POINTS, tuple(DRAW)),
+    cover_pairs(
+        [(variant, weight) for variant in variants(int8) for weight in WEIGHTS], TOKENS, ZERO_POINTS, tuple(DRAW)
+    ),
     ids=str,
 )
 def test_every_instruction_set_adds_exactly(variant, weight, tokens, zero_point, kind, threads):
@@ -100,7 +83,7 @@ def test_every_instruction_set_adds_exactly(variant, weight, tokens, zero_point,
             assert torch.equal(layer.multiply(input), wanted)
 
 
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", variants(int8))
 def test_a_step_and_a_bias(variant):
     with int8.use_variant(variant):
         bias = torch.randn(36, generator=torch.Generator().manual_seed(0))
@@ -112,7 +95,7 @@ def test_a_step_and_a_bias(variant):
 
 @pytest.mark.parametrize("tokens", [3, 65])
 @pytest.mark.parametrize("weights", [(((4, 4), (9, 5)), ((4, 4), (5, 9))), (((1, 1), (13, 7)), ((1, 1), (9, 13)))])
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", variants(int8))
 def test_two_layers_with_gelu_between(variant, weights, tokens):
     with int8.use_variant(variant):
         up, dense_up = packed(weights[0], step=2e-3)
@@ -126,7 +109,7 @@ def test_two_layers_with_gelu_between(variant, weights, tokens):
     assert (found - wanted).abs().max() <= 127
 
 
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", variants(int8))
 def test_residual_and_norm_follow(variant):
     with int8.use_variant(variant):
         layer, dense = packed(((4, 4), (9, 5)), step=1e-3)
@@ -139,7 +122,7 @@ def test_residual_and_norm_follow(variant):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize("variant", variants(int8))
 def test_what_is_not_finite_is_noticed(variant):
     with int8.use_variant(variant):
         layer, _ = packed(((4, 4), (3, 5)))
@@ -153,7 +136,7 @@ def test_what_is_not_finite_is_noticed(variant):
 
 
 def test_what_is_served():
-    with int8.use_variant(variants()[0]):
+    with int8.use_variant(variants(int8)[0]):
         layer, dense = packed(((4, 4), (3, 5)))
     input = torch.ones(6, 20)
     assert torch.equal(layer.multiply(input[::2]), layer.multiply(input)[::2])  # rows apart

@@ -1,12 +1,10 @@
 """What the table of products does not ask of the compiled kernels: threads, variants, stale orders."""
 
-from collections.abc import Iterator
-from contextlib import suppress
 from itertools import product
 
 import pytest
 import torch
-from helpers import cover_pairs, make_layer, needs_kernels
+from helpers import cover_pairs, make_layer, needs_kernels, variants
 
 from hf_dynsparse import BlockSparseLinear, use_backend
 from hf_dynsparse.ops import native
@@ -19,22 +17,6 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6}
 
 pytestmark = needs_kernels
-
-
-def variants() -> list[str]:
-    """Those that are built and that this processor runs."""
-    found = []
-    for variant in native.VARIANTS.values():
-        with suppress(native.LibraryUnavailable), native.use_variant(variant):
-            found.append(variant)
-    return found
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def products(layer: BlockSparseLinear, input: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -81,7 +63,7 @@ def test_any_number_of_threads_repeats_itself_and_agrees_with_one(
     ("variant", "block_shape", "dtype"),
     [
         (variant, shape, dtype)
-        for variant, shape, dtype in product(variants(), SHAPES, native.DTYPES)
+        for variant, shape, dtype in product(variants(native), SHAPES, native.DTYPES)
         if dtype == FP32 or variant.endswith("bf16") or shape == (4, 4)
     ],
     ids=str,
