@@ -6,6 +6,7 @@
 #include "backward.hpp"
 #include "cross_entropy.hpp"
 #include "dropout.hpp"
+#include "processor.hpp"
 #include "residual_norm.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -46,11 +47,7 @@ EXPORT int interface_version() { return 4; }
 EXPORT int best_variant() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                    __builtin_cpu_supports("bmi2");
-    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                    __builtin_cpu_supports("avx512vl");
+    const bool v3 = runs_v3(), v4 = runs_v4();
     return v4 && __builtin_cpu_supports("avx512bf16") ? 5 : v4 ? 4 : v3 ? 3 : 0;
 #else
     return 0;

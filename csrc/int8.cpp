@@ -3,6 +3,7 @@
 // Compiled once per instruction set into a library of its own (setup.py). Plain C interface: no PyTorch, no Python.
 
 #include "int8.hpp"
+#include "processor.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -18,11 +19,7 @@ EXPORT int runs(int variant) {
     if (variant == 0) return 1;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                    __builtin_cpu_supports("bmi2");
-    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                    __builtin_cpu_supports("avx512vl");
+    const bool v3 = runs_v3(), v4 = runs_v4();
     if (variant == 1) return v3;
     if (variant == 2) return v3 && __builtin_cpu_supports("avxvnni");
     if (variant == 3) return v4;

@@ -323,12 +323,12 @@ def build_config(
         if model_args.config_name:
             check_encoder(config, source)
         config = overridden(config, model_args.config_overrides)
-        if model_args.calibrates_by_default and not is_dense(config):
-            model_args.calibration_samples = 0
         if model_args.calibration_samples and not is_dense(config):
-            raise ValueError(
-                f"`--calibration_samples` is for dense checkpoints. Got {source}, which is sparse. Leave it out."
-            )
+            if not model_args.calibrates_by_default:
+                raise ValueError(
+                    f"`--calibration_samples` is for dense checkpoints. Got {source}, which is sparse. Leave it out."
+                )
+            model_args.calibration_samples = 0
     if not source:
         asked = DynSparseBertConfig.sparsity if sparsity is None else sparsity
         set_first_weights_(config, args.recipe, model_args.config_overrides, asked)
