@@ -34,7 +34,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -54,6 +54,7 @@ from transformers.hf_argparser import HfArg
 from hf_dynsparse import Calibration, DynSparseTrainer, topology_summary
 from hf_dynsparse.data import glue_metrics
 from hf_dynsparse.data.classification import (
+    TRANSFER,
     SentenceArguments,
     find_columns,
     head_of,
@@ -69,6 +70,7 @@ from hf_dynsparse.training import scripts
 from hf_dynsparse.training.collapse import is_constant
 from hf_dynsparse.training.finetuning import center_head_, load_metric, prepare_finetuning_
 from hf_dynsparse.training.flags import FinetunedModelArguments, FinetuningRunArguments
+from hf_dynsparse.training.transfer import with_transfer_set
 
 
 logger = logging.getLogger("run_glue_dynsparse")
@@ -117,6 +119,10 @@ def main() -> None:
         prepare_finetuning_(model, args, will_train=args.do_train)
         if args.do_train and not labels:
             center_head_(model, examples["train"]["labels"])
+        collate = DataCollatorWithPadding(tokenizer)
+        if TRANSFER in examples and args.do_train:
+            rows = examples["train"], examples[TRANSFER]
+            examples["train"] = with_transfer_set(*rows, cast(PreTrainedModel, teacher), collate, args)
         if checkpoint is not None:
             scripts.check_model_to_resume(model, checkpoint)
         trainer = DynSparseTrainer(
@@ -126,7 +132,7 @@ def main() -> None:
             train_dataset=examples["train"] if args.do_train else None,
             eval_dataset=examples["validation"] if args.do_eval else None,
             compute_metrics=scorer(data_args, labels),
-            data_collator=None if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
+            data_collator=None if data_args.pad_to_max_length else collate,
             processing_class=tokenizer,
         )
         scripts.check_run_length(trainer)
@@ -152,6 +158,11 @@ def check(model_args: ModelArguments, data_args: SentenceArguments, args: RunArg
     """Refuse flags that cannot work, before anything is read or built."""
     scripts.check_finetuning(model_args, args)
     data_args.check(args.splits)
+    if data_args.transfer_file is not None and not (args.teacher and args.do_train):
+        raise ValueError(
+            "`--transfer_file` holds text that a `--teacher` labels for training. Got "
+            f"{'--do_train false' if args.teacher else 'no teacher'}. Give one, or leave the file out."
+        )
 
 
 def known_labels(model_args: ModelArguments) -> list[str] | None:

@@ -1,6 +1,7 @@
 """run_glue_dynsparse.py and finetune_study.py as users run them, on tiny data made here."""
 
 import json
+import math
 import random
 import re
 import runpy
@@ -137,6 +138,20 @@ def test_a_dense_start_with_a_teacher(run, data):
     assert all(entry["dynsparse/distillation_loss"] > -1e-6 for entry in log if "loss" in entry)  # but for rounding
 
 
+@pytest.mark.parametrize("task", ["mrpc", "stsb"])
+def test_a_teacher_labels_more_text(run, data, task, tmp_path):
+    """Classes and numbers: a student that learns nothing else still learns what the teacher says of the new rows."""
+    teacher = run(f"--task_name {task} --glue_dir {data / 'glue'}", output="teacher", start="dense")
+    draw = random.Random(1)
+    rows = "".join(f"{sentence(draw)}\t{sentence(draw)}\n" for _ in range(9))
+    (tmp_path / "more.tsv").write_text(f"sentence1\tsentence2\n{rows}")
+    flags = f"--task_name {task} --glue_dir {data / 'glue'} --teacher {teacher} --transfer_file {tmp_path / 'more.tsv'}"
+    output = run(f"{flags} --max_steps -1 --num_train_epochs 1")
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == 5  # 24 and 9 rows in batches of 8
+    assert all(math.isfinite(entry["loss"]) for entry in state["log_history"] if "loss" in entry)
+
+
 def test_a_calibrated_start(run, data, tmp_path):
     """It is nearer to the dense model than the largest blocks are, and a resumed run does not calibrate again."""
     flags = f"--task_name sst2 --glue_dir {data / 'glue'} --sparsity 0.5 --block_size 4 --learning_rate 1e-6"
@@ -211,6 +226,7 @@ def test_files_of_ones_own(run, data):
         ("--task_name sst2 --glue_dir {data}/glue --finetune_mode gradual", "Got sparsity=None"),
         ("--sparsity 0.5 --finetune_mode gradual --method set", "Got 0.5 with density_schedule='constant'"),
         ("--task_name sst2 --glue_dir {data}/glue --finetune_mode locked --num_topology_updates 3", "dynamic"),
+        ("--task_name sst2 --glue_dir {data}/glue --transfer_file {data}/own.csv", "Got no teacher"),
         ("--train_file {data}/own.csv", "`--do_eval` needs a `--validation_file`"),
         ("--task_name mrpc --glue_dir {data}/glue --teacher {data}/dense", "which lacks"),
         (

@@ -16,6 +16,7 @@ from .rows import check_not_blank, check_splits, check_text, label_names, label_
 logger = logging.getLogger(__name__)
 
 FILE_ENDINGS = ("csv", "tsv", "json", "jsonl", "parquet")
+TRANSFER = "transfer"  # the split of text that a teacher labels
 
 
 @dataclass
@@ -36,6 +37,13 @@ class SentenceArguments:
     )
     validation_file: str | None = field(default=None, metadata={"help": "The same for evaluation."})
     test_file: str | None = field(default=None, metadata={"help": "The same for prediction; labels not needed."})
+    transfer_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --teacher: more text of the task's kind in the same columns, without labels; the teacher's "
+            "answers are its labels, and it is trained on beside the rest."
+        },
+    )
     text_column_names: str | None = field(
         default=None,
         metadata={
@@ -105,25 +113,30 @@ class SentenceArguments:
         if len({ending_of(file) for file in self.files.values()}) > 1:
             raise ValueError(f"The files must have one format. Got {', '.join(self.files.values())}.")
         check_needed(self.files, needed)
+        if self.transfer_file is not None:
+            check_file(self.transfer_file, "--transfer_file", FILE_ENDINGS)
         if self.max_seq_length < 8:
             raise ValueError(f"`--max_seq_length` must be at least 8. Got {self.max_seq_length}.")
 
     def source(self, split: str = "") -> str:
         """What the data of a split, or all of it, is called in an error."""
-        file = self.files.get(split)
+        file = self.transfer_file if split == TRANSFER else self.files.get(split)
         name = file or self.dataset_name or self.glue_dir or self.task_name or "the files"
         return name if file or not split else f"{split} of {name}"
 
 
 def load_sentences(args: SentenceArguments, *, cache_dir: str | None = None, token: str | None = None) -> DatasetDict:
     """
-    The splits as they are: sentences and labels, whose column is called `label`.
+    The splits as they are: sentences and labels, whose column is called `label`. One more, `TRANSFER`, has text alone.
 
     Raises:
         ValueError: if a file cannot be read, naming it.
     """
     raw = _read(args, cache_dir, token)
-    return DatasetDict({split: _with_label(rows, args.label_column_name) for split, rows in raw.items()})
+    named = DatasetDict({split: _with_label(rows, args.label_column_name) for split, rows in raw.items()})
+    if args.transfer_file is not None:
+        named[TRANSFER] = read_file(args.transfer_file, TRANSFER, cache_dir)
+    return named
 
 
 def _with_label(rows: Dataset, column: str) -> Dataset:
