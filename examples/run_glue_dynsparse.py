@@ -34,7 +34,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -63,6 +63,7 @@ from hf_dynsparse.data.classification import (
     tokenize_sentences,
 )
 from hf_dynsparse.data.tokenizer_checks import check_fit, check_special_tokens, check_tokenizer
+from hf_dynsparse.data.transfer import with_transfer_set
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.models.auto import load_pretrained, load_teacher
 from hf_dynsparse.reports.facts import describe_data, describe_start
@@ -70,7 +71,6 @@ from hf_dynsparse.training import scripts
 from hf_dynsparse.training.collapse import is_constant
 from hf_dynsparse.training.finetuning import center_head_, load_metric, prepare_finetuning_
 from hf_dynsparse.training.flags import FinetunedModelArguments, FinetuningRunArguments
-from hf_dynsparse.training.transfer import with_transfer_set
 
 
 logger = logging.getLogger("run_glue_dynsparse")
@@ -119,10 +119,8 @@ def main() -> None:
         prepare_finetuning_(model, args, will_train=args.do_train)
         if args.do_train and not labels:
             center_head_(model, examples["train"]["labels"])
-        collate = DataCollatorWithPadding(tokenizer)
-        if TRANSFER in examples and args.do_train:
-            rows = examples["train"], examples[TRANSFER]
-            examples["train"] = with_transfer_set(*rows, cast(PreTrainedModel, teacher), collate, args)
+        if TRANSFER in examples:
+            examples["train"] = with_transfer_set(examples["train"], examples[TRANSFER])
         if checkpoint is not None:
             scripts.check_model_to_resume(model, checkpoint)
         trainer = DynSparseTrainer(
@@ -132,7 +130,7 @@ def main() -> None:
             train_dataset=examples["train"] if args.do_train else None,
             eval_dataset=examples["validation"] if args.do_eval else None,
             compute_metrics=scorer(data_args, labels),
-            data_collator=None if data_args.pad_to_max_length else collate,
+            data_collator=None if data_args.pad_to_max_length else DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
         )
         scripts.check_run_length(trainer)

@@ -128,6 +128,22 @@ def test_sequences(logits):
     assert loss == pytest.approx(float(distillation_loss(logits[:, 1], logits[:, 0]).mean()), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("labels", "given", "expected"),
+    [
+        ([1, -1, -1], [[0.0, 2.0], [3.0, 1.0], [0.0, 1.0]], [1, 0, 1]),
+        ([2.5, math.nan, -1.0], [[0.5], [4.5], [9.0]], [2.5, 4.5, -1.0]),
+    ],
+)
+def test_the_teacher_labels_rows_without_a_label(labels, given, expected):
+    teacher = Distillation(Echo(SequenceClassifierOutput(logits=torch.tensor(given))))
+    inputs = {"input_ids": torch.zeros(3, 2, dtype=torch.long), "labels": torch.tensor(labels)}
+    completed = teacher.completed(inputs, teacher.answers(inputs))
+    assert completed["labels"].tolist() == expected
+    assert completed["input_ids"] is inputs["input_ids"]
+    assert math.isnan(inputs["labels"][1]) or inputs["labels"][1] == -1
+
+
 def test_hidden_states_by_hand():
     # Of the teacher's states the variances are 4 and 1, then 16; the last token is padding.
     teacher = torch.tensor([[[4.0, 0.0], [1.0, 3.0]], [[8.0, 0.0], [9.0, 9.0]]])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..data.transfer import is_unlabelled
 from ..models.losses import IGNORED, LABELS, at_least_one
 from .hidden_states import check_layers, check_same_layers, hidden_states_loss
 from .relations import Relations, check_relations
@@ -121,6 +122,18 @@ class Distillation:
     def answers(self, inputs: dict[str, torch.Tensor]) -> Any:
         """What the teacher gives for what the student was given."""
         return self.teacher(**{name: x for name, x in inputs.items() if name in self._accepted}, **self.asked)
+
+    def completed(self, inputs: dict[str, Any], answers: Any) -> dict[str, Any]:
+        """
+        What the student is given: rows of sequences without a label get the class of the teacher's largest logit, or
+        its number (see [`~data.transfer.with_transfer_set`]).
+        """
+        labels = inputs.get("labels")
+        if labels is None or labels.dim() != 1 or "logits" not in answers:
+            return inputs
+        logits = answers["logits"]
+        answered = logits.squeeze(-1) if labels.is_floating_point() else logits.argmax(-1)
+        return {**inputs, "labels": torch.where(is_unlabelled(labels), answered.to(labels.dtype), labels)}
 
     @contextmanager
     def asking(self, student: Any) -> Iterator[None]:

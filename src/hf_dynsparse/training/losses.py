@@ -68,9 +68,11 @@ class LossTrainer(Trainer):
             labels, places = class_labels(inputs), self.masked_positions if self._losses_only else None
             with nullcontext() if labels is None or places is None else places.only(labels):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        given = dict(inputs)  # label smoothing takes the labels out of `inputs`
+        answers = None
         if self.distillation is not None:
-            inputs = {**inputs, **self.distillation.asked}
+            answers = self.distillation.answers(inputs)
+            inputs = self.distillation.completed(inputs, answers) | self.distillation.asked
+        given = dict(inputs)  # label smoothing takes the labels out of `inputs`
         student = self.accelerator.unwrap_model(model)
         labels = class_labels(given)
         with ExitStack() as stack:
@@ -88,7 +90,7 @@ class LossTrainer(Trainer):
         if labels is not None:
             loss = zero_if_unlabelled(loss, labels)
         if self.distillation is not None:
-            loss = self._taught(self.distillation, loss, given, outputs, num_items_in_batch)
+            loss = self._taught(self.distillation, loss, given, outputs, answers, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _taught(
@@ -97,10 +99,10 @@ class LossTrainer(Trainer):
         loss: torch.Tensor,
         inputs: dict[str, Any],
         outputs: Any,
+        answers: Any,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """The loss of the task, with that of the teacher mixed in."""
-        answers = distillation.answers(inputs)
         items = num_items_in_batch if self.model_accepts_loss_kwargs else None
         distilled = distillation.loss(inputs, outputs, answers, items)
         if items is not None and self.args.average_tokens_across_devices:
