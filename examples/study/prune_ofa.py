@@ -193,7 +193,9 @@ def _task_runs(
     for variant in variants:
         pruned = StartingPoint(str(output / variant.name / "prune"), (f"{variant.name}/prune",))
         if "gradual" in plan:
-            pruned = add("gradual", dense, variant, **dict(variant.settings))
+            # What is chosen and fitted at once is the model of the task.
+            start = StartingPoint(str(output / teacher)) if plan["gradual"].get("calibration_samples") else dense
+            pruned = add("gradual", start, variant, **dict(variant.settings))
         locked = add("transfer", pruned, variant)
         if "quantize" in plan:
             add("quantize", locked, variant)
