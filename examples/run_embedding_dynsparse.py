@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -117,7 +116,7 @@ def main() -> None:
         trainer = SentenceTrainer(
             model,
             args,
-            teacher=SentenceDistillation(teacher, pooling, *layers, **args.relations),
+            teacher=SentenceDistillation(teacher, pooling, *layers, **args.relations, dtype=args.teacher_dtype),
             pairs=pairs,
             train_dataset=sentences["train"],
             eval_dataset=sentences["validation"],
@@ -208,9 +207,7 @@ def load_model(
     """The encoder: sparse as it was saved, or dense and made sparse. It learns without dropout what has none."""
     gradual = args.finetune_mode == "gradual"
     model = load_pretrained(AutoModel, all_blocks=gradual, config=config, calibration=calibration, **model_args.start)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    args.dropout = args.dropout or 0.0
     for name, parameter in model.named_parameters():
         if "pooler" in name:  # no embedding is made of it
             parameter.requires_grad_(False)

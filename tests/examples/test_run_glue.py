@@ -145,7 +145,9 @@ def test_a_teacher_labels_more_text(run, data, task, tmp_path):
     draw = random.Random(1)
     rows = "".join(f"{sentence(draw)}\t{sentence(draw)}\n" for _ in range(9))
     (tmp_path / "more.tsv").write_text(f"sentence1\tsentence2\n{rows}")
-    flags = f"--task_name {task} --glue_dir {data / 'glue'} --teacher {teacher} --transfer_file {tmp_path / 'more.tsv'}"
+    flags = (
+        f"--task_name {task} --glue_dir {data / 'glue'} --teacher {teacher} --transfer_file {tmp_path / 'more.tsv'}"
+    )
     output = run(f"{flags} --max_steps -1 --num_train_epochs 1")
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["global_step"] == 5  # 24 and 9 rows in batches of 8

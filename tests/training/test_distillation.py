@@ -144,6 +144,23 @@ def test_the_teacher_labels_rows_without_a_label(labels, given, expected):
     assert math.isnan(inputs["labels"][1]) or inputs["labels"][1] == -1
 
 
+def test_a_teacher_in_bfloat16(tmp_path):
+    """Its answers are near, and its weights what they were; the student computes as before."""
+    teacher = toy_model(cls=DynSparseBertForSequenceClassification)
+    inputs = {"input_ids": torch.arange(5, 35).view(3, 10) % 40, "labels": torch.tensor([0, 1, 0])}
+    exact, rounded = (
+        Distillation(teacher, layers="all", dtype=dtype).answers(inputs) for dtype in ("float32", "bfloat16")
+    )
+    assert rounded["logits"].dtype == torch.bfloat16
+    torch.testing.assert_close(rounded["logits"].float(), exact["logits"], rtol=0.05, atol=0.02)
+    torch.testing.assert_close(rounded["hidden_states"][-1].float(), exact["hidden_states"][-1], rtol=0.05, atol=0.1)
+    assert not torch.equal(rounded["logits"].float(), exact["logits"])
+    assert next(teacher.parameters()).dtype == torch.float32
+    args = toy_arguments(tmp_path, teacher_dtype="bfloat16")
+    trainer = DynSparseTrainer(toy_model(cls=DynSparseBertForSequenceClassification), args, teacher=teacher)
+    assert trainer.distillation.dtype == torch.bfloat16
+
+
 def test_hidden_states_by_hand():
     # Of the teacher's states the variances are 4 and 1, then 16; the last token is padding.
     teacher = torch.tensor([[[4.0, 0.0], [1.0, 3.0]], [[8.0, 0.0], [9.0, 9.0]]])

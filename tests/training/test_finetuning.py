@@ -233,6 +233,34 @@ def test_load_pretrained_with_a_calibration(tmp_path, kind):
         load(calibration=[inputs])
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, 0.1), ({"dropout": 0.3}, 0.3), ({"distillation_layers": "all"}, 0.0), ({"dropout": 0.0}, 0.0)],
+)
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_dropout(tmp_path, given, expected, kind):
+    """Of states and inside attention; what the configuration says stays."""
+    if kind == "bert":
+        model = toy_classifier(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    else:
+        config = DistilBertConfig(vocab_size=64, dim=32, hidden_dim=64, n_layers=2, n_heads=2, seq_classif_dropout=0.1)
+        model = DistilBertForSequenceClassification(config)
+    before = model.config.to_dict()
+    prepare_finetuning_(model, arguments(tmp_path, **given))
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {expected}
+    assert model.config.to_dict() == before
+    batch = {name: x for name, x in toy_batch().items() if name != "labels"}
+    model.train()
+    with torch.no_grad():
+        same = torch.equal(model(**batch).logits, model(**batch).logits)
+    assert same == (expected == 0.0)
+
+
+def test_dropout_is_a_probability(tmp_path):
+    with pytest.raises(ValueError, match=r"`dropout` must lie in \[0, 1\). Got 1.0"):
+        arguments(tmp_path, dropout=1.0)
+
+
 def test_a_fresh_head_begins_at_the_mean():
     model = toy_classifier(num_labels=1)
     center_head_(model, [1.0, 2.0, 6.0])

@@ -25,6 +25,19 @@ class SeededDropout(nn.Dropout):
         return seeded(input, self.p, self.training)
 
 
+def set_dropout_(model: nn.Module, p: float) -> None:
+    """
+    Let all dropout of a model, that inside attention too, have probability `p` from now on, in place. What its
+    configuration says stays, and is saved.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+        for name in ("attention_dropout", "attn_dropout", "dropout", "dropout_prob"):
+            if type(vars(module).get(name)) is float:  # where attention or its output keeps the number itself
+                setattr(module, name, p)
+
+
 def attention_forward(
     module: nn.Module,
     query: torch.Tensor,

@@ -11,7 +11,7 @@ from ..topology import METHODS, TopologyOptions
 from ..topology.settings import option
 from .callbacks.distance_bias import parse_distance_bias
 from .curriculum import Curriculum
-from .distillation import DISTILLATION_POSITIONS, check_distillation
+from .distillation import DISTILLATION_POSITIONS, TEACHER_DTYPES, check_distillation
 from .hidden_states import check_layers
 from .relations import check_relations
 from .rewinding import check_rewinding, rewinding
@@ -91,6 +91,14 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
         metadata={
             "help": "A model to learn from beside the labels (knowledge distillation), of the same task and "
             "tokenizer: a folder or Hub name."
+        },
+    )
+    teacher_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "What the products of the teacher are computed in: bfloat16 takes a third of the time on CPUs "
+            "that have it (AVX512-BF16, AMX) and on GPUs.",
+            "choices": list(TEACHER_DTYPES),
         },
     )
     distillation_temperature: float = field(
@@ -203,6 +211,10 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
             raise ValueError(f"`kernel_tuning` must be one of {', '.join(TUNING_MODES)}. Got {self.kernel_tuning!r}.")
         how = self.distillation_temperature, self.distillation_weight, self.distillation_positions
         check_distillation(*how, prefix="distillation_")
+        if self.teacher_dtype not in TEACHER_DTYPES:
+            raise ValueError(
+                f"`teacher_dtype` must be one of {', '.join(TEACHER_DTYPES)}. Got {self.teacher_dtype!r}."
+            )
         check_layers(self.distillation_layers, self.distillation_layers_weight, prefix="distillation_")
         check_relations(**self.relations, prefix="distillation_")
         if self.group_lasso < 0:

@@ -20,6 +20,8 @@ TOKEN_OR_SEQUENCE = ("logits", "prediction_logits", "seq_relationship_logits")
 SPAN = ("start_logits", "end_logits")
 # Where the logits of tokens are compared.
 DISTILLATION_POSITIONS = ("labelled", "all")
+# What the products of a teacher are computed in.
+TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
@@ -64,6 +66,7 @@ class Distillation:
             `"last"`, a number from 1 on, or those of student and teacher, such as `"6:11"`.
         relations_weight (`float`): factor of their loss.
         relation_heads (`int`, *optional*): into which they are split. Default: attention heads of the teacher.
+        dtype (`str`): what products of the teacher are computed in, a key of `TEACHER_DTYPES`; its weights stay.
 
     Raises:
         ValueError: for a weight or temperature out of range, or unknown positions.
@@ -82,11 +85,15 @@ class Distillation:
         relations: str | None = None,
         relations_weight: float = 1.0,
         relation_heads: int | None = None,
+        dtype: str = "float32",
     ) -> None:
         check_distillation(temperature, weight, positions, "")
         check_layers(layers, layers_weight, "")
         check_relations(relations, relations_weight, relation_heads, "")
+        if dtype not in TEACHER_DTYPES:
+            raise ValueError(f"`dtype` of a teacher must be one of {', '.join(TEACHER_DTYPES)}. Got {dtype!r}.")
         self.teacher = teacher.eval().requires_grad_(False)
+        self.dtype = TEACHER_DTYPES[dtype]
         self.temperature, self.weight, self.positions = temperature, weight, positions
         self.layers, self.layers_weight = layers, layers_weight
         self.relations, self.relations_weight, self.relation_heads = relations, relations_weight, relation_heads
@@ -121,7 +128,11 @@ class Distillation:
     @torch.no_grad()
     def answers(self, inputs: dict[str, torch.Tensor]) -> Any:
         """What the teacher gives for what the student was given."""
-        return self.teacher(**{name: x for name, x in inputs.items() if name in self._accepted}, **self.asked)
+        given = {name: x for name, x in inputs.items() if name in self._accepted}
+        if self.dtype == torch.float32:
+            return self.teacher(**given, **self.asked)
+        with torch.autocast(next(iter(given.values())).device.type, self.dtype):
+            return self.teacher(**given, **self.asked)
 
     def completed(self, inputs: dict[str, Any], answers: Any) -> dict[str, Any]:
         """

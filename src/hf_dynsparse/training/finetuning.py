@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..compress.int8 import prepare_qat_, to_int8_
 from ..compress.int8.qat import can_round_embeddings
+from ..models.dropout import set_dropout_
 from ..models.heads import stack_name
 from ..models.sparsify import densify_
 from ..nn.linear import sparse_layers
@@ -64,6 +65,13 @@ class FinetuningArguments(DynSparseTrainingArguments):
     warmup_steps: float = field(
         default=0.06, metadata={"help": "Linear warm-up: a number of steps, or below 1 a share of the run."}
     )
+    dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Probability of all dropout while it trains. Default: the checkpoint's, and 0 with "
+            "--distillation_layers, whose targets have none: a quarter of a step on a CPU."
+        },
+    )
     quantization_aware: bool = field(
         default=False,
         metadata={
@@ -98,6 +106,8 @@ class FinetuningArguments(DynSparseTrainingArguments):
                 )
         if self.quantize_embeddings and not self.quantization_aware:
             raise ValueError("`quantize_embeddings` needs `quantization_aware`. Got it alone. Give both or none.")
+        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"`dropout` must lie in [0, 1). Got {self.dropout}. Choose 0.1, or leave it out.")
         if self.finetune_mode == "gradual":
             self.method = "prune_ofa" if self.method == "dynsparse" else self.method
         elif self.topology_settings().density_schedule != "constant":
@@ -143,6 +153,9 @@ def prepare_finetuning_(
         asked = args.quantize_embeddings
         model.config.quantize_embeddings = can_round_embeddings(model) if asked is None else asked
         prepare_qat_(model, model.config.quantize_embeddings)
+    dropout = 0.0 if args.dropout is None and args.distillation_layers is not None else args.dropout
+    if dropout is not None:
+        set_dropout_(model, dropout)
     mode = args.finetune_mode if was_sparse else "dense"
     sparsity = model_facts(model).sparsity if sparse_layers(model) else 0.0
     recipe = QUANTIZATION_AWARE if args.quantization_aware else FINETUNE_MODES[mode]

@@ -36,7 +36,7 @@ class SentenceDistillation(Distillation):
     Args:
         teacher (`nn.Module`): an encoder without a head.
         pooling (`str`): a key of `POOLINGS`.
-        layers, layers_weight, relations (and what else begins so): see [`Distillation`].
+        layers, layers_weight, relations (and what else begins so), dtype: see [`Distillation`].
     """
 
     beside_labels = False
@@ -47,9 +47,9 @@ class SentenceDistillation(Distillation):
         pooling: str = "mean",
         layers: str | None = None,
         layers_weight: float = 1.0,
-        **relations: Any,
+        **how: Any,
     ) -> None:
-        super().__init__(teacher, weight=1.0, layers=layers, layers_weight=layers_weight, **relations)
+        super().__init__(teacher, weight=1.0, layers=layers, layers_weight=layers_weight, **how)
         self.pooling = pooling
 
     def check_student(self, student: Any) -> None:

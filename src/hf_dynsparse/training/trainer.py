@@ -87,7 +87,7 @@ class DynSparseTrainer(
             layers = args.distillation_layers, args.distillation_layers_weight
             taught = teacher
             if not isinstance(taught, Distillation):
-                taught = Distillation(taught, *how, *layers, **args.relations)
+                taught = Distillation(taught, *how, *layers, **args.relations, dtype=args.teacher_dtype)
             taught.check_student(model)
             self.distillation = taught
         if not trainable_layers(model) and (args.final_sparsity is not None or args.learning_rate_rewinding):
