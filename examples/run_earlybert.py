@@ -55,6 +55,7 @@ from hf_dynsparse.checkpoints.saved_run import last_checkpoint
 from hf_dynsparse.compress.slimming import TICKET_SCORES, random_ticket
 from hf_dynsparse.data import count_pieces
 from hf_dynsparse.data.classification import (
+    TRANSFER,
     SentenceArguments,
     find_columns,
     head_of,
@@ -63,6 +64,7 @@ from hf_dynsparse.data.classification import (
 )
 from hf_dynsparse.data.pretraining import TextArguments, load_text, make_sequences
 from hf_dynsparse.data.tokenizer_checks import check_positions
+from hf_dynsparse.data.transfer import with_transfer_set
 from hf_dynsparse.files import write_atomically
 from hf_dynsparse.models.bert.configuration_dynsparse_bert import layer_sizes
 from hf_dynsparse.reports.pictures.ticket import plot_ticket
@@ -410,6 +412,8 @@ def prepare_task(model_args: Any, data_args: Any, args: Any) -> Job:
     teacher = glue.find_teacher(model_args, data_args, args, tokenizer, columns)
     with args.main_process_first(desc="tokenize"):
         examples = tokenize_sentences(raw, columns, labels, tokenizer, data_args)
+    if TRANSFER in examples:
+        examples["train"] = with_transfer_set(examples["train"], examples[TRANSFER])
 
     def load() -> Any:
         set_seed(args.seed)  # the same new head every time

@@ -16,9 +16,8 @@ Fine-tune a sparse or dense encoder on a GLUE task, or on sentences of your own.
     accelerate launch examples/run_glue_dynsparse.py ... --finetune_mode dense
     # a fine-tuned model trained on with 8 bits, and saved as an int8 model (see docs/int8.md)
     accelerate launch examples/run_glue_dynsparse.py ... --quantization_aware --teacher runs/sst2-dense
-    # a dense BERT made sparse by what 512 examples need of it, learning from the dense one
-    accelerate launch examples/run_glue_dynsparse.py --model_name_or_path bert-base-uncased \
-        --sparsity 0.8 --block_size 4 --teacher runs/sst2-dense ...
+    # a dense model that has learned the task, made sparse by what 512 examples need; it learns from its dense self
+    accelerate launch examples/run_glue_dynsparse.py --model_name_or_path runs/sst2-dense --sparsity 0.8 ...
     # your own sentences: one column of text, or two, and one of labels
     accelerate launch examples/run_glue_dynsparse.py --train_file train.csv --validation_file valid.csv \
         --text_column_names title,body --label_column_name stars ...
@@ -111,6 +110,7 @@ def main() -> None:
         columns, labels = find_columns(raw, data_args, args.splits, known)
         tokenizer, config = load_tokenizer(model_args), load_config(model_args, labels)
         check_tokenizer_and_model(tokenizer, config, columns, data_args)
+        scripts.learn_from_itself(model_args, args, labels_of(load_config(model_args)) == labels)
         teacher = find_teacher(model_args, data_args, args, tokenizer, columns)
         with args.main_process_first(desc="tokenize"):
             examples = tokenize_sentences(raw, columns, labels, tokenizer, data_args)
@@ -156,11 +156,8 @@ def check(model_args: ModelArguments, data_args: SentenceArguments, args: RunArg
     """Refuse flags that cannot work, before anything is read or built."""
     scripts.check_finetuning(model_args, args)
     data_args.check(args.splits)
-    if data_args.transfer_file is not None and not (args.teacher and args.do_train):
-        raise ValueError(
-            "`--transfer_file` holds text that a `--teacher` labels for training. Got "
-            f"{'--do_train false' if args.teacher else 'no teacher'}. Give one, or leave the file out."
-        )
+    if data_args.transfer_file is not None and not args.do_train:
+        raise ValueError("`--transfer_file` holds text to train on. Got --do_train false. Leave one of them out.")
 
 
 def known_labels(model_args: ModelArguments) -> list[str] | None:
@@ -214,6 +211,10 @@ def find_teacher(
 ) -> PreTrainedModel | None:
     """The model of `--teacher`, if there is one."""
     if not args.teacher:
+        if data_args.transfer_file is not None:
+            raise ValueError(
+                "`--transfer_file` holds text that a `--teacher` labels. Got no teacher. Give one, or leave it out."
+            )
         return None
     hub = model_args.hub | {"revision": "main"}
     teacher = load_teacher(AutoModelForSequenceClassification, args.teacher, **hub)

@@ -94,6 +94,7 @@ def main() -> None:
         scripts.prepare_process(args, logger.name)
 
         config = load_config(model_args, data_args)
+        scripts.learn_from_itself(model_args, args, answers_questions(config))
         tokenizer = load_tokenizer(model_args, data_args, config)
         teacher = find_teacher(model_args, data_args, args, tokenizer)
         with args.main_process_first(desc="prepare the questions"):
@@ -151,6 +152,11 @@ def load_config(model_args: FinetunedModelArguments, data_args: QuestionArgument
     check_positions(config, data_args.max_seq_length)
     config.num_labels = 2
     return config
+
+
+def answers_questions(config: PretrainedConfig) -> bool:
+    """Whether the checkpoint of `config` has learned to."""
+    return any(name.endswith("ForQuestionAnswering") for name in config.architectures or ())
 
 
 def load_tokenizer(

@@ -63,6 +63,7 @@ def data(tmp_path_factory):
     (folder / "own.json").write_text("".join(json.dumps(row) + "\n" for row in own))
     (folder / "own.csv").write_text("text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in own))
     (folder / "new.csv").write_text("number,said\n1,w1 w2\n2,w3\n")
+    (folder / "transfer.csv").write_text("sentence\nw1 w2\nw3\n")
     (folder / "nolabel.csv").write_text("text,label\nw1 w2,good\nw3,\n")
     toy_tokenizer(more=("w44", "w45")).save_pretrained(folder / "large")
     without_post_processor(toy_tokenizer()).save_pretrained(folder / "bare")
@@ -154,6 +155,27 @@ def test_a_teacher_labels_more_text(run, data, task, tmp_path):
     assert all(math.isfinite(entry["loss"]) for entry in state["log_history"] if "loss" in entry)
 
 
+@pytest.mark.parametrize(
+    ("flags", "taught"), [("", True), ("--teacher none", False), ("--finetune_mode gradual", True)]
+)
+def test_a_model_of_the_task_is_its_own_teacher(run, data, flags, taught):
+    """What is made sparse; a model of another task has nothing to say."""
+    where = f"--glue_dir {data / 'glue'} --max_steps 8"
+    dense = run(f"--task_name sst2 {where}", output="teacher", start="dense")
+    output = run(f"--task_name sst2 {where} --sparsity 0.5 --block_size 4 {flags}", start=dense)
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary.get("teacher") == ("teacher" if taught else None)
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert all(("dynsparse/distillation_layers_loss" in entry) == taught for entry in log if "loss" in entry)
+
+
+def test_a_model_of_another_task_is_no_teacher(run, data):
+    where = f"--glue_dir {data / 'glue'} --ignore_mismatched_sizes true"
+    dense = run(f"--task_name mnli {where}", output="teacher", start="dense")
+    output = run(f"--task_name sst2 {where} --sparsity 0.5 --block_size 4", start=dense)
+    assert json.loads((output / "summary.json").read_text()).get("teacher") is None
+
+
 def test_a_calibrated_start(run, data, tmp_path):
     """It is nearer to the dense model than the largest blocks are, and a resumed run does not calibrate again."""
     flags = f"--task_name sst2 --glue_dir {data / 'glue'} --sparsity 0.5 --block_size 4 --learning_rate 1e-6"
@@ -228,7 +250,8 @@ def test_files_of_ones_own(run, data):
         ("--task_name sst2 --glue_dir {data}/glue --finetune_mode gradual", "Got sparsity=None"),
         ("--sparsity 0.5 --finetune_mode gradual --method set", "Got 0.5 with density_schedule='constant'"),
         ("--task_name sst2 --glue_dir {data}/glue --finetune_mode locked --num_topology_updates 3", "dynamic"),
-        ("--task_name sst2 --glue_dir {data}/glue --transfer_file {data}/own.csv", "Got no teacher"),
+        ("--task_name sst2 --glue_dir {data}/glue --transfer_file {data}/transfer.csv", "Got no teacher"),
+        ("--task_name sst2 --transfer_file {data}/own.csv --do_train false", "Got --do_train false"),
         ("--train_file {data}/own.csv", "`--do_eval` needs a `--validation_file`"),
         ("--task_name mrpc --glue_dir {data}/glue --teacher {data}/dense", "which lacks"),
         (

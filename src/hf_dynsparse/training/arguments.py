@@ -90,7 +90,8 @@ class DynSparseTrainingArguments(TopologyOptions, TrainingArguments):
         default=None,
         metadata={
             "help": "A model to learn from beside the labels (knowledge distillation), of the same task and "
-            "tokenizer: a folder or Hub name."
+            "tokenizer: a folder or Hub name. Default on a task: the dense checkpoint that --sparsity prunes, with "
+            "--distillation_layers all, if it has learned that task; none: labels alone."
         },
     )
     teacher_dtype: str = field(

@@ -113,6 +113,26 @@ def check_finetuning(model_args: FinetunedModelArguments, args: FinetuningRunArg
         parse_block_size(model_args.block_size)
 
 
+def learn_from_itself(model_args: FinetunedModelArguments, args: FinetuningRunArguments, has_learned: bool) -> None:
+    """
+    Let a checkpoint that is made sparse learn from its dense self, answers and hidden states, if it has learned the
+    task and no other `--teacher` is named: labels alone bring back little. Of `--teacher none` nothing is left.
+
+    Args:
+        has_learned (`bool`): whether the checkpoint has a head for this very task.
+    """
+    if args.teacher == "none":
+        args.teacher = None
+    elif args.teacher is None and args.do_train and model_args.sparsity is not None and has_learned:
+        args.teacher = model_args.model_name_or_path
+        args.distillation_layers = args.distillation_layers or "all"
+        logger.info(
+            "%s has learned this task: the sparse model learns its answers and hidden states. --teacher none: labels "
+            "alone",
+            model_args.model_name_or_path,
+        )
+
+
 def find_checkpoint(args: Any, token: str | None) -> str | None:
     """
     The checkpoint folder to go on from, `None` for a new run. From here on no other run may write to the output
