@@ -79,6 +79,15 @@ def test_recipes(tmp_path, mode):
     assert mode in ("dense", "gradual") or 3 <= ratio <= 5
 
 
+@pytest.mark.parametrize(
+    ("mode", "sparsity", "rate"), [("locked", 0.5, 5e-4), ("dynamic", 0.5, 2e-4), ("locked", 0.0, 5e-5)]
+)
+def test_hidden_states_are_learned_at_a_higher_rate(tmp_path, mode, sparsity, rate):
+    args = arguments(tmp_path, finetune_mode=mode, distillation_layers="all")
+    prepare_finetuning_(toy_classifier(sparsity=sparsity), args)
+    assert args.learning_rate == rate
+
+
 def test_what_the_user_gives_stands(tmp_path):
     args = arguments(tmp_path, learning_rate=1e-3, num_train_epochs=1)
     prepare_finetuning_(toy_classifier(), args)

@@ -53,7 +53,11 @@ class FinetuningArguments(DynSparseTrainingArguments):
         },
     )
     learning_rate: float | None = field(  # type: ignore[assignment]  # until `prepare_finetuning_`
-        default=None, metadata={"help": f"Peak rate. Default: the recipe of the mode ({_recipes('learning_rate')})."}
+        default=None,
+        metadata={
+            "help": f"Peak rate. Default: the recipe of the mode ({_recipes('learning_rate')}; "
+            f"{FINETUNE_MODES['locked'].taught_rate:g} locked with --distillation_layers)."
+        },
     )
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": f"Epochs. Default: the recipe of the mode ({_recipes('num_train_epochs')})."}
@@ -160,7 +164,8 @@ def prepare_finetuning_(
     sparsity = model_facts(model).sparsity if sparse_layers(model) else 0.0
     recipe = QUANTIZATION_AWARE if args.quantization_aware else FINETUNE_MODES[mode]
     if args.learning_rate is None:
-        args.learning_rate = recipe.learning_rate
+        taught_rate = None if args.distillation_layers is None else recipe.taught_rate
+        args.learning_rate = recipe.learning_rate if taught_rate is None else taught_rate
     if args.num_train_epochs is None:
         args.num_train_epochs = recipe.num_train_epochs
     if not will_train:
