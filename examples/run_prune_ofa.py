@@ -12,7 +12,7 @@ Prune Once for All (arXiv:2111.05754): from a dense model to sparse int8 models 
     # text, sentences and labels of your own: one command, no plan
     python examples/run_prune_ofa.py --model_name_or_path bert-base-uncased --sparsity 0.9 --train_file text.txt \
         --task_train_file train.csv --task_validation_file dev.csv --output_dir runs/own
-    # without text the model is pruned on the task
+    # without text the model is fine-tuned first, and pruned by examples of the task
     python examples/run_prune_ofa.py --model_name_or_path bert-base-uncased --task_train_file train.csv \
         --task_validation_file dev.csv --text_column_names title,body --label_column_name stars --output_dir runs/own
     # GLUE, or several tasks and variants, from a plan
