@@ -221,7 +221,7 @@ def _estimate(args: argparse.Namespace) -> None:
 def _add_convert(commands: Any) -> None:
     examples = [
         "bert-base-uncased sparse-bert --to sparse --sparsity 0.9 --block_size 16",
-        "bert-base-uncased sparse-bert --sparsity 0.8 --block_size 16 --calibration text.txt",
+        "bert-base-uncased fitted-bert --sparsity 0.8 --block_size 16 --calibration text.txt",
         "bert-base-uncased sparser-bert --sparsity 0.9 --block_size 16 --statistics statistics.safetensors",
         "runs/medium-s90-b16 medium-dense --to dense",
         "runs/medium-s90-b16 medium.onnx --to onnx",

@@ -26,8 +26,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("exampl
 PAGES += [*sorted(ROOT.glob("model_cards/**/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 OURS = ("benchmarks", "docs", "examples", "hub_kernel", "tests")
 OTHERS = {"auditwheel", "cibuildwheel", "hf", "mkdocs", "tensorboard", "trackio", "unzip"}
-# No program is found; the shell names it and its arguments instead, past pipes and redirections.
-SHELL = """exec 3>&1; PATH=/nowhere; set -u
+REST = ("…", "...")  # of a command line, as it was before
+# No program is found; the shell names it and its arguments instead, past pipes and redirections; * stays what it is.
+SHELL = """exec 3>&1; PATH=/nowhere; set -uf
 command_not_found_handle() { printf '%s\\0' "$@" $'\\n' >&3; }
 """
 
@@ -47,8 +48,7 @@ def programs(block: str, folder: Path) -> list[list[str]]:
     """What a shell in an empty folder would run: programs with their arguments."""
     done = subprocess.run(["bash", "-c", SHELL + block], cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), f"{block}\n{done.stderr}"
-    lines = [line.split("\0")[:-1] for line in done.stdout.split("\n\0")[:-1]]
-    return [[word for word in line if word not in ("…", "...")] for line in lines]
+    return [line.split("\0")[:-1] for line in done.stdout.split("\n\0")[:-1]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -57,7 +57,7 @@ def test_commands_can_be_pasted(page: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     for block in shell_blocks(page):
         for program in programs(block, tmp_path):
-            check_program(*program)
+            check_program(*(word for word in program if word not in REST))
 
 
 def check_program(name: str, *words: str) -> None:
