@@ -4,8 +4,7 @@ place of models and data. `SMALLER` says what is replaced, `NOT_RUN` which block
 """
 
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,6 @@ from transformers import (
 import hf_dynsparse
 from hf_dynsparse import DynSparseBertForSequenceClassification, sparse_layers
 from hf_dynsparse.models.auto import load_pretrained
-from hf_dynsparse.ops import BACKENDS
-from hf_dynsparse.topology import SCORES
-from hf_dynsparse.topology.methods import METHODS
 from tests.toy import TOY_SIZES, toy_batch, toy_collator, toy_examples, toy_model, toy_tokenizer, toy_trainer
 
 
@@ -142,17 +138,6 @@ def beginning(folder: Path) -> dict[str, Any]:
         "train": toy_examples(24),
         "trainer": trainer,
     }
-
-
-@pytest.fixture(autouse=True)
-def tables() -> Iterator[None]:
-    """What a page registers is taken away."""
-    before: list[tuple[dict[str, Any], dict[str, Any]]] = [(it, dict(it)) for it in (SCORES, METHODS, BACKENDS)]
-    yield
-    for table, rows in before:
-        for name in table.keys() - rows.keys():
-            del table[name]
-    sys.modules.pop("fresh_gradient", None)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta state:UserWarning")

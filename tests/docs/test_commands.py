@@ -8,6 +8,7 @@ import argparse
 import importlib
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -55,6 +56,7 @@ def programs(block: str, folder: Path) -> list[list[str]]:
 def test_commands_can_be_pasted(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("sys.path", [*sys.path, str(ROOT / "examples" / "study")])
     for block in shell_blocks(page):
         for program in programs(block, tmp_path):
             check_program(*(word for word in program if word not in REST))
