@@ -194,9 +194,8 @@ def find_teacher(
             f"A sparse checkpoint learns from a `--teacher`. Got {model_args.model_name_or_path} and none. Name the "
             "dense encoder that it comes from."
         )
-    hub = model_args.hub if args.teacher is None else model_args.hub | {"revision": "main"}
     args.teacher, args.distillation_weight = args.teacher or model_args.model_name_or_path, 1.0
-    teacher = load_teacher(AutoModel, args.teacher, unused="pooler", **hub)
+    teacher = load_teacher(AutoModel, args.teacher, unused="pooler", **model_args.hub_of_teacher(args.teacher))
     check_fit(tokenizer, teacher.config, length, "The teacher")
     return teacher
 

@@ -216,8 +216,7 @@ def find_teacher(
                 "`--transfer_file` holds text that a `--teacher` labels. Got no teacher. Give one, or leave it out."
             )
         return None
-    hub = model_args.hub | {"revision": "main"}
-    teacher = load_teacher(AutoModelForSequenceClassification, args.teacher, **hub)
+    teacher = load_teacher(AutoModelForSequenceClassification, args.teacher, **model_args.hub_of_teacher(args.teacher))
     check_fit(tokenizer, teacher.config, data_args.max_seq_length, "The teacher", len(columns) == 2)
     return teacher
 

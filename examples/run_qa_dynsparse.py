@@ -181,8 +181,7 @@ def find_teacher(
     """The model of `--teacher`, if there is one."""
     if not args.teacher:
         return None
-    hub = model_args.hub | {"revision": "main"}
-    teacher = load_teacher(AutoModelForQuestionAnswering, args.teacher, **hub)
+    teacher = load_teacher(AutoModelForQuestionAnswering, args.teacher, **model_args.hub_of_teacher(args.teacher))
     check_fit(tokenizer, teacher.config, data_args.max_seq_length, "The teacher", pairs=True)
     return teacher
 

@@ -25,7 +25,7 @@ from hf_dynsparse.training.finetuning import (
     prepare_finetuning_,
     set_final_sparsity_,
 )
-from hf_dynsparse.training.flags import PrunedModelArguments
+from hf_dynsparse.training.flags import FinetunedModelArguments, PrunedModelArguments
 from tests.toy import TOY_SIZES, toy_batch, toy_model
 
 
@@ -48,6 +48,11 @@ def test_a_dense_model_is_pruned_by_calibration_unless_told_otherwise(given, spa
     assert not PrunedModelArguments.calibrates_by_default
     with pytest.raises(ValueError, match="Got 3 with no --sparsity"):
         PrunedModelArguments(calibration_samples=3).check_calibration(None, {"--finetune_mode gradual": gradual})
+
+
+def test_a_model_that_teaches_itself_has_one_revision():
+    asked = FinetunedModelArguments(model_name_or_path="user/model", model_revision="v2")
+    assert [asked.hub_of_teacher(name)["revision"] for name in ("user/model", "user/other")] == ["v2", "main"]
 
 
 def arguments(folder, **given):

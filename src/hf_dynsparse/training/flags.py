@@ -122,6 +122,10 @@ class FinetunedModelArguments(PrunedModelArguments):
             **self.hub,
         }
 
+    def hub_of_teacher(self, teacher: str) -> dict[str, Any]:
+        """Arguments of `from_pretrained`: the revision is the model's, and another model's is `main`."""
+        return self.hub if teacher == self.model_name_or_path else self.hub | {"revision": "main"}
+
 
 @dataclass
 class ScriptArguments:
